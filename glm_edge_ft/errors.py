@@ -1,0 +1,69 @@
+"""What the user did wrong: collected over the whole run, shown at once, never as a traceback.
+
+Code that finds a mistake in the user's input adds a `Problem` to a `ProblemList`; the list is raised as one `UserError`
+when a step is complete. `cli.py` prints it on stderr and exits with code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+EXIT_DONE = 0
+EXIT_UNEXPECTED = 1
+EXIT_USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in the user's input.
+
+    Attributes:
+        where: the place: `train.jsonl:2:2`, a config key such as `training_args.learning_rate`, or a path.
+        what: what is wrong there, with the value that was seen.
+        fix: what to write or do instead; may be empty where `what` says it already.
+    """
+
+    where: str
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}"
+        return f"{text}\n    -> {self.fix}" if self.fix else text
+
+
+class UserError(Exception):
+    """The user's input is wrong; carries every mistake found so far."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    @classmethod
+    def single(cls, where: str, what: str, fix: str = "") -> UserError:
+        """Return an error with one problem, for a place where nothing further can be checked."""
+        return cls([Problem(where, what, fix)])
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
+        return (UserError, (self.problems,))  # so that it crosses from a worker process whole
+
+
+class ProblemList:
+    """Collects problems until `raise_if_any`."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def add(self, where: str, what: str, fix: str = "") -> None:
+        """Note one mistake and go on."""
+        self.problems.append(Problem(where, what, fix))
+
+    def extend(self, error: UserError) -> None:
+        """Take over the problems of an error that was caught."""
+        self.problems.extend(error.problems)
+
+    def raise_if_any(self) -> None:
+        """Raise one `UserError` that lists everything noted so far; do nothing when the list is empty."""
+        if self.problems:
+            raise UserError(self.problems)
