@@ -1,0 +1,237 @@
+"""One YAML file → one typed, strict `RunConfig`, or every mistake in it at once.
+
+The keys are those of the fine-tuning guide: `data_config`, `max_input_length`, `max_output_length`, `freezeV`,
+`training_args` (what `Seq2SeqTrainingArguments` takes, with `generation_config` inside), `peft_config` (what PEFT's
+LORA and PREFIX_TUNING take), and `on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at once.
+
+    config_yaml    file and --set → values with their lines
+    config_schema  what the installed libraries accept
+    config_names   old and mistyped names
+    config_values  value → declared type
+    config_rules   ranges, defaults, impossible combinations
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from glm_edge_ft.config_draft import Draft
+from glm_edge_ft.config_names import DATA_FIELDS, SECTIONS, TOP_FIELDS, refuse_unknown, translate_old_names
+from glm_edge_ft.config_rules import (
+    PEFT,
+    TRAINING,
+    apply_training_rules,
+    check_peft,
+    check_peft_type,
+    check_ranges,
+)
+from glm_edge_ft.config_schema import PEFT_TYPES, Field, generation_fields, peft_fields, training_fields
+from glm_edge_ft.config_values import Mismatch, coerce, shown
+from glm_edge_ft.config_yaml import KeyPath, nearest, read_document
+from glm_edge_ft.errors import Problem
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data of a run; file names are relative to DATA_DIR.
+
+    Attributes:
+        train_file: conversations to train on.
+        val_file: conversations to evaluate on during training; None switches evaluation off.
+        test_file: conversations to predict after training; None skips that.
+        num_proc: processes that encode the data.
+    """
+
+    train_file: str
+    val_file: str | None = None
+    test_file: str | None = None
+    num_proc: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that the config file and `--set` say about a run.
+
+    Attributes:
+        path: the file it came from.
+        data_config: the data files.
+        max_input_length: tokens of a prompt that are kept.
+        max_output_length: tokens of a reply that are kept.
+        freezeV: whether the vision tower stays as it is; without meaning for a chat model.
+        training_args: keyword arguments of `Seq2SeqTrainingArguments` under today's names, without
+            `generation_config`; bf16 and fp16 are absent unless the file sets them.
+        generation_config: keyword arguments of `GenerationConfig`; empty when nothing is set.
+        peft_config: keyword arguments of PEFT's config, `peft_type` LORA or PREFIX_TUNING; None means full fine-tuning.
+        on_nonfinite_loss: what a loss that is not finite does: stop the run, or warn and go on.
+        notices: one line each, to be printed by the caller: old names, switches that were turned.
+    """
+
+    path: Path
+    data_config: DataConfig
+    max_input_length: int
+    max_output_length: int
+    freezeV: bool  # noqa: N815, RUF100  (the guide's spelling)
+    training_args: dict[str, Any]
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    peft_config: dict[str, Any] | None = None
+    on_nonfinite_loss: Literal["stop", "warn"] = "stop"
+    notices: tuple[str, ...] = ()
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the whole as plain data in the layout of the YAML file, so that it can be read as a config again.
+
+        A hub token is replaced by a placeholder.
+        """
+        training = copy.deepcopy(self.training_args)
+        if training.get("hub_token"):
+            training["hub_token"] = "<hub_token>"
+        return {
+            "data_config": asdict(self.data_config),
+            "max_input_length": self.max_input_length,
+            "max_output_length": self.max_output_length,
+            "freezeV": self.freezeV,
+            "on_nonfinite_loss": self.on_nonfinite_loss,
+            "training_args": {**training, "generation_config": copy.deepcopy(self.generation_config)},
+            "peft_config": copy.deepcopy(self.peft_config),
+        }
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file, lay `--set` options over it and check it as a whole.
+
+    Args:
+        path: the YAML file.
+        overrides: `KEY=VALUE` texts, the key a dotted path, the value read as YAML.
+
+    Returns:
+        The typed configuration; what was accepted but not as written is in its `notices`.
+
+    Raises:
+        UserError: everything that is wrong, each with file and line or `--set` option, value, and what to write.
+    """
+    draft = Draft(read_document(path, overrides))
+    translate_old_names(draft)
+    values = draft.document.values
+    top_fields = {**TOP_FIELDS, **{name: Field(name, "Any", (), None) for name in SECTIONS}}
+    draft.top = _read_section(
+        draft, (), {key: value for key, value in values.items() if key not in SECTIONS}, top_fields
+    )
+    draft.data = _read_section(draft, ("data_config",), _section(draft, ("data_config",)), DATA_FIELDS)
+    if not draft.wrote("data_config", "train_file"):
+        draft.refuse(("data_config", "train_file"), "missing", "write train_file: train.jsonl or so")
+    _read_training(draft)
+    _read_peft(draft)
+    check_ranges(draft)
+    check_peft(draft)
+    apply_training_rules(draft)
+    draft.raise_if_any()
+    return _finish(draft, path)
+
+
+def check_data_files(config: RunConfig, data_dir: Path) -> list[Problem]:
+    """Return what is wrong with the data files that a config names: missing, a folder, or of an unknown format."""
+    where = str(data_dir)
+    if not data_dir.exists():
+        return [Problem(where, "no such data folder", "DATA_DIR is the folder that holds data_config.train_file")]
+    if not data_dir.is_dir():
+        return [Problem(where, "this is a file, not a folder", f"write {data_dir.parent} as DATA_DIR")]
+    problems = []
+    for key in ("train_file", "val_file", "test_file"):
+        name = getattr(config.data_config, key)
+        if name is not None:
+            problems += _check_data_file(data_dir, f"data_config.{key}", name)
+    return problems
+
+
+def _check_data_file(data_dir: Path, key: str, name: str) -> list[Problem]:
+    path = data_dir / name
+    if path.suffix.lower() not in DATA_SUFFIXES:
+        return [Problem(key, f"{shown(name)} has an unknown format", f"use one of {', '.join(DATA_SUFFIXES)}")]
+    if path.is_file():
+        return []
+    if path.is_dir():
+        return [Problem(key, f"{path} is a folder", "name a file in it")]
+    present = sorted(found.name for found in data_dir.iterdir() if found.suffix.lower() in DATA_SUFFIXES)
+    close = nearest(name, present)
+    hint = f"did you mean {close}? " if close else ""
+    listing = f"data files there: {', '.join(present[:10])}" if present else "the folder holds no data files"
+    return [Problem(key, f"no such file {path}", hint + listing)]
+
+
+def _section(draft: Draft, path: KeyPath) -> dict[str, Any]:
+    """Return the raw keys of a section; an absent or null one is empty, another kind of value is refused."""
+    value: Any = draft.document.values
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        seen = shown(value, draft.document.texts.get(path))
+        draft.refuse(path, f"{seen} is not a mapping of keys", "write its keys below it, indented by two spaces")
+        return {}
+    return value
+
+
+def _read_section(draft: Draft, path: KeyPath, raw: Mapping[str, Any], known: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the typed values of a section; unknown keys and mistyped values are noted and left out."""
+    typed = {}
+    for key, value in raw.items():
+        if key not in known:
+            refuse_unknown(draft, (*path, key), known)
+            continue
+        try:
+            typed[key] = coerce(draft.document, (*path, key), value, known[key])
+        except Mismatch as mismatch:
+            draft.refuse(mismatch.path, mismatch.what, mismatch.fix)
+    return typed
+
+
+def _read_training(draft: Draft) -> None:
+    raw = dict(_section(draft, TRAINING))
+    raw.pop("generation_config", None)
+    draft.training = _read_section(draft, TRAINING, raw, training_fields())
+    path = (*TRAINING, "generation_config")
+    draft.generation = _read_section(draft, path, _section(draft, path), generation_fields())
+
+
+def _read_peft(draft: Draft) -> None:
+    raw = dict(_section(draft, PEFT))
+    if draft.document.values.get("peft_config") is None:
+        return
+    kind = check_peft_type(draft, raw)
+    raw.pop("peft_type", None)
+    every = {name: known for peft_type in PEFT_TYPES for name, known in peft_fields(peft_type).items()}
+    known = peft_fields(kind) if kind else every
+    for key in [key for key in raw if key not in known and key in every]:
+        del raw[key]
+        other = next(peft_type for peft_type in PEFT_TYPES if peft_type != kind)
+        draft.refuse((*PEFT, key), f"`{key}` is a key of {other}, not of {kind}", "leave it out, or change peft_type")
+    if isinstance(raw.get("task_type"), str):
+        raw["task_type"] = raw["task_type"].upper()
+    typed = _read_section(draft, PEFT, raw, known)
+    draft.peft = {"peft_type": kind, **typed} if kind else typed
+
+
+def _finish(draft: Draft, path: Path) -> RunConfig:
+    def set_values(section: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in section.items() if value is not None}
+
+    top = set_values(draft.top)
+    return RunConfig(
+        path=path,
+        data_config=DataConfig(**set_values(draft.data)),
+        max_input_length=top.get("max_input_length", 512),
+        max_output_length=top.get("max_output_length", 512),
+        freezeV=top.get("freezeV", False),
+        training_args=draft.training,
+        generation_config=set_values(draft.generation),
+        peft_config=draft.peft,
+        on_nonfinite_loss=top.get("on_nonfinite_loss", "stop"),
+        notices=tuple(draft.notices),
+    )
