@@ -28,9 +28,9 @@ MAX_SCORED_CHARACTERS = 32_000
 """Characters of one side that ROUGE and BLEU look at. jieba's time grows with the square of a run of Chinese characters
 that forms no dictionary word, which a model caught in a loop does write: 32,000 of them take 3 s, 200,000 minutes."""
 
-CHARACTERS_WORTH_A_POOL = 400_000
-"""Characters of all pairs together below which one process is done sooner than worker processes: each of them spends
-over a second on loading jieba's dictionary and nltk before it scores its first pair."""
+CHARACTERS_WORTH_A_POOL = 800_000
+"""Characters of all pairs together below which one process (4 us a character) is done as soon as two workers, of which
+each spends 1 to 2 s on starting and on loading jieba's dictionary and nltk before it scores its first pair."""
 
 _log = logging.getLogger(__name__)
 
