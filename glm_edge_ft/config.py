@@ -8,7 +8,8 @@ LORA and PREFIX_TUNING take), and `on_nonfinite_loss`. Nothing heavy is imported
     config_schema  what the installed libraries accept
     config_names   old and mistyped names
     config_values  value → declared type
-    config_rules   ranges, defaults, impossible combinations
+    config_ranges  numbers that make sense
+    config_rules   defaults, impossible combinations
 """
 
 from __future__ import annotations
@@ -19,19 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from glm_edge_ft.config_draft import Draft
+from glm_edge_ft.config_document import KeyPath, nearest
+from glm_edge_ft.config_draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config_names import DATA_FIELDS, SECTIONS, TOP_FIELDS, refuse_unknown, translate_old_names
-from glm_edge_ft.config_rules import (
-    PEFT,
-    TRAINING,
-    apply_training_rules,
-    check_peft,
-    check_peft_type,
-    check_ranges,
-)
+from glm_edge_ft.config_ranges import check_ranges
+from glm_edge_ft.config_rules import apply_training_rules, check_peft, check_peft_type
 from glm_edge_ft.config_schema import PEFT_TYPES, Field, generation_fields, peft_fields, training_fields
 from glm_edge_ft.config_values import Mismatch, coerce, shown
-from glm_edge_ft.config_yaml import KeyPath, nearest, read_document
+from glm_edge_ft.config_yaml import read_document
 from glm_edge_ft.errors import Problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from glm_edge_ft.config_yaml import Document, KeyPath
+from glm_edge_ft.config_document import Document, KeyPath
 from glm_edge_ft.errors import Problem, UserError
+
+TRAINING: tuple[str, ...] = ("training_args",)
+PEFT: tuple[str, ...] = ("peft_config",)
 
 
 class Draft:
@@ -27,10 +30,10 @@ class Draft:
         self.generation: dict[str, Any] = {}
         self.peft: dict[str, Any] | None = None
         self.notices: list[str] = []
-        self._problems: list[tuple[float, Problem]] = [(0, problem) for problem in document.problems]
+        self._problems: list[tuple[float, Problem]] = list(document.problems)
 
     def refuse(self, path: KeyPath, what: str, fix: str) -> None:
-        """Note a mistake at a key; the first one of a key counts."""
+        """Note a mistake at a key and go on."""
         where = self.document.where(path)
         line = self.document.line(path)
         self._problems.append((line or float("inf"), Problem(where, what, fix)))
@@ -40,13 +43,19 @@ class Draft:
         self.notices.append(f"{self.document.where(path)}: {text}")
 
     def wrote(self, *path: str) -> bool:
-        """Whether the user wrote this key, whatever its value."""
+        """Whether the user wrote this key, whatever its value, or something unusable in place of its section."""
         values: Any = self.document.values
         for part in path:
-            if not isinstance(values, dict) or part not in values:
+            if values is not None and not isinstance(values, dict):
+                return True
+            if values is None or part not in values:
                 return False
             values = values[part]
         return True
+
+    def refused(self, section: dict[str, Any], *path: str) -> bool:
+        """Whether the user wrote a key that is not among the typed values, so that rules about it must wait."""
+        return path[-1] not in section and self.wrote(*path)
 
     @staticmethod
     def plain(value: Any) -> str:

@@ -1,19 +1,18 @@
-"""Rules over typed values: ranges, defaults of this toolkit, and combinations that cannot work."""
+"""Rules over typed values: the defaults of this toolkit, and combinations that cannot work."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from glm_edge_ft.config_draft import Draft
+from glm_edge_ft.config_document import nearest
+from glm_edge_ft.config_draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config_schema import PEFT_TYPES, reporting_integrations
 from glm_edge_ft.config_values import shown
-from glm_edge_ft.config_yaml import KeyPath, nearest
 
 # Where the file is silent, this toolkit chooses otherwise than transformers:
 TRAINING_DEFAULTS: Mapping[str, Any] = {
@@ -26,114 +25,6 @@ TRAINING_DEFAULTS: Mapping[str, Any] = {
 
 GENERATED_METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4", "exact-match")
 METRICS = ("loss", *GENERATED_METRICS)
-
-TRAINING: KeyPath = ("training_args",)
-PEFT: KeyPath = ("peft_config",)
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers that make sense for a key: a test and the words for it."""
-
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    below: float | None = None
-    also: float | None = None
-    steps: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Whether a number lies in the range."""
-        if self.also is not None and value == self.also:
-            return True
-        if self.steps and value >= 1 and value != int(value):
-            return False
-        return (
-            (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
-
-    def words(self) -> str:
-        """Say the range: `a number from 0 to below 1`."""
-        if self.steps:
-            zero = "0, " if self.low == 0 else ""
-            return f"{zero}a whole number of steps from 1, or a fraction of all steps below 1"
-        also = "" if self.also is None else f"{self.also:g} or "
-        low = f"from {self.low:g}" if self.low is not None else f"above {self.above:g}"
-        high = f" to {self.high:g}" if self.high is not None else f" to below {self.below:g}"
-        open_ended = self.high is None and self.below is None
-        return f"{also}a number {low}" + (" on" if open_ended and self.low is not None else "" if open_ended else high)
-
-
-_POSITIVE, _COUNT, _STEPS = Range(above=0), Range(low=1), Range(above=0, steps=True)
-_NOT_NEGATIVE, _SHARE, _SEED = Range(low=0), Range(low=0, below=1), Range(low=0, high=2**32 - 1)
-RANGES: Mapping[KeyPath, Mapping[str, Range]] = {
-    (): {"max_input_length": _COUNT, "max_output_length": _COUNT},
-    ("data_config",): {"num_proc": _COUNT},
-    TRAINING: {
-        "per_device_train_batch_size": _COUNT,
-        "per_device_eval_batch_size": _COUNT,
-        "gradient_accumulation_steps": _COUNT,
-        "eval_accumulation_steps": _COUNT,
-        "torch_empty_cache_steps": _COUNT,
-        "num_train_epochs": _POSITIVE,
-        "max_steps": Range(low=1, also=-1),
-        "learning_rate": _POSITIVE,
-        "warmup_steps": Range(low=0, steps=True),
-        "weight_decay": _NOT_NEGATIVE,
-        "adam_beta1": _SHARE,
-        "adam_beta2": _SHARE,
-        "adam_epsilon": _POSITIVE,
-        "max_grad_norm": _NOT_NEGATIVE,
-        "label_smoothing_factor": _SHARE,
-        "neftune_noise_alpha": _NOT_NEGATIVE,
-        "logging_steps": _STEPS,
-        "eval_steps": _STEPS,
-        "save_steps": _STEPS,
-        "eval_delay": _NOT_NEGATIVE,
-        "save_total_limit": _COUNT,
-        "dataloader_num_workers": _NOT_NEGATIVE,
-        "dataloader_prefetch_factor": _COUNT,
-        "seed": _SEED,
-        "data_seed": _SEED,
-        "ddp_timeout": _COUNT,
-        "generation_max_length": _COUNT,
-        "generation_num_beams": _COUNT,
-    },
-    (*TRAINING, "generation_config"): {
-        "max_new_tokens": _COUNT,
-        "min_new_tokens": _NOT_NEGATIVE,
-        "max_length": _COUNT,
-        "num_beams": _COUNT,
-        "num_return_sequences": Range(low=1, high=1),  # evaluation scores one reply for each prompt
-        "temperature": _POSITIVE,
-        "top_k": _NOT_NEGATIVE,
-        "top_p": Range(above=0, high=1),
-        "repetition_penalty": _POSITIVE,
-    },
-    PEFT: {
-        "r": _COUNT,
-        "lora_alpha": _COUNT,
-        "lora_dropout": _SHARE,
-        "num_virtual_tokens": _COUNT,
-        "encoder_hidden_size": _COUNT,
-    },
-}
-
-
-def check_ranges(draft: Draft) -> None:
-    """Refuse numbers outside what makes sense for their key, and drop them so that no later rule trips over them."""
-    sections = (draft.top, draft.data, draft.training, draft.generation, draft.peft or {})
-    for (section_path, ranges), values in zip(RANGES.items(), sections, strict=True):
-        for name, allowed in ranges.items():
-            value = values.get(name)
-            if value is not None and not allowed.holds(value):
-                path = (*section_path, name)
-                seen = shown(value, draft.document.texts.get(path))
-                draft.refuse(path, f"{seen} is out of range", f"write {allowed.words()}")
-                del values[name]
 
 
 def check_peft(draft: Draft) -> None:
@@ -199,18 +90,18 @@ def apply_training_rules(draft: Draft) -> None:
 
 def _check_output_dir(draft: Draft) -> None:
     path = (*TRAINING, "output_dir")
-    output_dir = draft.training.get("output_dir")
+    output_dir, fix = draft.training.get("output_dir"), "write output_dir: ./output/NAME"
     if not output_dir:
-        if not output_dir and (output_dir is not None or not draft.wrote(*map(str, path))):
-            draft.refuse(path, "missing" if output_dir is None else "an empty text", "write output_dir: ./output/NAME")
-        elif draft.document.values["training_args"]["output_dir"] is None:
-            draft.refuse(path, "`null` names no folder", "write output_dir: ./output/NAME")
+        if "output_dir" in draft.training:
+            draft.refuse(path, f"{shown(output_dir)} names no folder", fix)
+        elif not draft.wrote("training_args", "output_dir"):
+            draft.refuse(path, "missing", fix)
         return
     try:
         if Path(output_dir).expanduser().is_file():
             draft.refuse(path, f"{shown(output_dir)} is a file", "name a folder, which is created where it is missing")
     except (OSError, ValueError, RuntimeError):
-        draft.refuse(path, f"{shown(output_dir)} cannot be the path of a folder", "write output_dir: ./output/NAME")
+        draft.refuse(path, f"{shown(output_dir)} cannot be the path of a folder", fix)
 
 
 def _check_simple_conflicts(draft: Draft) -> None:
@@ -263,9 +154,14 @@ def _check_flags_of_other_scripts(draft: Draft) -> None:
         draft.notice((*TRAINING, "do_predict"), "false: data_config.test_file is not used")
 
 
-def _settle_evaluation(draft: Draft) -> bool:
-    """Switch evaluation off where no file is there for it; return whether it takes place during training."""
+def _settle_evaluation(draft: Draft) -> bool | None:
+    """Switch evaluation off where no file is there for it; return whether it takes place during training.
+
+    None means that this cannot be told, since a key that decides it was refused.
+    """
     training = draft.training
+    if draft.refused(draft.data, "data_config", "val_file") or draft.refused(training, *TRAINING, "eval_strategy"):
+        return None
     if not draft.data.get("val_file"):
         wanted = [name for name in ("eval_strategy", "eval_on_start") if training.get(name) not in (None, "no", False)]
         for name in wanted:
@@ -284,15 +180,15 @@ def _settle_evaluation(draft: Draft) -> bool:
     return evaluates
 
 
-def _check_best_model(draft: Draft, evaluates: bool) -> None:
+def _check_best_model(draft: Draft, evaluates: bool | None) -> None:
     training = draft.training
     loads_best = bool(training.get("load_best_model_at_end"))
     best_path = (*TRAINING, "load_best_model_at_end")
-    if loads_best and not evaluates:
+    if loads_best and evaluates is False:
         off = "eval_strategy is no" if draft.data.get("val_file") else "data_config names no val_file"
         fix = "name a val_file and write eval_strategy: steps, or write load_best_model_at_end: false"
         draft.refuse(best_path, f"the best model is found by evaluation, but {off}", fix)
-    elif loads_best and training.get("save_strategy", "steps") != "best":
+    elif loads_best and evaluates and training.get("save_strategy", "steps") != "best":
         _check_save_against_eval(draft)
     metric = training.get("metric_for_best_model")
     if metric is None:
@@ -320,6 +216,8 @@ def _check_best_model(draft: Draft, evaluates: bool) -> None:
 def _check_save_against_eval(draft: Draft) -> None:
     training = draft.training
     path = (*TRAINING, "load_best_model_at_end")
+    if any(draft.refused(training, *TRAINING, name) for name in ("save_strategy", "save_steps", "eval_steps")):
+        return
     save, evaluate = training.get("save_strategy", "steps"), training["eval_strategy"]
     if save != evaluate:
         what = f"the best model must have been saved: save_strategy is {save}, eval_strategy is {evaluate}"

@@ -7,8 +7,8 @@ import math
 import re
 from typing import Any
 
+from glm_edge_ft.config_document import Document, KeyPath, nearest
 from glm_edge_ft.config_schema import Field, Kind, TypeOption
-from glm_edge_ft.config_yaml import Document, KeyPath, nearest
 
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -135,6 +135,8 @@ class _Coercion:
         choices, as_list = _choices(options), _find(options, "list")
         if any(_matches(value, choice) for choice in choices):
             return value
+        if value == "None" and _find(options, "null"):
+            raise Mismatch(path, "`None` is a text in YAML", "write null")
         if value.startswith("{") and _find(options, "mapping"):
             return self._json(value, path)
         if as_list and any(item.choices for item in as_list.items):

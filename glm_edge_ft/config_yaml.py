@@ -7,17 +7,16 @@ seen, no tag can run anything, and a plain scalar keeps the text it was written 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from glm_edge_ft.config_document import Document, KeyPath, dotted
 from glm_edge_ft.errors import Problem, UserError
-
-KeyPath = tuple[str | int, ...]
 
 _TAG = "tag:yaml.org,2002:"
 _DEEPEST = 40
@@ -41,67 +40,6 @@ for _name, _pattern, _first in (
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), [*_first.replace("\0", ""), ""])
 
 
-@dataclass
-class Document:
-    """The values of one configuration, with the place of each.
-
-    Attributes:
-        name: the file as the user named it, for messages.
-        folder: the folder of the file, which relative paths inside it start from.
-        values: the mapping at the top, `--set` options applied.
-        lines: key path → line, counted from 1.
-        texts: key path → the text of a plain scalar that YAML reads as something other than text.
-        overridden: key paths that a `--set` option wrote.
-        written_as: key path of today's name → the key path that the user wrote.
-        problems: mistakes that did not keep the rest from being read.
-    """
-
-    name: str
-    folder: Path
-    values: dict[str, Any] = field(default_factory=dict)
-    lines: dict[KeyPath, int] = field(default_factory=dict)
-    texts: dict[KeyPath, str] = field(default_factory=dict)
-    overridden: set[KeyPath] = field(default_factory=set)
-    written_as: dict[KeyPath, KeyPath] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-
-    def is_overridden(self, path: KeyPath) -> bool:
-        """Whether a `--set` option wrote this key or a section around it."""
-        return any(path[:length] in self.overridden for length in range(1, len(path) + 1))
-
-    def line(self, path: KeyPath) -> int | None:
-        """The line of a key, or of the nearest section around it; None for what no line of the file says."""
-        path = self.written_as.get(path, path)
-        if self.is_overridden(path):
-            return None
-        return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
-
-    def where(self, path: KeyPath) -> str:
-        """The place of a key as messages name it: `lora.yaml:12: training_args.max_steps` or `--set KEY`."""
-        path = self.written_as.get(path, path)
-        below = [known for known in self.overridden if path and known[: len(path)] == path and path not in self.lines]
-        if self.is_overridden(path) or below:
-            return f"--set {dotted(min(below, default=path, key=len))}"
-        line = self.line(path)
-        place = self.name if line is None else f"{self.name}:{line}"
-        return f"{place}: {dotted(path)}" if path else place
-
-    def forget(self, path: KeyPath) -> None:
-        """Drop the lines, texts and override marks of a key and of everything below it."""
-        for table in (self.lines, self.texts):
-            for known in [known for known in table if known[: len(path)] == path]:
-                del table[known]
-        self.overridden -= {known for known in self.overridden if known[: len(path)] == path}
-
-
-def dotted(path: KeyPath) -> str:
-    """Write a key path as `--set` takes it: `peft_config.target_modules[1]`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
-
-
 def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
     """Read a configuration file and lay the `--set` options over it.
 
@@ -114,7 +52,7 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
     try:
         _Builder(document).read_top(_compose(_read_text(path), str(path)))
     except UserError as error:
-        raise UserError([*error.problems, *document.problems]) from None
+        raise UserError([*error.problems, *(problem for _, problem in document.problems)]) from None
     for override in parsed:
         if override is not None:
             _apply_override(document, *override)
@@ -206,7 +144,9 @@ class _Builder:
         self.nodes += 1
         if node in self.open or len(self.open) > _DEEPEST or self.nodes > _MOST_NODES:
             raise UserError.single(
-                self._place(node, path), "the anchors and aliases here make it endless or far too large", "write it out"
+                self._place(node, path),
+                "nested too deeply, or made far too large by aliases",
+                "write it flat, without &name and *name",
             )
         self.open.append(node)
         try:
@@ -265,7 +205,8 @@ class _Builder:
             return self._refuse(node, path, f"`{text[:40]}` cannot be read as {kind}", "write a plain value")
 
     def _refuse(self, node: yaml.Node, path: KeyPath, what: str, fix: str) -> None:
-        self.document.problems.append(Problem(self._place(node, path), what, fix))
+        line = node.start_mark.line + 1 if self.with_lines else math.inf
+        self.document.problems.append((line, Problem(self._place(node, path), what, fix)))
 
     def _place(self, node: yaml.Node, path: KeyPath) -> str:
         if not self.with_lines:
@@ -287,17 +228,17 @@ def _short(tag: str) -> str:
     return tag.replace(_TAG, "!!")[:60]
 
 
-def _parse_override(text: str, problems: list[Problem]) -> tuple[KeyPath, yaml.Node | None] | None:
+def _parse_override(text: str, problems: list[tuple[float, Problem]]) -> tuple[KeyPath, yaml.Node | None] | None:
     key, equals, value = text.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
         fix = "write KEY=VALUE with no space around =, such as --set training_args.max_steps=20"
-        problems.append(Problem(f"--set {text}", "this is not KEY=VALUE", fix))
+        problems.append((math.inf, Problem(f"--set {text}", "this is not KEY=VALUE", fix)))
         return None
     try:
         return tuple(parts), _compose(value, f"--set {'.'.join(parts)}")
     except UserError as error:
-        problems.extend(error.problems)
+        problems += [(math.inf, problem) for problem in error.problems]
         return None
 
 
@@ -309,9 +250,8 @@ def _apply_override(document: Document, path: KeyPath, node: yaml.Node | None) -
             inner = target[str(part)] = {}
         if not isinstance(inner, dict):
             what = f"`{dotted(path[:depth])}` is a single value, so nothing can be set below it"
-            document.problems.append(
-                Problem(f"--set {dotted(path)}", what, f"write --set {dotted(path[:depth])}=VALUE")
-            )
+            fix = f"write --set {dotted(path[:depth])}=VALUE"
+            document.problems.append((math.inf, Problem(f"--set {dotted(path)}", what, fix)))
             return
         target = inner
     document.forget(path)
@@ -319,15 +259,6 @@ def _apply_override(document: Document, path: KeyPath, node: yaml.Node | None) -
     try:
         value = None if node is None else _Builder(document, with_lines=False).build(node, path)
     except UserError as error:
-        document.problems.extend(error.problems)
+        document.problems += [(math.inf, problem) for problem in error.problems]
         return
     target[str(path[-1])] = value
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the name that a mistyped word most likely means, or None when none is close."""
-    import difflib
-
-    by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[close[0]] if close else None
