@@ -1,0 +1,50 @@
+"""Samples of different length to one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class PaddedCollator:
+    """Pads `input_ids` and `labels`, for training on the right, for generation on the left.
+
+    Attributes:
+        pad_token_id: fills `input_ids`; the mask, not the id, says what is padding.
+        padding_side: "right" for training, "left" where generation continues the rows.
+        pad_to_multiple_of: the padded length is rounded up to a multiple of it.
+    """
+
+    pad_token_id: int
+    padding_side: Literal["right", "left"] = "right"
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `attention_mask` and, where the samples have them, `labels`: (batch, length) int64.
+
+        `labels` are -100 where nothing is supervised and on the padding.
+        """
+        length = max(len(sample["input_ids"]) for sample in samples)
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-length // multiple) * multiple
+        shape = (len(samples), length)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        }
+        if "labels" in samples[0]:
+            batch["labels"] = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+        for row, sample in enumerate(samples):
+            count = len(sample["input_ids"])
+            place = slice(0, count) if self.padding_side == "right" else slice(length - count, length)
+            batch["attention_mask"][row, place] = 1
+            for key in ("input_ids", "labels"):
+                if key in batch:
+                    batch[key][row, place] = torch.as_tensor(sample[key], dtype=torch.int64)
+        return batch

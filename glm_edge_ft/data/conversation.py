@@ -1,0 +1,241 @@
+"""Raw row to `Conversation`: typed messages, checked, with every mistake named by its place.
+
+What the chat template will see of a message is what the file says, with two exceptions: `loss` is ours and is taken
+out, and a list of text parts is joined to the string that it stands for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from glm_edge_ft.data.rows import RawRow
+from glm_edge_ft.errors import ProblemList
+
+ROLES_ALWAYS = ("system", "user", "assistant")
+ROLES_IF_RENDERED = ("tool", "observation")
+_ROLE_SYNONYMS = {
+    **dict.fromkeys(("human", "instruction", "question", "prompt", "customer"), "user"),
+    **dict.fromkeys(("gpt", "bot", "model", "ai", "chatgpt", "answer", "response", "chatglm"), "assistant"),
+    **dict.fromkeys(("function", "ipython", "environment"), "tool"),
+}
+_MESSAGES_LOOKALIKES = ("message", "conversations", "conversation", "Messages", "dialog", "dialogue", "chat")
+_SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: who speaks.
+        text: the content as one string.
+        supervised: True for an assistant turn that bears loss.
+        fields: the mapping that the chat template gets: role, content and every further key of the file.
+    """
+
+    role: str
+    text: str
+    supervised: bool
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A checked conversation and where it came from.
+
+    Attributes:
+        messages: the turns, at least one of them supervised.
+        tools: what the template gets as `tools`, or None.
+        file: name of the data file.
+        line: 1-based line (parquet: row) on which the conversation begins.
+        ignored_keys: keys beside `messages` and `tools` that have no meaning here.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] | None
+    file: str
+    line: int
+    ignored_keys: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """`file:line`, for messages."""
+        return f"{self.file}:{self.line}"
+
+
+def parse_conversation(row: RawRow, rendered_roles: frozenset[str]) -> Conversation:
+    """Check a raw row of a chat data file and return the conversation.
+
+    Args:
+        row: the value as read: an object with `messages`, or the list of messages itself.
+        rendered_roles: the roles that the checkpoint's chat template renders (`ReplyFormat.rendered_roles`).
+
+    Raises:
+        UserError: every mistake of the row, each with `file:line` and the message's index.
+    """
+    problems = ProblemList()
+    value = row.value
+    tools: Any = None
+    ignored: tuple[str, ...] = ()
+    if isinstance(value, dict):
+        tools = value.get("tools")
+        ignored = tuple(key for key in value if key not in ("messages", "tools"))
+        _check_tools(row.place, tools, problems)
+        raw_messages = _messages_of(row.place, value, problems)
+    else:
+        raw_messages = value
+        if not isinstance(value, list):
+            problems.add(
+                row.place, f"a row must be an object or a list, this one is {_shown(value)}", f"write {_SHAPE}"
+            )
+    problems.raise_if_any()
+    if not isinstance(raw_messages, list):
+        problems.add(row.place, f"'messages' must be a list, it is {_shown(raw_messages)}", f"write {_SHAPE}")
+    elif not raw_messages:
+        problems.add(
+            row.place, "'messages' is empty", "write at least a user and an assistant message, or remove the row"
+        )
+    problems.raise_if_any()
+    parsed = [_message(row.place, index, raw, rendered_roles, problems) for index, raw in enumerate(raw_messages)]
+    problems.raise_if_any()
+    messages = tuple(message for message in parsed if message is not None)
+    _check_supervision(row.place, messages, problems)
+    problems.raise_if_any()
+    return Conversation(messages, tuple(tools) if tools is not None else None, row.file, row.line, ignored)
+
+
+def _messages_of(place: str, value: dict[str, Any], problems: ProblemList) -> Any:
+    if "messages" in value:
+        return value["messages"]
+    keys = ", ".join(map(repr, list(value)[:8])) or "none"
+    for key in _MESSAGES_LOOKALIKES:
+        if key in value:
+            problems.add(place, f"key {key!r} found, 'messages' missing", "did you mean 'messages'?")
+            return None
+    if {"role", "content"} & set(value):
+        fix = "a line must hold a whole conversation: put the messages in a list under 'messages'"
+    elif {"from", "value"} & set(value):
+        fix = f"write 'role' and 'content' in place of 'from' and 'value': {_SHAPE}"
+    else:
+        near = difflib.get_close_matches("messages", list(value), 1, 0.7)
+        fix = f"did you mean 'messages' by {near[0]!r}?" if near else f"write {_SHAPE}"
+    problems.add(place, f"key 'messages' is missing; the keys are: {keys}", fix)
+    return None
+
+
+def _check_tools(place: str, tools: Any, problems: ProblemList) -> None:
+    if tools is None:
+        return
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        problems.add(place, f"'tools' must be a list of objects, it is {_shown(tools)}", "write one JSON schema a tool")
+
+
+def _message(place: str, index: int, raw: Any, rendered_roles: frozenset[str], problems: ProblemList) -> Message | None:
+    where = f"{place}: messages[{index}]"
+    if not isinstance(raw, dict):
+        problems.add(
+            where, f"a message must be an object, this one is {_shown(raw)}", 'write {"role": ..., "content": ...}'
+        )
+        return None
+    if "role" not in raw and ("from" in raw or "value" in raw):
+        problems.add(
+            where, "keys 'from' and 'value' found", "write 'role' and 'content' in place of 'from' and 'value'"
+        )
+        return None
+    role = _role(where, raw, rendered_roles, problems)
+    text = _text(where, raw, problems)
+    supervised = role == "assistant" and raw.get("loss", True) is True
+    _check_loss(where, raw, role, problems)
+    if role is None or text is None:
+        return None
+    fields = {key: element for key, element in raw.items() if key != "loss"}
+    fields["content"] = text
+    return Message(role, text, supervised, fields)
+
+
+def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], problems: ProblemList) -> str | None:
+    if "role" not in raw:
+        problems.add(where, f"key 'role' is missing; the keys are: {', '.join(map(repr, raw))}", "write who speaks")
+        return None
+    role = raw["role"]
+    allowed = [*ROLES_ALWAYS, *(known for known in ROLES_IF_RENDERED if known in rendered_roles)]
+    if not isinstance(role, str):
+        problems.add(where, f"'role' must be a string, it is {_shown(role)}", f"write one of {', '.join(allowed)}")
+        return None
+    if role in allowed:
+        return role
+    if role in ROLES_IF_RENDERED:
+        problems.add(
+            where, f"the model's chat template does not render the role {role!r}", f"use one of {', '.join(allowed)}"
+        )
+        return None
+    lowered = role.strip().lower()
+    near = [_ROLE_SYNONYMS.get(lowered, lowered)] if _ROLE_SYNONYMS.get(lowered, lowered) in allowed else []
+    near = near or difflib.get_close_matches(lowered, allowed, 1, 0.6)
+    fix = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(allowed)}"
+    problems.add(where, f"unknown role {role!r}", fix)
+    return None
+
+
+def _text(where: str, raw: dict[str, Any], problems: ProblemList) -> str | None:
+    if "content" not in raw:
+        problems.add(where, f"key 'content' is missing; the keys are: {', '.join(map(repr, raw))}", "write the text")
+        return None
+    content = raw["content"]
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        fix = 'write a string, or [{"type": "text", "text": "..."}]'
+        problems.add(where, f"'content' must be a string or a list of parts, it is {_shown(content)}", fix)
+        return None
+    texts = [_part_text(f"{where}.content[{index}]", part, problems) for index, part in enumerate(content)]
+    return None if None in texts else "".join(text for text in texts if text is not None)
+
+
+def _part_text(where: str, part: Any, problems: ProblemList) -> str | None:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        problems.add(where, f"a part must be an object with a 'type', this one is {_shown(part)}", _PART_FIX)
+    elif part["type"] in ("image", "image_url"):
+        problems.add(
+            where, "an image part in chat fine-tuning", "use finetune_vision.py with a GLM-Edge-V model for images"
+        )
+    elif part["type"] != "text":
+        problems.add(where, f"unknown part type {part['type']!r}", _PART_FIX)
+    elif not isinstance(part.get("text"), str):
+        problems.add(where, f"'text' must be a string, it is {_shown(part.get('text'))}", _PART_FIX)
+    else:
+        text: str = part["text"]
+        return text
+    return None
+
+
+_PART_FIX = 'write {"type": "text", "text": "..."}'
+
+
+def _check_loss(where: str, raw: dict[str, Any], role: str | None, problems: ProblemList) -> None:
+    if "loss" not in raw:
+        return
+    loss = raw["loss"]
+    if not isinstance(loss, bool):
+        problems.add(where, f"'loss' must be true or false, it is {_shown(loss)}", "write false to leave a reply out")
+    elif loss and role is not None and role != "assistant":
+        problems.add(where, f"'loss': true on a {role} message", "only assistant turns bear loss: remove the key")
+
+
+def _check_supervision(place: str, messages: tuple[Message, ...], problems: ProblemList) -> None:
+    if not any(message.role == "assistant" for message in messages):
+        problems.add(place, "no assistant turn: there is nothing to learn", "add the reply, or remove the row")
+    elif not any(message.supervised for message in messages):
+        problems.add(place, "every assistant turn says 'loss': false", "leave one of them in, or remove the row")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    kind = kinds.get(type(value), type(value).__name__)
+    text = repr(value)
+    return f"{kind}: {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,252 @@
+"""Data files → the encoded, memory-mapped, cached data set.
+
+Rows stream in chunks from the files through worker processes into a cache folder (`cache.py`), in order. A second run
+with the same files, tokenizer, template, stop tokens and budgets opens that folder and encodes nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from glm_edge_ft.data import cache
+from glm_edge_ft.data.conversation import parse_conversation
+from glm_edge_ft.data.encoding import ConversationEncoder
+from glm_edge_ft.data.prompts import PromptSample, encode_prompts
+from glm_edge_ft.data.report import DataReport, build_report
+from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, file_problem, iter_rows, limit_problems
+from glm_edge_ft.data.workers import EncodedChunk, chunks_of, clamp_processes, encode_in_order
+from glm_edge_ft.errors import Problem, UserError
+
+FORMAT_VERSION = 1  # raise it whenever a change of this package changes ids, masks or records
+_PLACES_SHOWN = 5
+
+
+class EncodedDataset:
+    """A map-style data set over a cache folder; small to pickle, each process opens the files for itself."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a whole cache folder. Raises FileNotFoundError if it is not there or not whole."""
+        meta = cache.read_meta(folder)
+        if meta is None:
+            raise FileNotFoundError(f"no encoded data in {folder}")
+        self.folder = folder
+        self.meta = meta
+        self._open()
+
+    def _open(self) -> None:
+        self._ids = cache.open_array(self.folder / cache.IDS_FILE, np.int32)
+        self._mask = cache.open_array(self.folder / cache.MASK_FILE, np.bool_)
+        self.rows_info: NDArray[Any] = cache.open_array(self.folder / cache.ROWS_FILE, cache.ROW_RECORD)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "meta": self.meta}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self.rows_info)
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
+        """Return `input_ids` and `labels` of a row, (length,) int64; labels are -100 where nothing is supervised."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        record = self.rows_info[index]
+        place = slice(int(record["start"]), int(record["start"]) + int(record["length"]))
+        input_ids = self._ids[place].astype(np.int64)
+        return {"input_ids": input_ids, "labels": np.where(self._mask[place], input_ids, -100)}
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return what `dataset[index]` returns, with `file` and `line`."""
+        record = self.rows_info[index]
+        return {"file": self.meta["files"][int(record["file"])], "line": int(record["line"]), **self[index]}
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """(rows,) tokens of each row, for batches by length."""
+        return np.array(self.rows_info["length"])
+
+    @property
+    def report(self) -> DataReport:
+        """What the data holds, in numbers."""
+        return build_report(
+            self.rows_info,
+            **{
+                key: self.meta[key]
+                for key in ("dropped_rows", "dropped", "control_text_rows", "control_text", "notices")
+            },
+        )
+
+
+def build_dataset(
+    paths: Sequence[Path],
+    encoder: ConversationEncoder,
+    num_proc: int = 1,
+    cache_dir: Path | None = None,
+    progress: bool = True,
+) -> tuple[EncodedDataset, list[str]]:
+    """Encode data files, or open what an earlier run encoded, and return it with notices for the user.
+
+    Args:
+        paths: `.jsonl`, `.json` or `.parquet` files, used one after another.
+        encoder: encodes a conversation.
+        num_proc: most processes to encode with.
+        cache_dir: where encoded data is kept; `cache.default_cache_dir()` by default.
+        progress: whether a bar on stderr shows how far it is.
+
+    Raises:
+        UserError: rows that cannot be read or are no conversations, up to 20 of each file; or no row is left.
+    """
+    names = cache.display_names(paths)
+    _check_readable(paths, names)
+    folder = (cache_dir or cache.default_cache_dir()) / dataset_key(paths, names, encoder)
+    notices: list[str] = []
+    if cache.read_meta(folder) is not None:
+        return EncodedDataset(folder), [f"{', '.join(names)}: encoded data taken from {folder}"]
+    processes, notice = clamp_processes(num_proc, cache.total_size(paths))
+    notices += [notice] if notice else []
+    with cache.CacheWriter(folder) as writer:
+        findings = _Findings(names)
+        _encode_files(paths, findings, encoder, processes, writer, progress=progress)
+        findings.raise_if_unusable(writer.rows)
+        writer.finish(findings.to_meta())
+    return EncodedDataset(folder), notices
+
+
+def load_prompts(paths: Sequence[Path], encoder: ConversationEncoder, limit: int | None = None) -> list[PromptSample]:
+    """Return the evaluation samples of data files: one for each supervised assistant turn.
+
+    Raises:
+        UserError: rows that cannot be read or are no conversations, up to 20 of each file.
+    """
+    samples: list[PromptSample] = []
+    problems: list[Problem] = []
+    for path, name in zip(paths, cache.display_names(paths), strict=True):
+        bad: list[Problem] = []
+        for row in iter_rows(path, name):
+            try:
+                if isinstance(row, Problem):
+                    raise UserError([row])
+                conversation = parse_conversation(row, encoder.reply_format.rendered_roles)
+                samples += encode_prompts(encoder, conversation)
+            except UserError as error:
+                bad += error.problems
+            if limit is not None and len(samples) >= limit:
+                break
+        problems += limit_problems(bad, name)
+    if problems:
+        raise UserError(problems)
+    return samples[:limit]
+
+
+def dataset_key(paths: Sequence[Path], names: Sequence[str], encoder: ConversationEncoder) -> str:
+    """Return the cache key: it changes with everything that changes the ids, the masks or the names in the report."""
+    import jinja2
+    import tokenizers
+    import transformers
+
+    template = encoder.template
+    sources = [template.source, template.source_with_tools]
+    return cache.cache_key(
+        {
+            "format": FORMAT_VERSION,
+            "kind": "chat",
+            "versions": [transformers.__version__, tokenizers.__version__, jinja2.__version__, np.__version__],
+            "files": [[name, cache.content_hash(path)] for name, path in zip(names, paths, strict=True)],
+            "suffixes": [path.suffix.lower() for path in paths],
+            "tokenizer": encoder.tokenizer.backend.to_str(),
+            "control_as_text": encoder.tokenizer.backend.encode_special_tokens,
+            "template": sources,
+            "special_tokens": template.special_tokens,
+            "date": str(datetime.date.today()) if any("strftime" in source for source in sources) else None,
+            "stop_ids": sorted(encoder.reply_format.stop_ids),
+            "stop_id": encoder.reply_format.stop_id,
+            "budgets": [encoder.budgets.max_input_length, encoder.budgets.max_output_length],
+        }
+    )
+
+
+def _check_readable(paths: Sequence[Path], names: Sequence[str]) -> None:
+    found = [file_problem(path, name) for path, name in zip(paths, names, strict=True)]
+    problems = [problem for problem in found if problem is not None]
+    if problems:
+        raise UserError(problems)
+
+
+@dataclass
+class _Findings:
+    """What is noted about all rows while they are encoded; bounded, however many rows are bad."""
+
+    names: Sequence[str]
+    problems: list[Problem] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    dropped: list[str] = field(default_factory=list)
+    control_text: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, file: int, chunk: EncodedChunk) -> None:
+        """Take over what was noted in a chunk of a file."""
+        name = self.names[file]
+        room = max(0, MAXIMUM_PROBLEMS_SHOWN - self.counts[f"problems of {name}"])
+        self.problems += chunk.problems[:room]
+        self.counts[f"problems of {name}"] += len(chunk.problems)
+        self.dropped += chunk.dropped[: MAXIMUM_PROBLEMS_SHOWN - len(self.dropped)]
+        self.control_text += chunk.control_text[: _PLACES_SHOWN - len(self.control_text)]
+        self.counts["dropped"] += len(chunk.dropped)
+        self.counts["control_text"] += len(chunk.control_text)
+        self.notes.update(chunk.notes)
+
+    def raise_if_unusable(self, rows: int) -> None:
+        """Raise UserError where rows are wrong, or where none of them is left."""
+        problems = list(self.problems)
+        for name in self.names:
+            more = self.counts[f"problems of {name}"] - MAXIMUM_PROBLEMS_SHOWN
+            if more > 0:
+                problems.append(Problem(name, f"... and {more} more"))
+        if not problems and rows == 0:
+            what = f"all {self.counts['dropped']} rows are dropped: none leaves anything to learn within the budgets"
+            fix = "raise max_input_length or max_output_length"
+            problems.append(Problem(", ".join(self.names), what, fix))
+            problems += [Problem(*place.split(": ", 1)) for place in self.dropped]
+        if problems:
+            raise UserError(problems)
+
+    def to_meta(self) -> dict[str, Any]:
+        """Return what is stored beside the rows."""
+        return {
+            "files": list(self.names),
+            "dropped_rows": self.counts["dropped"],
+            "dropped": self.dropped,
+            "control_text_rows": self.counts["control_text"],
+            "control_text": self.control_text,
+            "notices": [f"{text} ({count} rows)" for text, count in sorted(self.notes.items())],
+        }
+
+
+def _encode_files(
+    paths: Sequence[Path],
+    findings: _Findings,
+    encoder: ConversationEncoder,
+    processes: int,
+    writer: cache.CacheWriter,
+    *,
+    progress: bool,
+) -> None:
+    names = findings.names
+    jobs = ((file, chunk) for file, path in enumerate(paths) for chunk in chunks_of(iter_rows(path, names[file])))
+    with tqdm(desc=f"encoding {', '.join(names)}", unit=" rows", mininterval=0.5, disable=not progress) as bar:
+        for file, chunk in encode_in_order(jobs, encoder, processes):
+            findings.add(file, chunk)
+            chunk.records["file"] = file
+            writer.append(chunk.ids, chunk.mask, chunk.records)
+            bar.update(chunk.rows)

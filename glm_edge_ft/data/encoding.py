@@ -1,0 +1,287 @@
+r"""Conversation → token ids and loss mask, by the checkpoint's own chat template, whole conversation at once.
+
+The text of the whole conversation is rendered and tokenized once. For each assistant turn two more renderings say where
+it begins (the messages before it, with the generation prompt) and where it ends (the messages up to it); both must be
+prefixes of the whole. A token is supervised if it covers a character of a supervised reply or is the stop token that
+ends it. Places are found by character offsets alone, so text that looks like a control token moves nothing.
+
+    <|user|> ⏎ Hi <|assistant|> ⏎ Hello <|user|> ⏎ Bye <|assistant|> ⏎ See you <|user|>
+                                ^^^^^^^^^^^^^^^^                     ^^^^^^^^^^^^^^^^^^    supervised
+
+(The last `<|user|>` is appended: the template renders nothing there, but the model must learn to stop.) A token that
+covers both the end of the generation prompt and the beginning of the reply is supervised, unless it is a special token.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from glm_edge_ft.data.budget import Budgets, ReplySpan, RowPlan, TooLong, plan_row, shorten_prompt
+from glm_edge_ft.data.conversation import Conversation
+from glm_edge_ft.data.template import (
+    NOT_PREFIX_FIX,
+    ChatTemplate,
+    OffsetTokenizer,
+    ReplyFormat,
+    TemplateRefusal,
+    difference,
+    probe_reply_format,
+)
+from glm_edge_ft.errors import Problem, UserError
+
+
+@dataclass(frozen=True)
+class RoleTokens:
+    """How many tokens of a row are text of each role; `template` is everything that the template wrote itself."""
+
+    system: int
+    user: int
+    assistant: int
+    other: int
+    template: int
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One conversation as the model gets it.
+
+    Attributes:
+        input_ids: (length,) int32.
+        loss_mask: (length,) bool, True where the token bears loss.
+        file: name of the data file.
+        line: 1-based line in it.
+        prompt_tokens_cut: tokens taken from the end of the user's text because the first prompt was too long.
+        reply_tokens_cut: tokens taken from the end of a reply that was too long.
+        tail_tokens_cut: tokens of whole turns left out at the end.
+        roles: tokens by role.
+        has_control_text: whether a message holds text that the tokenizer turns into a control token.
+    """
+
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    file: str
+    line: int
+    prompt_tokens_cut: int
+    reply_tokens_cut: int
+    tail_tokens_cut: int
+    roles: RoleTokens
+    has_control_text: bool
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens that bear loss."""
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A row that is left out, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Located:
+    """A tokenized conversation with its replies located in it."""
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
+    text: str
+    replies: list[ReplySpan]
+
+
+class ConversationEncoder:
+    """Encodes conversations for one tokenizer, one set of stop tokens and one pair of budgets."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: frozenset[int],
+        max_input_length: int,
+        max_output_length: int,
+    ) -> None:
+        """Probe the template.
+
+        Args:
+            tokenizer: a fast tokenizer with a chat template.
+            stop_ids: the checkpoint's stop tokens (generation_config's and config's eos_token_id).
+            max_input_length: most tokens of a prompt.
+            max_output_length: most tokens of a reply, its stop token included.
+
+        Raises:
+            UserError: the tokenizer or its template cannot be used.
+        """
+        self.template = ChatTemplate(tokenizer)
+        self.tokenizer = OffsetTokenizer(tokenizer)
+        eos = tokenizer.eos_token_id
+        self.reply_format: ReplyFormat = probe_reply_format(self.template, self.tokenizer, stop_ids, eos)
+        self.budgets = Budgets(max_input_length, max_output_length)
+        self._control_text = re.compile("|".join(map(re.escape, self.tokenizer.special_texts)) or "(?!)")
+
+    def encode(self, conversation: Conversation) -> EncodedRow | DroppedRow:
+        """Encode one conversation. Raises UserError if the template cannot render it, or not consistently."""
+        result = self.encode_batch([conversation])[0]
+        if isinstance(result, Problem):
+            raise UserError([result])
+        return result
+
+    def encode_batch(self, conversations: Sequence[Conversation]) -> list[EncodedRow | DroppedRow | Problem]:
+        """Encode conversations; in the place of one that the template cannot render stands the problem."""
+        texts: list[str] = []
+        refusals: dict[int, Problem] = {}
+        for index, conversation in enumerate(conversations):
+            try:
+                texts.append(self._render(conversation))
+            except TemplateRefusal as refusal:
+                refusals[index] = _refused(conversation, refusal)
+                texts.append("")
+        encodings = self.tokenizer.encode_batch(texts)
+        results: list[EncodedRow | DroppedRow | Problem] = []
+        for index, (conversation, text, encoding) in enumerate(zip(conversations, texts, encodings, strict=True)):
+            results.append(refusals.get(index) or self._encode_rendered(conversation, text, encoding))
+        return results
+
+    def _render(self, conversation: Conversation, count: int | None = None, add_generation_prompt: bool = False) -> str:
+        fields = [message.fields for message in conversation.messages[:count]]
+        return self.template.render(fields, conversation.tools, add_generation_prompt)
+
+    def _encode_rendered(
+        self, conversation: Conversation, text: str, encoding: Encoding
+    ) -> EncodedRow | DroppedRow | Problem:
+        try:
+            located = self._locate(conversation, text, encoding)
+            prompt_cut = 0
+            plan = plan_row(located.replies, len(located.ids), self.budgets)
+            if isinstance(plan, TooLong):
+                shorter = shorten_prompt(conversation, plan, self.budgets, self.prompt_length, self.tokenizer.encode)
+                if isinstance(shorter, str):
+                    return DroppedRow(conversation.file, conversation.line, shorter)
+                conversation = shorter
+                text = self._render(conversation)
+                located = self._locate(conversation, text, self.tokenizer.encode(text))
+                prompt_cut = plan.prompt_length
+                plan = plan_row(located.replies, len(located.ids), self.budgets)
+                if isinstance(plan, TooLong):
+                    return DroppedRow(conversation.file, conversation.line, plan.reason(self.budgets))
+                prompt_cut -= plan.supervised[0][0]
+        except TemplateRefusal as refusal:
+            return _refused(conversation, refusal)
+        except UserError as error:
+            return error.problems[0]
+        row = self._row(conversation, located, plan, prompt_cut)
+        if not row.supervised:
+            return DroppedRow(row.file, row.line, "no token is left to learn: the replies are empty")
+        return row
+
+    def render_prompt(self, conversation: Conversation, index: int) -> str:
+        """Return the text before the reply at `index`, generation prompt included. Raises TemplateRefusal."""
+        return self._render(conversation, index, add_generation_prompt=True)
+
+    def prompt_length(self, conversation: Conversation, index: int) -> int:
+        """Return how many tokens the prompt of the reply at `index` takes. Raises TemplateRefusal."""
+        return len(self.tokenizer.encode(self.render_prompt(conversation, index)).ids)
+
+    def _locate(self, conversation: Conversation, text: str, encoding: Encoding) -> _Located:
+        ids = encoding.ids
+        offsets = encoding.offsets
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        replies: list[ReplySpan] = []
+        last = len(conversation.messages) - 1
+        for index, message in enumerate(conversation.messages):
+            if message.role != "assistant":
+                continue
+            begin, stop = self._reply_characters(conversation, index, text)
+            first = bisect_right(ends, begin)
+            if first < len(ids) and starts[first] < begin and ids[first] in self.tokenizer.special_ids:
+                first += 1
+            end = max(first, bisect_left(starts, stop))
+            if not self.reply_format.closing_stops:
+                if index == last:
+                    ids = [*ids, self.reply_format.stop_id]
+                    end += 1
+                elif (
+                    end < len(ids) and ids[end] in self.reply_format.stop_ids and self._has_header(conversation, index)
+                ):
+                    end += 1
+            replies.append(ReplySpan(index, first, end, message.supervised))
+            if message.supervised and first > self.budgets.max_input_length:
+                break  # this turn and all later ones will not be kept
+        return _Located(ids, starts, ends, text, replies)
+
+    def _has_header(self, conversation: Conversation, index: int) -> bool:
+        # Without a text of its own before the next content, a stop token there would be the user's.
+        return self.reply_format.headers.get(conversation.messages[index + 1].role) != ""
+
+    def _reply_characters(self, conversation: Conversation, index: int, text: str) -> tuple[int, int]:
+        # Where the reply's supervised characters begin and end in `text`.
+        prompt = self.render_prompt(conversation, index)
+        is_last = index == len(conversation.messages) - 1
+        upto = text if is_last else self._render(conversation, index + 1)
+        for part, what in ((prompt, "prompt"), (upto, "rendering")):
+            if not text.startswith(part):
+                raise UserError.single(
+                    conversation.place,
+                    f"the chat template is not prefix-consistent here (the {what} of messages[{index}]): "
+                    f"{difference(part, text)}",
+                    NOT_PREFIX_FIX,
+                )
+        closing = self.reply_format.closing
+        content_end = len(upto) - len(closing)
+        if content_end < len(prompt) or not upto.endswith(closing):
+            raise UserError.single(
+                conversation.place,
+                f"the chat template closes messages[{index}] with {upto[len(prompt) :][-40:]!r}, not with {closing!r}",
+                NOT_PREFIX_FIX,
+            )
+        return len(prompt), content_end + self.reply_format.closing_supervised
+
+    def _row(self, conversation: Conversation, located: _Located, plan: RowPlan, prompt_cut: int) -> EncodedRow:
+        input_ids = np.array(located.ids[: plan.end], dtype=np.int32)
+        loss_mask = np.zeros(plan.end, dtype=np.bool_)
+        for start, end in plan.supervised:
+            loss_mask[start:end] = True
+        return EncodedRow(
+            input_ids=input_ids,
+            loss_mask=loss_mask,
+            file=conversation.file,
+            line=conversation.line,
+            prompt_tokens_cut=prompt_cut,
+            reply_tokens_cut=plan.reply_tokens_cut,
+            tail_tokens_cut=plan.tail_tokens_cut,
+            roles=_role_tokens(conversation, located, plan.end),
+            has_control_text=any(self._control_text.search(message.text) for message in conversation.messages),
+        )
+
+
+def _refused(conversation: Conversation, refusal: TemplateRefusal) -> Problem:
+    return Problem(conversation.place, f"the chat template refuses this conversation: {refusal}")
+
+
+def _role_tokens(conversation: Conversation, located: _Located, length: int) -> RoleTokens:
+    # The contents stand in the text in order. One that the template changed, more than stripped, is not counted.
+    counts = dict.fromkeys(("system", "user", "assistant", "other"), 0)
+    position = 0
+    for message in conversation.messages:
+        content = message.text
+        start = located.text.find(content, position)
+        if start < 0:
+            content = content.strip()
+            start = located.text.find(content, position)
+            if start < 0:
+                continue
+        position = start + len(content)
+        first = bisect_right(located.ends, start)
+        end = min(bisect_left(located.starts, position), length)
+        counts[message.role if message.role in counts else "other"] += max(0, end - first)
+    return RoleTokens(**counts, template=length - sum(counts.values()))

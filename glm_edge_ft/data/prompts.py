@@ -1,0 +1,119 @@
+"""Evaluation: a prompt and a reference for each assistant turn, and a generated reply back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from glm_edge_ft.data.budget import Budgets, TooLong, shorten_prompt
+from glm_edge_ft.data.conversation import Conversation
+from glm_edge_ft.data.encoding import ConversationEncoder
+from glm_edge_ft.data.template import TemplateRefusal
+from glm_edge_ft.errors import UserError
+
+
+@dataclass(frozen=True)
+class PromptSample:
+    """What is generated from, and what it is compared with.
+
+    Attributes:
+        prompt_ids: (length,) int32; the true history up to the generation prompt, nothing of the reference.
+        prompt: the text that the ids stand for.
+        reference: the content of the assistant turn as written in the file.
+        file: name of the data file.
+        line: 1-based line in it.
+        turn: index of the assistant turn among the conversation's messages.
+        prompt_tokens_cut: tokens that the history lost to fit `max_input_length`.
+    """
+
+    prompt_ids: NDArray[np.int32]
+    prompt: str
+    reference: str
+    file: str
+    line: int
+    turn: int
+    prompt_tokens_cut: int
+
+
+def encode_prompts(encoder: ConversationEncoder, conversation: Conversation) -> list[PromptSample]:
+    """Return one sample for each supervised assistant turn of a conversation.
+
+    A history longer than `max_input_length` loses its oldest turns first (system messages stay, a turn begins with a
+    user message), then the end of the last user text, as in training; so the ids are always what the template renders
+    for some conversation. Where even that does not fit, the newest `max_input_length` tokens are kept: a sample is
+    never left out.
+
+    Raises:
+        UserError: the template cannot render the history.
+    """
+    return [
+        _sample(encoder, conversation, index)
+        for index, message in enumerate(conversation.messages)
+        if message.supervised
+    ]
+
+
+def _sample(encoder: ConversationEncoder, conversation: Conversation, turn: int) -> PromptSample:
+    budgets = encoder.budgets
+    try:
+        full = _encode(encoder, conversation, turn)
+        kept, index, ids = conversation, turn, full
+        while len(ids) > budgets.max_input_length and (drop := _oldest_turn(kept, index)) is not None:
+            messages = tuple(message for position, message in enumerate(kept.messages) if position not in drop)
+            kept, index = replace(kept, messages=messages), index - len(drop)
+            ids = _encode(encoder, kept, index)
+        if len(ids) > budgets.max_input_length:
+            kept, ids = _shortened(encoder, kept, index, ids, budgets)
+        prompt = encoder.render_prompt(kept, index)
+    except TemplateRefusal as refusal:
+        raise UserError.single(conversation.place, f"the chat template refuses the history: {refusal}") from None
+    return PromptSample(
+        prompt_ids=np.array(ids, dtype=np.int32),
+        prompt=prompt,
+        reference=conversation.messages[turn].text,
+        file=conversation.file,
+        line=conversation.line,
+        turn=turn,
+        prompt_tokens_cut=max(0, len(full) - len(ids)),
+    )
+
+
+def _encode(encoder: ConversationEncoder, conversation: Conversation, turn: int) -> list[int]:
+    return encoder.tokenizer.encode(encoder.render_prompt(conversation, turn)).ids
+
+
+def _oldest_turn(conversation: Conversation, index: int) -> range | None:
+    # From the first message that is not a system message to the next user message; None if that is the last turn.
+    roles = [message.role for message in conversation.messages[:index]]
+    first = next((position for position, role in enumerate(roles) if role != "system"), len(roles))
+    later = next((position for position in range(first + 1, len(roles)) if roles[position] == "user"), None)
+    return None if later is None else range(first, later)
+
+
+def _shortened(
+    encoder: ConversationEncoder, conversation: Conversation, index: int, ids: list[int], budgets: Budgets
+) -> tuple[Conversation, list[int]]:
+    too_long = TooLong(index, len(ids))
+    shorter = shorten_prompt(conversation, too_long, budgets, encoder.prompt_length, encoder.tokenizer.encode)
+    if isinstance(shorter, str):
+        return conversation, ids[-budgets.max_input_length :]
+    return shorter, _encode(encoder, shorter, index)
+
+
+def clean_prediction(encoder: ConversationEncoder, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of a generated reply: up to the first stop token, as the reference would be written.
+
+    Args:
+        encoder: knows the stop tokens and what the template writes around a reply.
+        tokenizer: decodes.
+        ids: (length,) the generated ids, without the prompt.
+    """
+    reply_format = encoder.reply_format
+    end = next((position for position, token in enumerate(ids) if int(token) in reply_format.stop_ids), len(ids))
+    text = str(tokenizer.decode([int(token) for token in ids[:end]], skip_special_tokens=True))
+    text = text.removeprefix(reply_format.prefix)
+    return text if reply_format.closing_stops else text.removesuffix(reply_format.closing)

@@ -1,0 +1,153 @@
+"""Rows to encoded chunks, in worker processes or in this one, in the order of the files."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_edge_ft.data.cache import ROW_RECORD
+from glm_edge_ft.data.conversation import Conversation, parse_conversation
+from glm_edge_ft.data.encoding import ConversationEncoder, DroppedRow, EncodedRow
+from glm_edge_ft.data.rows import RawRow
+from glm_edge_ft.errors import Problem, UserError
+
+CHUNK_ROWS = 256
+BYTES_PER_PROCESS = 1 << 20  # a process takes about two seconds to start, in which one core encodes this much
+
+
+@dataclass
+class EncodedChunk:
+    """Encoded rows on their way from a worker process, and what was noted about them.
+
+    Attributes:
+        rows: how many rows went in.
+        ids: (tokens,) ids of all encoded rows.
+        mask: (tokens,) their loss masks.
+        records: (encoded rows,) of `ROW_RECORD`; `start` and `file` are not filled in yet.
+        problems: rows that are wrong.
+        dropped: rows left out, `file:line: reason`.
+        control_text: rows whose text holds control tokens, `file:line`.
+        notes: remarks, and how many rows each concerns.
+    """
+
+    rows: int
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    records: NDArray[Any]
+    problems: list[Problem] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    control_text: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+def clamp_processes(num_proc: int, size: int) -> tuple[int, str | None]:
+    """Return how many processes are worth starting for `size` bytes of data, and a notice where `num_proc` is more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = max(1, min(num_proc, cores, size // BYTES_PER_PROCESS))
+    if processes >= num_proc:
+        return num_proc, None
+    return processes, f"num_proc {num_proc} -> {processes}: {size / 1e6:.1f} MB of data, {cores} cores"
+
+
+def chunks_of(rows: Iterator[RawRow | Problem]) -> Iterator[list[RawRow | Problem]]:
+    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+        yield chunk
+
+
+_worker_encoder: ConversationEncoder | None = None  # one a process, set when it starts
+
+
+def _start_worker(encoder: ConversationEncoder) -> None:
+    global _worker_encoder  # noqa: PLW0603  # a pool's initializer has no other place to leave its result
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_encoder = encoder
+
+
+def _work(rows: list[RawRow | Problem]) -> EncodedChunk:
+    assert _worker_encoder is not None
+    return encode_chunk(rows, _worker_encoder)
+
+
+def encode_in_order(
+    jobs: Iterator[tuple[int, list[RawRow | Problem]]], encoder: ConversationEncoder, processes: int
+) -> Iterator[tuple[int, EncodedChunk]]:
+    if processes == 1:
+        for file, rows in jobs:
+            yield file, encode_chunk(rows, encoder)
+        return
+    # Spawned, not forked: the tokenizer's threads and a process group do not survive a fork.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
+    waiting: deque[tuple[int, Future[EncodedChunk]]] = deque()
+    try:
+        for file, rows in jobs:
+            waiting.append((file, pool.submit(_work, rows)))
+            if len(waiting) > 3 * processes:  # keeps the files from being read faster than they are encoded
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError("an encoding process ended by itself (out of memory?); try a smaller num_proc") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encode_chunk(rows: Sequence[RawRow | Problem], encoder: ConversationEncoder) -> EncodedChunk:
+    """Check and encode rows; what is wrong with one of them is noted, and the others go on."""
+    problems: list[Problem] = []
+    conversations: list[Conversation] = []
+    for row in rows:
+        if isinstance(row, Problem):
+            problems.append(row)
+            continue
+        try:
+            conversations.append(parse_conversation(row, encoder.reply_format.rendered_roles))
+        except UserError as error:
+            problems += error.problems
+    results = encoder.encode_batch(conversations)
+    encoded = [result for result in results if isinstance(result, EncodedRow)]
+    return EncodedChunk(
+        rows=len(rows),
+        ids=_joined([row.input_ids for row in encoded], np.int32),
+        mask=_joined([row.loss_mask for row in encoded], np.bool_),
+        records=np.array([_record(row) for row in encoded], dtype=ROW_RECORD),
+        problems=problems + [result for result in results if isinstance(result, Problem)],
+        dropped=[f"{row.file}:{row.line}: {row.reason}" for row in results if isinstance(row, DroppedRow)],
+        control_text=[f"{row.file}:{row.line}" for row in encoded if row.has_control_text],
+        notes=_notes(conversations, encoder),
+    )
+
+
+def _joined(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)
+
+
+def _record(row: EncodedRow) -> tuple[int, ...]:
+    roles = row.roles
+    cuts = (row.prompt_tokens_cut, row.reply_tokens_cut, row.tail_tokens_cut)
+    by_role = (roles.system, roles.user, roles.assistant, roles.other, roles.template)
+    return (0, row.line, 0, len(row.input_ids), row.supervised, *cuts, *by_role)
+
+
+def _notes(conversations: Iterable[Conversation], encoder: ConversationEncoder) -> Counter[str]:
+    notes: Counter[str] = Counter()
+    for conversation in conversations:
+        for key in conversation.ignored_keys:
+            notes[f"key {key!r} has no meaning here and is ignored"] += 1
+        if conversation.tools is not None and not encoder.reply_format.renders_tools:
+            notes["the model's chat template ignores 'tools'"] += 1
+        roles = {message.role for message in conversation.messages}
+        for role in roles - encoder.reply_format.rendered_roles:
+            notes[f"the model's chat template leaves {role} messages out"] += 1
+    return notes
