@@ -150,6 +150,8 @@ class _Coercion:
         """Read a number or a switch that was written as a text, such as `"8"`."""
         word = value.strip().lower()
         if (_find(options, "int") or _find(options, "float")) and len(word) < 100 and _NUMBER.fullmatch(word):
+            if not math.isfinite(float(word)):
+                raise Mismatch(path, f"{shown(value)} is not a finite number", f"write {expected(options)}")
             return self._number(float(word), path, options)
         if _find(options, "bool") and word in (*_TRUE, *_FALSE):
             return word in _TRUE
@@ -188,7 +190,9 @@ class _Coercion:
         return self.document.texts.get(path)
 
     def _mismatch(self, value: Any, path: KeyPath, options: tuple[TypeOption, ...], lead: str = "write ") -> Mismatch:
-        seen, wanted = shown(value, self._written(path)), expected(options)
+        written = self._written(path)
+        seen = "an empty value" if value is None and not written else shown(value, written)
+        wanted = expected(options)
         what = f"{seen} is not a value it takes" if _choices(options) else f"{seen} is not {wanted}"
         if isinstance(value, float) and not math.isfinite(value):
             what = f"{seen} is not a finite number"

@@ -34,10 +34,10 @@ for _name, _pattern, _first in (
     ("int", r"[-+]?[0-9]+(?:_[0-9]+)*\Z", "-+0123456789"),
     ("float", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z", "-+.0123456789"),
     ("float", r"(?i:[-+]?\.inf|\.nan)\Z", "-+."),
-    ("null", r"(?i:~|null|)\Z", "~nN\0"),
+    ("null", r"(?i:~|null|)\Z", "~nN"),
     ("merge", r"<<\Z", "<"),
 ):
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), [*_first.replace("\0", ""), ""])
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), [*_first, ""])
 
 
 def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
@@ -103,7 +103,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         raise UserError.single(place, f"not valid YAML: {reason}", _yaml_hint(reason)) from error
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        character = f"U+{ord(error.character):04X}" if isinstance(error.character, str) else repr(error.character)
+        character = f"U+{error.character:04X}" if isinstance(error.character, int) else repr(error.character)
         raise UserError.single(f"{name}:{line}", f"the control character {character} cannot stand in YAML") from error
     except RecursionError as error:
         raise UserError.single(name, f"nested more than {_DEEPEST} levels deep") from error
