@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from glm_edge_ft.errors import UserError
 
 CACHE_VARIABLE = "GLM_EDGE_FT_CACHE"
+ABANDONED_AFTER_SECONDS = 2 * 24 * 3600
 IDS_FILE, MASK_FILE, ROWS_FILE, META_FILE = "input_ids.bin", "loss_mask.bin", "rows.bin", "meta.json"
 ROW_RECORD = np.dtype(
     [
@@ -89,6 +91,7 @@ class CacheWriter:
                 f"encoded data cannot be written here: {error.strerror}",
                 f"set the environment variable {CACHE_VARIABLE} to a folder that can be written",
             ) from None
+        _remove_abandoned(folder)
         self._files: dict[str, BinaryIO] = {
             name: (self.part / name).open("wb") for name in (IDS_FILE, MASK_FILE, ROWS_FILE)
         }
@@ -125,6 +128,16 @@ class CacheWriter:
         except OSError:
             if read_meta(self.folder) is None:
                 raise
+
+
+def _remove_abandoned(folder: Path) -> None:
+    # What a killed run left behind; one that is still being written is younger.
+    for part in folder.parent.glob("*.part-*"):
+        try:
+            if time.time() - part.stat().st_mtime > ABANDONED_AFTER_SECONDS:
+                shutil.rmtree(part, ignore_errors=True)
+        except OSError:
+            continue
 
 
 def open_array(path: Path, dtype: Any) -> NDArray[Any]:

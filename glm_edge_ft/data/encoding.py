@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +107,7 @@ class ConversationEncoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        stop_ids: frozenset[int],
+        stop_ids: Iterable[int],
         max_input_length: int,
         max_output_length: int,
     ) -> None:
@@ -125,7 +125,7 @@ class ConversationEncoder:
         self.template = ChatTemplate(tokenizer)
         self.tokenizer = OffsetTokenizer(tokenizer)
         eos = tokenizer.eos_token_id
-        self.reply_format: ReplyFormat = probe_reply_format(self.template, self.tokenizer, stop_ids, eos)
+        self.reply_format: ReplyFormat = probe_reply_format(self.template, self.tokenizer, frozenset(stop_ids), eos)
         self.budgets = Budgets(max_input_length, max_output_length)
         self._control_text = re.compile("|".join(map(re.escape, self.tokenizer.special_texts)) or "(?!)")
 

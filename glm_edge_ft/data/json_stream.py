@@ -27,8 +27,9 @@ class PlacedValue:
 class _Reader:
     """A window on the text of a file that knows the line and column of each character in it."""
 
-    def __init__(self, handle: BinaryIO) -> None:
+    def __init__(self, handle: BinaryIO, chunk_bytes: int) -> None:
         self.handle = handle
+        self.chunk_bytes = chunk_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text = ""
         self.position = 0
@@ -36,9 +37,9 @@ class _Reader:
         self._line = 1
         self._line_start = 0
 
-    def fill(self, size: int = CHUNK_BYTES) -> None:
+    def fill(self, size: int | None = None) -> None:
         """Read more text behind the window. Raises UnicodeDecodeError."""
-        data = self.handle.read(size)
+        data = self.handle.read(size or self.chunk_bytes)
         self.ended = not data
         self.text += self.decoder.decode(data, final=self.ended)
 
@@ -47,7 +48,7 @@ class _Reader:
         self._line, column = self.place(end)
         self._line_start = end - column + 1
         self.position = end
-        if end > CHUNK_BYTES:
+        if end > self.chunk_bytes:
             self.text = self.text[end:]
             self.position = 0
             self._line_start -= end
@@ -68,7 +69,7 @@ class _Reader:
 
     def decode(self, start: int) -> tuple[Any, int]:
         """Parse the value at `start`, reading on as long as more text may complete it. Raises JsonMistake."""
-        size = CHUNK_BYTES
+        size = self.chunk_bytes
         while True:
             try:
                 value, end = decode_value(self.text, start)
@@ -93,7 +94,9 @@ class _Reader:
             self.fill()
 
 
-def stream_values(handle: BinaryIO, name: str, is_message: Callable[[Any], bool]) -> Iterator[PlacedValue | Problem]:
+def stream_values(
+    handle: BinaryIO, name: str, is_message: Callable[[Any], bool], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[PlacedValue | Problem]:
     """Yield the rows of a JSON document: the elements of its arrays, and the values that stand outside of one.
 
     An array whose first element is a message is one row. After a mistake outside an array, reading goes on at the next
@@ -103,8 +106,9 @@ def stream_values(handle: BinaryIO, name: str, is_message: Callable[[Any], bool]
         handle: the file, at its beginning, UTF-8 with or without BOM.
         name: how messages call the file.
         is_message: tells from the first element of an array whether the array is one conversation.
+        chunk_bytes: how much is read at once.
     """
-    reader = _Reader(handle)
+    reader = _Reader(handle, chunk_bytes)
     try:
         while first := reader.skip_whitespace():
             if first == "[" and _is_array_of_rows(reader, is_message):

@@ -114,6 +114,7 @@ def clean_prediction(encoder: ConversationEncoder, tokenizer: PreTrainedTokenize
     """
     reply_format = encoder.reply_format
     end = next((position for position, token in enumerate(ids) if int(token) in reply_format.stop_ids), len(ids))
-    text = str(tokenizer.decode([int(token) for token in ids[:end]], skip_special_tokens=True))
+    kept = [int(token) for token in ids[:end]]
+    text = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     text = text.removeprefix(reply_format.prefix)
     return text if reply_format.closing_stops else text.removesuffix(reply_format.closing)
