@@ -1,4 +1,4 @@
-"""Scores of generated replies against their references: ROUGE on jieba words, BLEU-4 on characters, exact match.
+"""Scores of generated replies against their references: ROUGE and BLEU-4 on jieba words, exact match.
 
 The numbers are those of rouge-chinese and nltk. Only ROUGE-L is computed here: rouge-chinese fills an n x m table in
 Python (14 s for one pair of 3,000 words); a bit-parallel longest common subsequence gives the same count in a fraction
@@ -11,13 +11,10 @@ nothing here may import torch.
 from __future__ import annotations
 
 import functools
-import logging
 import math
-import multiprocessing
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +25,6 @@ MAX_SCORED_CHARACTERS = 32_000
 """Characters of one side that ROUGE and BLEU look at. jieba's time grows with the square of a run of Chinese characters
 that forms no dictionary word, which a model caught in a loop does write: 32,000 of them take 3 s, 200,000 minutes."""
 
-CHARACTERS_WORTH_A_POOL = 800_000
-"""Characters of all pairs together below which one process (4 us a character) is done as soon as two workers, of which
-each spends 1 to 2 s on starting and on loading jieba's dictionary and nltk before it scores its first pair."""
-
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class PairScores:
@@ -43,7 +34,7 @@ class PairScores:
         rouge_1: F-measure of the distinct words that both sides share.
         rouge_2: F-measure of the distinct pairs of neighbouring words that both sides share.
         rouge_l: F-measure of the longest common subsequence of words.
-        bleu_4: BLEU of character n-grams up to 4, smoothed by the NIST sequence.
+        bleu_4: BLEU of word n-grams up to 4, smoothed by the NIST sequence.
         exact_match: 100 where both sides are the same text, else 0.
         was_cut: a side was longer than `MAX_SCORED_CHARACTERS`; the rest of it counts in `exact_match` alone.
     """
@@ -72,8 +63,9 @@ def score_pair(prediction: str, reference: str) -> PairScores:
 
     Returns:
         The scores, 0 to 100. ROUGE as `rouge_chinese.Rouge().get_scores` on the words that jieba finds, joined by
-        spaces (F-measure); BLEU-4 as `nltk.translate.bleu_score.sentence_bleu([list(reference)], list(prediction))`
-        with `SmoothingFunction().method3`. Texts of any content are scored; nothing is raised and nothing printed.
+        spaces (F-measure); BLEU-4 as `nltk.translate.bleu_score.sentence_bleu([reference], prediction)` on the same
+        words, whitespace left out, with `SmoothingFunction().method3` (the original GLM-4 demo's choice). Texts of
+        any content are scored; nothing is raised and nothing printed.
     """
     prediction, reference = prediction.strip(), reference.strip()
     exact_match = 100.0 if prediction == reference else 0.0
@@ -82,33 +74,9 @@ def score_pair(prediction: str, reference: str) -> PairScores:
     was_cut = max(len(prediction), len(reference)) > MAX_SCORED_CHARACTERS
     # Cutting may leave whitespace at the new end, which the scores below must not see either.
     prediction, reference = (text[:MAX_SCORED_CHARACTERS].rstrip() for text in (prediction, reference))
-    rouge_1, rouge_2, rouge_l = _rouge(_segment(prediction), _segment(reference))
-    return PairScores(rouge_1, rouge_2, rouge_l, _bleu(prediction, reference), exact_match, was_cut)
-
-
-def score_pairs(pairs: Sequence[tuple[str, str]], workers: int) -> list[PairScores]:
-    """Score many pairs, in worker processes where that is faster.
-
-    The workers are started afresh (spawn), not forked: the caller's torch threads may hold locks that a fork would copy
-    in their locked state. Where the system gives no workers, or one of them dies, this process scores the pairs.
-
-    Args:
-        pairs: `(prediction, reference)` of each sample.
-        workers: the most processes to use; 1 or less scores in this process.
-
-    Returns:
-        The scores of each pair, in the order of `pairs`.
-    """
-    characters = sum(len(prediction) + len(reference) for prediction, reference in pairs)
-    workers = min(workers, len(pairs))
-    if workers > 1 and characters >= CHARACTERS_WORTH_A_POOL:
-        try:
-            return _score_in_workers(pairs, workers)
-        except Exception as error:
-            # A worker killed while the next one starts shows as BrokenProcessPool, OSError or ValueError by chance. A
-            # mistake in the scoring itself is raised again below.
-            _log.warning("scoring in one process, which is slower: worker processes failed (%r)", error)
-    return [score_pair(prediction, reference) for prediction, reference in pairs]
+    prediction, reference = _segment(prediction), _segment(reference)
+    rouge_1, rouge_2, rouge_l = _rouge(prediction, reference)
+    return PairScores(rouge_1, rouge_2, rouge_l, _bleu(prediction.split(), reference.split()), exact_match, was_cut)
 
 
 def summarize(scores: Sequence[PairScores]) -> dict[str, float]:
@@ -141,14 +109,6 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     return len(longer) - row.bit_count()
 
 
-def _score_in_workers(pairs: Sequence[tuple[str, str]], workers: int) -> list[PairScores]:
-    """Score the pairs in `workers` fresh processes, which have ended when this returns or raises."""
-    chunk = max(1, min(32, len(pairs) // (4 * workers)))
-    predictions, references = zip(*pairs, strict=True)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(score_pair, predictions, references, chunksize=chunk))
-
-
 def _segment(text: str) -> str:
     """Return the words of `text` as jieba finds them, joined by spaces."""
     return " ".join(_segmenter()(text))
@@ -175,9 +135,9 @@ def _f_measure(precision: float, recall: float) -> float:
     return 2.0 * (precision * recall / (precision + recall + 1e-8))
 
 
-def _bleu(prediction: Iterable[str], reference: Iterable[str]) -> float:
-    """Return smoothed BLEU-4 (0 to 100) of two sequences of characters or words."""
-    return 100 * _sentence_bleu()([list(reference)], list(prediction))
+def _bleu(prediction: list[str], reference: list[str]) -> float:
+    """Return smoothed BLEU-4 (0 to 100) of two sequences of words."""
+    return 100 * _sentence_bleu()([reference], prediction)
 
 
 @functools.cache
