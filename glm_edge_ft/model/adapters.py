@@ -1,0 +1,127 @@
+"""PEFT wrapping: LORA, PREFIX_TUNING, or none (full fine-tuning)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel) -> PeftConfig:
+    """Return the PEFT config for the `peft_config` section of the YAML.
+
+    LORA without `target_modules` gets the attention projections where PEFT knows no default for the model's type (it
+    knows none for `glm`). Raises UserError when PEFT refuses the combination of settings.
+    """
+    from peft import LoraConfig, PrefixTuningConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    arguments = {key: value for key, value in settings.items() if key not in ("peft_type", "task_type")}
+    is_lora = settings["peft_type"] == "LORA"
+    no_target = arguments.get("target_modules") is None and arguments.get("target_parameters") is None
+    if is_lora and no_target and model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        arguments["target_modules"] = list(ATTENTION_PROJECTIONS)
+    try:
+        return (LoraConfig if is_lora else PrefixTuningConfig)(task_type="CAUSAL_LM", **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError.single("peft_config", f"PEFT refuses these settings: {error}") from error
+
+
+def check_adapter(settings: Mapping[str, Any], meta_model: PreTrainedModel) -> int:
+    """Wrap the model's meta twin to see that the adapter fits; return the number of trainable parameters.
+
+    Raises UserError when a named module does not exist in the model (with the names that do), or when PEFT refuses.
+    """
+    from peft import get_peft_model
+
+    if settings["peft_type"] == "LORA":
+        _check_module_names(settings, meta_model)
+    config = build_peft_config(settings, meta_model)
+    try:
+        wrapped = get_peft_model(meta_model, config, low_cpu_mem_usage=True)
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
+    return count_parameters(wrapped)[0]
+
+
+def _check_module_names(settings: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuse names in `target_modules`, `modules_to_save` and `exclude_modules` that match no module."""
+    from glm_edge_ft.errors import Problem
+
+    names = [name for name, _ in model.named_modules() if name]
+    adaptable = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _can_be_adapted(module)})
+    problems = []
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        value = settings.get(key)
+        if not isinstance(value, list | tuple | set):
+            continue  # a pattern or `all-linear`: PEFT itself says when nothing matches
+        missing = [entry for entry in value if not any(name == entry or name.endswith(f".{entry}") for name in names)]
+        problems += [
+            Problem(f"peft_config.{key}", f"the model has no module named {entry!r}", f"it has: {', '.join(adaptable)}")
+            for entry in missing
+        ]
+    if problems:
+        raise UserError(problems)
+
+
+def _can_be_adapted(module: torch.nn.Module) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.Linear | torch.nn.Embedding | torch.nn.Conv2d)
+
+
+def apply_adapter(model: PreTrainedModel, settings: Mapping[str, Any] | None) -> PreTrainedModel | PeftModel:
+    """Return `model` wrapped by PEFT, or as it is, all parameters trainable, when `settings` is None.
+
+    Adapter weights are kept in float32 whatever the base model's format (PEFT's `autocast_adapter_dtype`).
+    """
+    from peft import get_peft_model
+
+    if settings is None:
+        model.requires_grad_(True)
+        return model
+    return get_peft_model(model, build_peft_config(settings, model))
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameter counts."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trainable, sum(parameter.numel() for parameter in model.parameters())
+
+
+def generate(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Generate with a model that may carry an adapter; returns only the new tokens, `(batch, new_length)`.
+
+    `input_ids` and `attention_mask` are `(batch, length)`, left-padded. Options are those of `generate`.
+
+    PREFIX_TUNING does not go through PEFT's own `generate`: PEFT 0.21 hands the prefix over as `past_key_values`,
+    while transformers 5.24 has already made an empty `cache` and lets it win, so the prefix would be ignored in
+    silence. Here the cache is filled with the prefix first, and the sequence gets as many placeholder positions on
+    its left, which generation takes as already seen.
+    """
+    import torch
+
+    length = input_ids.shape[1]
+    peft_config = getattr(model, "active_peft_config", None)
+    if peft_config is None or not peft_config.is_prompt_learning:
+        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return output[:, length:]
+    batch, prefix = input_ids.shape[0], peft_config.num_virtual_tokens
+    seen = input_ids.new_full(
+        (batch, prefix), int(input_ids[0, -1])
+    )  # never embedded: these positions lie in the cache
+    output = model.get_base_model().generate(
+        input_ids=torch.cat([seen, input_ids], dim=1),
+        attention_mask=torch.cat([attention_mask.new_ones(batch, prefix), attention_mask], dim=1),
+        cache=model.get_prompt(batch),
+        **options,
+    )
+    return output[:, prefix + length :]

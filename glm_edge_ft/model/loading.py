@@ -1,0 +1,216 @@
+"""From the MODEL argument to a tokenizer, a config and, last of all, the weights.
+
+`locate_model` needs nothing but the file system and runs before anything heavy is imported. `read_checkpoint` reads
+what is small (config, tokenizer, generation config), so that data and adapter settings can be checked against the
+real model before the weights are touched. `load_weights` reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.nano import EMBEDDED_MODELS, resolve_embedded
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model comes from.
+
+    Attributes:
+        name: the MODEL argument as written.
+        source: a folder, or a hub id when `is_local` is false.
+        is_local: whether `source` is a folder on this machine.
+    """
+
+    name: str
+    source: str
+    is_local: bool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything of a model but its weights.
+
+    Attributes:
+        stop_ids: the token ids on which generation stops, as generation config, config and tokenizer say.
+    """
+
+    location: ModelLocation
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerFast
+    stop_ids: tuple[int, ...]
+
+
+def locate_model(name: str) -> ModelLocation:
+    """Return where MODEL is to be read from, without importing anything heavy.
+
+    An embedded model's name wins over a hub id; an existing folder wins over both. Raises UserError when the argument
+    can only be a path and no folder is there, or when the folder holds no `config.json`.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _check_folder(name, folder)
+    embedded = resolve_embedded(name)
+    if embedded is not None:
+        return _check_folder(name, embedded)
+    known = ", ".join(sorted(EMBEDDED_MODELS))
+    if folder.is_file():
+        raise UserError.single(f"MODEL {name}", "is a file, not a folder", "give the folder that holds config.json")
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != 1:
+        raise UserError.single(
+            f"MODEL {name}",
+            "there is no such folder",
+            f"give a folder, a hub id such as owner/model, or one of: {known}",
+        )
+    return ModelLocation(name=name, source=name, is_local=False)
+
+
+def _check_folder(name: str, folder: Path) -> ModelLocation:
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        what = "holds an adapter, not a model" if adapter else "holds no config.json"
+        fix = (
+            "give the base model here; a run is continued with the RESUME argument"
+            if adapter
+            else "give a model folder"
+        )
+        raise UserError.single(f"MODEL {name}", f"the folder {what}", fix)
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError.single(
+            f"{folder / 'config.json'}", f"cannot be read as JSON: {error}", "download the model again"
+        ) from error
+    return ModelLocation(name=name, source=str(folder), is_local=True)
+
+
+def read_checkpoint(location: ModelLocation) -> Checkpoint:
+    """Read config, tokenizer and stop ids of a model; no weights.
+
+    Raises UserError when the model cannot be found (for a hub id: neither cached nor reachable), has no fast
+    tokenizer or no chat template, is a vision model, or is of a class that transformers does not know.
+    """
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+    where = f"MODEL {location.name}"
+    try:
+        config = AutoConfig.from_pretrained(location.source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(location.source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError.single(where, _why_unreadable(location, error), _what_to_do(location)) from error
+    if getattr(config, "vision_config", None) is not None:
+        raise UserError.single(
+            where, "is a vision model (its config has vision_config); this script trains chat models", ""
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError.single(
+            where,
+            f"its tokenizer ({type(tokenizer).__name__}) is not a fast one",
+            "use a checkpoint with tokenizer.json",
+        )
+    if not tokenizer.chat_template:
+        raise UserError.single(
+            where, "its tokenizer has no chat template", "use a chat model, or add chat_template.jinja"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    stop_ids = _read_stop_ids(location, config, tokenizer)
+    return Checkpoint(location=location, config=config, tokenizer=tokenizer, stop_ids=stop_ids)
+
+
+def _why_unreadable(location: ModelLocation, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if location.is_local:
+        return f"cannot be read: {first_line}"
+    return f"is neither a folder, nor cached on this machine, nor reachable on the hub ({first_line})"
+
+
+def _what_to_do(location: ModelLocation) -> str:
+    if location.is_local:
+        return "the folder needs config.json, tokenizer.json and the weights as *.safetensors"
+    return "download the model where there is a network and give its folder as MODEL"
+
+
+def _read_stop_ids(
+    location: ModelLocation, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[int, ...]:
+    from transformers import GenerationConfig
+
+    try:
+        generation_eos = GenerationConfig.from_pretrained(location.source).eos_token_id
+    except OSError:  # the file is optional
+        generation_eos = None
+    ids: set[int] = set()
+    for value in (generation_eos, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
+        if isinstance(value, int):
+            ids.add(value)
+        elif value is not None:
+            ids.update(value)
+    return tuple(sorted(ids))
+
+
+def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model's structure with every weight on the meta device: real names and shapes, no memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(checkpoint.config)
+    except ValueError as error:
+        raise UserError.single(
+            f"MODEL {checkpoint.location.name}", f"is not a causal language model that transformers knows: {error}", ""
+        ) from error
+
+
+def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the weights in `dtype`, with the stop ids written into the generation config.
+
+    Weights are read from safetensors only. A checkpoint in which weights of the model are missing is refused, since
+    transformers would fill them with random numbers. Raises UserError for both.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where = f"MODEL {checkpoint.location.name}"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.location.source,
+            config=checkpoint.config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError.single(
+            where, f"its weights cannot be read: {_first_line(error)}", "download the model again"
+        ) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise UserError.single(
+            where, f"{len(missing)} weights are missing from its files: {shown}", "download the model again"
+        )
+    carry_stop_ids(model, checkpoint)
+    return model
+
+
+def carry_stop_ids(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Write stop ids and pad id into the model's generation config, so that every saved folder stops by itself."""
+    generation_config: Any = model.generation_config
+    generation_config.eos_token_id = list(checkpoint.stop_ids)
+    generation_config.pad_token_id = checkpoint.tokenizer.pad_token_id
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
