@@ -1,0 +1,259 @@
+"""Checkpoints: which of them are whole, what RESUME means, how one is written.
+
+A checkpoint is whole or invisible: it is written under `.saving/`, closed with a manifest of its files and their
+sizes, and only then renamed to `checkpoint-N`. This module needs the standard library alone, so RESUME is checked
+before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_edge_ft.errors import UserError
+
+MANIFEST = "manifest.json"
+STAGING_FOLDER = ".saving"
+STATE_FILE = "trainer_state.json"
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+_WEIGHT_FILES = (
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """One `checkpoint-N` on disk.
+
+    Attributes:
+        step: N.
+        defect: why it is not whole, or "" when it is.
+    """
+
+    step: int
+    path: Path
+    defect: str
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """What RESUME came to.
+
+    Attributes:
+        path: the checkpoint to continue from, or None for a fresh start.
+        notice: a line for the user, or "".
+    """
+
+    path: Path | None
+    notice: str = ""
+
+
+def find_checkpoints(output_dir: Path) -> list[CheckpointFolder]:
+    """Return the checkpoints in `output_dir`, lowest step first, each with its defect if it has one."""
+    if not output_dir.is_dir():
+        return []
+    found = []
+    for entry in output_dir.iterdir():
+        match = _CHECKPOINT_NAME.fullmatch(entry.name)
+        if match and entry.is_dir():
+            found.append(CheckpointFolder(int(match.group(1)), entry, find_defect(entry)))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def find_defect(folder: Path) -> str:
+    """Return why `folder` cannot be resumed from, or "" when it is whole.
+
+    Against its manifest every file must be there with its size. A folder without one, as other tools write it, must
+    have the state, optimizer, scheduler and weights, none empty.
+    """
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        try:
+            sizes = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"{MANIFEST} cannot be read"
+        names, expected = list(sizes), dict(sizes)
+    else:
+        names, expected = [STATE_FILE], {}
+        if not any(folder.glob("global_step*")):  # DeepSpeed keeps optimizer and scheduler in there
+            names += ["optimizer.pt", "scheduler.pt"]
+        if not any((folder / name).is_file() for name in _WEIGHT_FILES):
+            return "its weights are missing"
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size == 0 and expected.get(name) != 0:
+            return f"{name} is empty"
+        if name in expected and size != expected[name]:
+            return f"{name} has {size} bytes instead of {expected[name]}"
+    for path in sorted(folder.glob("*.safetensors")):
+        if defect := _safetensors_defect(path):
+            return defect
+    return _state_defect(folder / STATE_FILE)
+
+
+def _state_defect(path: Path) -> str:
+    try:
+        step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path.name} cannot be read"
+    return "" if isinstance(step, int) else f"{path.name} has no step"
+
+
+def _safetensors_defect(path: Path) -> str:
+    """Compare the file's size with what its own header announces (format: 8-byte length, JSON header, data)."""
+    try:
+        with path.open("rb") as file:
+            header_size = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(header_size))
+        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError, OverflowError):
+        return f"{path.name} has a broken header"
+    expected = 8 + header_size + end
+    actual = path.stat().st_size
+    return "" if actual == expected else f"{path.name} has {actual} bytes instead of {expected}"
+
+
+def read_step(checkpoint: Path) -> int:
+    """Return the number of optimizer steps that a whole checkpoint has behind it."""
+    return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
+
+
+def resolve_resume(resume: str | None, output_dir: Path) -> ResumePlan:
+    """Turn the RESUME argument into a plan.
+
+    `yes` takes the newest whole checkpoint and says which newer ones were passed over; with none it is a fresh start
+    with a notice. A number takes that checkpoint. `no`, or nothing, is a fresh start. Raises UserError for a number
+    that is not there or not whole, with the list of whole ones, and for any other word.
+    """
+    word = (resume or "").strip().lower()
+    if word in ("", "no", "n", "false"):
+        return ResumePlan(None)
+    checkpoints = find_checkpoints(output_dir)
+    if word in ("yes", "y", "true"):
+        return _newest_whole(checkpoints, output_dir)
+    match = re.fullmatch(r"(?:checkpoint-)?(\d+)", word)
+    if match is None:
+        raise UserError.single(
+            f"RESUME {resume}", "is neither yes, no nor a checkpoint number", "write yes, no or e.g. 600"
+        )
+    wanted = int(match.group(1))
+    for checkpoint in checkpoints:
+        if checkpoint.step == wanted and not checkpoint.defect:
+            return ResumePlan(checkpoint.path, f"continuing from {checkpoint.path}")
+        if checkpoint.step == wanted:
+            raise UserError.single(
+                f"RESUME {resume}", f"{checkpoint.path} is not whole: {checkpoint.defect}", _whole_ones(checkpoints)
+            )
+    raise UserError.single(
+        f"RESUME {resume}", f"there is no checkpoint-{wanted} in {output_dir}", _whole_ones(checkpoints)
+    )
+
+
+def _newest_whole(checkpoints: list[CheckpointFolder], output_dir: Path) -> ResumePlan:
+    passed_over: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        if not checkpoint.defect:
+            skipped = "".join(f"; passed over {name}" for name in passed_over)
+            return ResumePlan(checkpoint.path, f"continuing from {checkpoint.path}{skipped}")
+        passed_over.append(f"{checkpoint.path.name} ({checkpoint.defect})")
+    if passed_over:
+        return ResumePlan(
+            None, f"no checkpoint in {output_dir} is whole ({', '.join(passed_over)}): starting from the beginning"
+        )
+    return ResumePlan(None, f"there is no checkpoint in {output_dir} yet: starting from the beginning")
+
+
+def _whole_ones(checkpoints: list[CheckpointFolder]) -> str:
+    steps = [str(checkpoint.step) for checkpoint in checkpoints if not checkpoint.defect]
+    return (
+        f"whole checkpoints: {', '.join(steps)}"
+        if steps
+        else "there is no whole checkpoint; leave RESUME out to start afresh"
+    )
+
+
+def staging_folder(output_dir: Path) -> Path:
+    """Return the folder under which a checkpoint is written until it is whole."""
+    return output_dir / STAGING_FOLDER
+
+
+def publish(staged: Path, output_dir: Path) -> Path:
+    """Close the checkpoint at `staged` with its manifest and move it to `output_dir`; return its final path.
+
+    A checkpoint of the same step that is already there, from a run that was resumed before it, is replaced.
+    """
+    files = {str(path.relative_to(staged)): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
+    for name in files:
+        _flush_to_disk(staged / name)
+    manifest = staged / MANIFEST
+    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    _flush_to_disk(manifest)
+    final = output_dir / staged.name
+    if final.exists():
+        replaced = staged.parent / f"replaced-{staged.name}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    staged.rename(final)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+    return final
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+RUN_FILES = ("checkpoint-*", STAGING_FOLDER, "predictions", "metrics.jsonl", "loss.png", "run.json")
+"""What a run leaves in its output folder besides the final model."""
+
+FINAL_MODEL_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "README.md",
+)
+EARLIER_FOLDER = "earlier"
+
+
+def set_aside_earlier_run(output_dir: Path) -> Path | None:
+    """Move an earlier run's files into `earlier/N` of its folder, so that a fresh start writes over nothing.
+
+    Returns that folder, or None when no run was there. The final model is moved only where `run.json` shows that it
+    is a run's: another file of the same name in a folder that the user chose is left alone.
+    """
+    has_record = (output_dir / "run.json").is_file()
+    if not has_record and not find_checkpoints(output_dir):
+        return None
+    patterns = RUN_FILES + (FINAL_MODEL_FILES if has_record else ())
+    return _move_aside(output_dir, [path for pattern in patterns for path in output_dir.glob(pattern)])
+
+
+def set_aside(output_dir: Path, resumed_from: Path) -> Path | None:
+    """Move whole checkpoints later than the one resumed from into `earlier/N`: their line is given up."""
+    step = read_step(resumed_from)
+    later = [found.path for found in find_checkpoints(output_dir) if found.step > step and not found.defect]
+    return _move_aside(output_dir, later) if later else None
+
+
+def _move_aside(output_dir: Path, paths: list[Path]) -> Path:
+    number = 1
+    while (output_dir / EARLIER_FOLDER / str(number)).exists():
+        number += 1
+    folder = output_dir / EARLIER_FOLDER / str(number)
+    folder.mkdir(parents=True)
+    for path in paths:
+        path.rename(folder / path.name)
+    return folder

@@ -1,0 +1,223 @@
+"""Evaluation by generation: prompts in, replies, scores and a predictions file out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from glm_edge_ft.training.metrics import PairScores, summarize
+from glm_edge_ft.training.scoring import Pairs, PairScorer
+
+
+class Prompt(Protocol):
+    """One reply to be generated: the true history up to the assistant marker, and what the data says there."""
+
+    @property
+    def prompt_ids(self) -> Any: ...  # a sequence or array of ids
+    @property
+    def reference(self) -> str: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def line(self) -> int: ...
+    @property
+    def turn(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class EvaluationData(Dataset):
+    """Rows for the loss and, made from the same file, prompts for generation.
+
+    Attributes:
+        rows: encoded rows, each a dict of `input_ids` and `labels`.
+        lengths: number of tokens of each row.
+        prompts: one for each assistant turn.
+    """
+
+    rows: Any
+    lengths: Sequence[int]
+    prompts: Sequence[Prompt]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+@dataclass(frozen=True)
+class ReplyTools:
+    """What generation needs from the other rooms.
+
+    Attributes:
+        generate: `(model, input_ids, attention_mask, **options)` → new tokens `(batch, new_length)`.
+        collate: prompt ids → `input_ids` and `attention_mask`, `(batch, length)`, left-padded.
+        clean: new token ids → the reply's text, up to its stop token.
+        decode: token ids → text with its special tokens, for the predictions file.
+        options: passed to `generate`, among them `generation_config`.
+        scoring_processes: worker processes for BLEU and ROUGE.
+        warn: shows one line to the user.
+        show_progress: whether to draw a bar.
+    """
+
+    generate: Callable[..., torch.Tensor]
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    clean: Callable[[Sequence[int]], str]
+    decode: Callable[[Sequence[int]], str]
+    warn: Callable[[str], None]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scoring_processes: int = 1
+    show_progress: bool = True
+
+
+def plan_batches(
+    lengths: Sequence[int], batch_size: int, process_index: int, world_size: int
+) -> tuple[list[list[int]], int]:
+    """Return this rank's batches of indices, longest first, and how many of them count.
+
+    All ranks get the same number of batches, since under sharded weights each forward pass is a collective; the surplus
+    repeats the last batch and is not counted.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -int(lengths[index]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mine = batches[process_index::world_size]
+    rounds = -(-len(batches) // world_size)
+    return mine + [batches[-1]] * (rounds - len(mine)), len(mine)
+
+
+def generate_and_score(
+    *,
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    tools: ReplyTools,
+    batch_size: int,
+    predictions_file: Path,
+    process_index: int,
+    world_size: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Generate a reply to every prompt, score it against its reference and write both to `predictions_file`.
+
+    Replies are written as they come, so that a killed evaluation leaves what it had; at the end the file is replaced
+    by one in the order of the data. Scoring runs in worker processes beside generation. On several ranks each
+    generates its share; rank 0 alone scores and writes.
+
+    Returns:
+        The mean of each metric over all prompts, 0-100; on ranks other than 0 an empty dict.
+    """
+    batches, counted = plan_batches(
+        [len(prompt.prompt_ids) for prompt in prompts], batch_size, process_index, world_size
+    )
+    is_main = process_index == 0
+    replies: dict[int, str] = {}
+    with _PredictionsWriter(predictions_file, prompts, tools) if is_main else _NoWriter() as writer:
+        bar = tqdm(
+            total=len(prompts), desc="replies", unit="reply", disable=not (is_main and tools.show_progress), leave=False
+        )
+        for number, batch in enumerate(batches):
+            inputs = tools.collate([prompts[index].prompt_ids for index in batch])
+            new_tokens = tools.generate(
+                model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), **tools.options
+            )
+            if number < counted:
+                texts = {index: tools.clean(ids) for index, ids in zip(batch, new_tokens.tolist(), strict=True)}
+                replies |= texts
+                writer.add(texts)
+            bar.update(len(batch) * world_size)
+        bar.close()
+        if world_size > 1:
+            gathered = _gather(replies, world_size)
+            writer.add({index: text for index, text in gathered.items() if index not in replies})
+        return writer.finish()
+
+
+def _gather(replies: dict[int, str], world_size: int) -> dict[int, str]:
+    gathered: list[dict[int, str]] = [{} for _ in range(world_size)]
+    torch.distributed.all_gather_object(gathered, replies)
+    return {index: text for part in gathered for index, text in part.items()}
+
+
+class _NoWriter:
+    """What the ranks other than 0 hold."""
+
+    def __enter__(self) -> _NoWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    def add(self, texts: Mapping[int, str]) -> None:
+        """Leave it to rank 0."""
+
+    def finish(self) -> dict[str, float]:
+        """Return no metrics."""
+        return {}
+
+
+class _PredictionsWriter:
+    """Scores replies in worker processes and writes a line for each: as they come, and at the end in order."""
+
+    def __init__(self, path: Path, prompts: Sequence[Prompt], tools: ReplyTools) -> None:
+        self.path, self.prompts, self.tools = path, prompts, tools
+        self.replies: dict[int, str] = {}
+        self.scores: dict[int, PairScores] = {}
+        self.waiting: list[tuple[list[int], Pairs, Future[list[PairScores]]]] = []
+
+    def __enter__(self) -> _PredictionsWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("w", encoding="utf-8")
+        expected_characters = 2 * sum(len(prompt.reference) for prompt in self.prompts)
+        self.scorer = PairScorer(self.tools.scoring_processes, expected_characters, self.tools.warn)
+        self.scorer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.scorer.__exit__(*error)
+        self.file.close()
+
+    def add(self, texts: Mapping[int, str]) -> None:
+        """Hand replies, by the number of their prompt, to the scorer; write those whose scores are there."""
+        if not texts:
+            return
+        self.replies |= texts
+        pairs = [(text, self.prompts[index].reference) for index, text in texts.items()]
+        self.waiting.append((list(texts), pairs, self.scorer.submit(pairs)))
+        while self.waiting and self.waiting[0][-1].done():
+            self._take(*self.waiting.pop(0))
+
+    def finish(self) -> dict[str, float]:
+        """Wait for all scores, put the file into the data's order and return the means."""
+        while self.waiting:
+            self._take(*self.waiting.pop(0))
+        self.file.close()
+        ordered = self.path.with_suffix(".ordered")
+        ordered.write_text("".join(self._line(index) for index in sorted(self.scores)), encoding="utf-8")
+        ordered.replace(self.path)
+        return summarize([self.scores[index] for index in sorted(self.scores)])
+
+    def _take(self, indices: list[int], pairs: Pairs, future: Future[list[PairScores]]) -> None:
+        for index, scores in zip(indices, self.scorer.result(future, pairs), strict=True):
+            self.scores[index] = scores
+            self.file.write(self._line(index))
+        self.file.flush()
+
+    def _line(self, index: int) -> str:
+        prompt = self.prompts[index]
+        record = {
+            "file": str(prompt.file),
+            "line": prompt.line,
+            "turn": prompt.turn,
+            "prompt": self.tools.decode(prompt.prompt_ids),
+            "reference": prompt.reference,
+            "prediction": self.replies[index],
+            **self.scores[index].as_dict(),
+        }
+        return json.dumps(record, ensure_ascii=False) + "\n"

@@ -1,0 +1,158 @@
+"""What a run tells while it goes on: a line a log step, `metrics.jsonl`, and the curve in `loss.png`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from glm_edge_ft.training.curves import read_metrics, write_loss_curve
+from glm_edge_ft.training.metrics import METRIC_NAMES
+
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss.png"
+
+
+class RunLog(TrainerCallback):
+    """Writes `metrics.jsonl` and `loss.png` on rank 0 and shows progress there.
+
+    A resumed run keeps the lines up to its checkpoint and drops what the killed run logged after it, so that each step
+    stands once in the file.
+
+    Args:
+        output_dir: the run's folder.
+        title: heading of the curve.
+        show: whether to print (rank 0, and not under `disable_tqdm` for the bar).
+    """
+
+    def __init__(self, output_dir: Path, title: str, show: bool) -> None:
+        self.metrics_file = output_dir / METRICS_FILE
+        self.curve_file = output_dir / CURVE_FILE
+        self.title = title
+        self.show = show
+        self.bar: Any = None
+        self.start_time = 0.0
+        self.start_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Cut `metrics.jsonl` back to the step that training starts from."""
+        self.start_time, self.start_step = time.monotonic(), state.global_step
+        if not state.is_world_process_zero:
+            return
+        cut_back(self.metrics_file, state.global_step)
+        if self.show and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", leave=False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Append the event to `metrics.jsonl` and print it as one readable line."""
+        if not state.is_world_process_zero or not logs:
+            return
+        record = {"step": state.global_step, **{key: _finite_or_none(value) for key, value in logs.items()}}
+        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        line = self._line(state, logs)
+        if self.show and line:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draw the curve again."""
+        self._draw(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draw the curve again."""
+        self._draw(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the bar and draw the whole curve."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        self._draw(state)
+
+    def _draw(self, state: TrainerState) -> None:
+        if state.is_world_process_zero and self.metrics_file.is_file():
+            write_loss_curve(read_metrics(self.metrics_file), self.curve_file, self.title)
+
+    def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
+        head = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "loss" in logs:
+            parts = [f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.2e}"]
+            parts += [f"grad {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []
+            parts += [f"{logs['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in logs else []
+            return "  ".join([head, *parts, f"left {self._time_left(state)}"])
+        for prefix in ("eval", "test"):
+            if f"{prefix}_loss" in logs:
+                names = [name for name in ("loss", *METRIC_NAMES) if f"{prefix}_{name}" in logs]
+                values = [f"{name} {logs[f'{prefix}_{name}']:.{4 if name == 'loss' else 2}f}" for name in names]
+                return "  ".join([head, f"[{prefix}]", *values])
+        return ""
+
+    def _time_left(self, state: TrainerState) -> str:
+        done = state.global_step - self.start_step
+        if done <= 0:
+            return "?"
+        seconds = int((time.monotonic() - self.start_time) / done * (state.max_steps - state.global_step))
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+def cut_back(metrics_file: Path, step: int) -> None:
+    """Drop the lines of steps after `step`; a start from step 0 begins an empty file."""
+    kept = [line for line in read_metrics(metrics_file) if step > 0 and line.get("step", 0) <= step]
+    if kept or metrics_file.is_file():
+        metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def _finite_or_none(value: Any) -> Any:
+    """Return NaN and infinities as null: neither is JSON, and neither may look like a number that was measured."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def format_comparison(log_history: Sequence[Mapping[str, Any]], after: Mapping[str, Any] | None) -> str:
+    """Return a table of the dev metrics of the first evaluation against those of `after`, or "" without two of them.
+
+    Args:
+        log_history: the Trainer's log events, each with its `step`.
+        after: the evaluation of the model that was kept.
+    """
+    evaluations = [event for event in log_history if "eval_loss" in event]
+    if after is None or not evaluations or evaluations[0]["step"] == after["step"]:
+        return ""
+    before = evaluations[0]
+    rows = [("metric", f"before (step {before['step']})", f"after (step {after['step']})", "change")]
+    for name in ("loss", *METRIC_NAMES):
+        key = f"eval_{name}"
+        if key in before and key in after:
+            digits = 4 if name == "loss" else 2
+            old, new = before[key], after[key]
+            rows.append((name, f"{old:.{digits}f}", f"{new:.{digits}f}", f"{new - old:+.{digits}f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])

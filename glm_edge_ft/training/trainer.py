@@ -1,0 +1,324 @@
+"""The Seq2SeqTrainer of this project.
+
+It differs from its parent in five places, each for a reason that its method states: the order of training rows, what
+an evaluation is, how a checkpoint is written, what happens on a loss that is not finite, and what a resumed run takes
+over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Seq2SeqTrainer, TrainerState
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from glm_edge_ft.errors import RunStopped
+from glm_edge_ft.training.checkpoints import STATE_FILE, publish, staging_folder
+from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches
+from glm_edge_ft.training.loss import IGNORED_LABEL
+
+
+class NonFiniteLossError(RunStopped):
+    """The loss of a batch is NaN or infinite."""
+
+
+class LengthGroupedEpochSampler(Sampler[int]):
+    """Rows of similar length side by side, in an order that depends on seed and epoch alone.
+
+    The parent's sampler draws from the global random state, which at the start of an epoch differs between an
+    uninterrupted and a resumed run; the resumed run would then see other batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], group_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.group_size = group_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration follows."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
+
+
+class GlmEdgeTrainer(Seq2SeqTrainer):
+    """Trains on encoded conversations, evaluates by loss and by generated replies.
+
+    Args:
+        reply_tools: how prompts are batched, continued and turned into text.
+        on_nonfinite_loss: stop with NonFiniteLossError, or warn, skip nothing and go on.
+        kwargs: those of Seq2SeqTrainer. `train_dataset` needs `lengths`; evaluation datasets are EvaluationData.
+    """
+
+    model: Any  # the parent's unions say less than what is known here
+    args: Any
+
+    def __init__(
+        self, *, reply_tools: ReplyTools, on_nonfinite_loss: Literal["stop", "warn"] = "stop", **kwargs: Any
+    ) -> None:
+        self.reply_tools = reply_tools
+        self.on_nonfinite_loss = on_nonfinite_loss
+        self._tokens_since_log = 0  # real (non-pad) tokens of this process, for the throughput in the log
+        self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
+        self._use_cache_as_released = bool(kwargs["model"].config.use_cache)
+        self._epoch_sampler: LengthGroupedEpochSampler | None = None
+        self._staging: Path | None = None
+        self._counted_batches = 0
+        self._loss_sum = torch.zeros(())
+        self._loss_tokens = torch.zeros((), dtype=torch.long)
+        super().__init__(**kwargs)
+
+    # ---- order of training rows ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        group_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._epoch_sampler = LengthGroupedEpochSampler(dataset.lengths, group_size, seed)
+        return self._epoch_sampler
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # called with keywords alone
+        if self._epoch_sampler is not None:
+            self._epoch_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
+
+    # ---- the training step ----
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Take one forward and backward pass, as the parent does; see to it that the loss is finite (M4)."""
+        self._clock_since_log = self._clock_since_log or time.perf_counter()
+        mask = inputs.get("attention_mask")
+        self._tokens_since_log += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._report_nonfinite_loss(float(loss))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the parent does; a training line also gets this process's real tokens per second, pauses left out."""
+        if "loss" in logs and self._tokens_since_log:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = round(self._tokens_since_log / (now - self._clock_since_log), 1)
+            self._tokens_since_log, self._clock_since_log = 0, now
+        super().log(logs, start_time)
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Keep what happens inside out of the training throughput."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._clock_since_log:
+                self._clock_since_log += time.perf_counter() - start
+
+    def _report_nonfinite_loss(self, value: float) -> None:
+        text = (
+            f"the loss of step {self.state.global_step + 1} is {value}: lower training_args.learning_rate, "
+            "or train in bf16 or fp32 instead of fp16"
+        )
+        if self.on_nonfinite_loss == "stop":
+            raise NonFiniteLossError(text)
+        self.reply_tools.warn(text)
+
+    # ---- evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return batches of rows of similar length for the loss; every rank gets as many, a surplus counts nowhere."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        mine, self._counted_batches = plan_batches(
+            dataset.lengths, self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=mine,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # its own: an evaluation must not move the training's random state
+        )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return what `get_eval_dataloader` returns."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **_: Any,
+    ) -> tuple[None, None, None]:
+        """Add the batch's summed loss and its number of supervised tokens to the totals; no logits are made."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            mean = model(**inputs).loss.detach().float()
+        count = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
+        if self._counted_batches > 0:
+            self._counted_batches -= 1
+            self._loss_sum = self._loss_sum.to(mean.device) + mean * count
+            self._loss_tokens = self._loss_tokens.to(mean.device) + count
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the loss per supervised token over all rows and, with `predict_with_generate`, the scores of replies.
+
+        The parent averages batch means, which depends on the batch size, and for decoder-only models generates from the
+        whole row, reference included. Here the loss is a sum over all tokens divided by their number, and replies are
+        generated from prompts that end at the assistant marker.
+        """
+        with self._pause():
+            return self._evaluate_by_loss_and_replies(dataloader, description, ignore_keys, metric_key_prefix)
+
+    def _evaluate_by_loss_and_replies(
+        self, dataloader: DataLoader, description: str, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> EvalLoopOutput:
+        data: Any = dataloader.dataset
+        self._loss_sum, self._loss_tokens = torch.zeros(()), torch.zeros((), dtype=torch.long)
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        totals = torch.stack([self._loss_sum.double(), self._loss_tokens.double()]).to(self.args.device)
+        loss_sum, tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / tokens}
+        if self.args.predict_with_generate and data.prompts:
+            self.model.eval()
+            scores = generate_and_score(
+                model=self.model,
+                prompts=data.prompts,
+                tools=self.reply_tools,
+                batch_size=self.args.per_device_eval_batch_size,
+                predictions_file=self._predictions_file(metric_key_prefix),
+                process_index=self.args.process_index,
+                world_size=self.args.world_size,
+                device=self.args.device,
+            )
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        metrics |= {
+            key: value for key, value in (output.metrics or {}).items() if not key.endswith("_model_preparation_time")
+        }
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(data))
+
+    def _predictions_file(self, prefix: str) -> Path:
+        return Path(self.args.output_dir) / "predictions" / f"{prefix}-{self.state.global_step}.jsonl"
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write the checkpoint under another name, complete it, then rename it (whole or invisible)."""
+        with self._pause():
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        output_dir = Path(self.args.output_dir)
+        staging = staging_folder(output_dir)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        step = self.state.global_step
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
+        if self.args.should_save:
+            staged = staging / f"checkpoint-{step}"
+            self.state.save_to_json(
+                str(staged / STATE_FILE)
+            )  # again: it now names the best checkpoint by its final path
+            publish(staged, output_dir)
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save weights or adapter, tokenizer and generation config, so that the folder loads, and stops, by itself."""
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        self.model.config.use_cache = self._use_cache_as_released
+        try:
+            super()._save(folder, state_dict)
+            if self.args.should_save:
+                self.model.generation_config.save_pretrained(folder)  # PEFT saves none beside an adapter
+                (Path(folder) / "training_args.bin").unlink()  # a pickle; run.json is the record of a run
+        finally:
+            self.model.config.use_cache = self.args.use_cache
+
+    # ---- resuming ----
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Take the counters from the checkpoint, the intervals of logging, saving, evaluating from the config."""
+        progress = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return progress
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the random state; without a readable one the run goes on and says that it is not bit-exact (R6)."""
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # torch.load raises whatever the broken bytes lead to
+            self.reply_tools.warn(
+                f"the random state in {checkpoint} cannot be read ({type(error).__name__}): the run goes on from it, "
+                "but dropout will differ from the uninterrupted run"
+            )
+
+    def has_steps_left(self, checkpoint: Path) -> bool:
+        """Return whether training from `checkpoint` would take any step under today's config (R4)."""
+        max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        return bool(state["global_step"] < max_steps)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Load the weights and the state of a finished run's checkpoint, to evaluate it without training."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            self._load_best_model()
+
+    def final_step(self) -> int:
+        """Return the step whose weights the model holds after training: the best one's where the best is loaded."""
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            return self.state.best_global_step
+        return self.state.global_step
+
+    def best_or_last_evaluation(self) -> Mapping[str, float] | None:
+        """Return the log event of the evaluation of the model that was kept, else of the last one, or None."""
+        evaluations = [event for event in self.state.log_history if "eval_loss" in event]
+        of_final_step = [event for event in evaluations if event["step"] == self.final_step()]
+        candidates = of_final_step or evaluations
+        return candidates[-1] if candidates else None
