@@ -67,3 +67,7 @@ class ProblemList:
         """Raise one `UserError` that lists everything noted so far; do nothing when the list is empty."""
         if self.problems:
             raise UserError(self.problems)
+
+
+class RunStopped(Exception):
+    """A run that cannot go on, for a reason that is no mistake in the input; the message says why and what to do."""

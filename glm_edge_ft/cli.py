@@ -1,0 +1,110 @@
+"""What the scripts share: arguments, exit codes, how errors are shown. Light: `--help` answers in under a second."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glm_edge_ft import recipe
+from glm_edge_ft.console import show_problems
+from glm_edge_ft.errors import EXIT_DONE, EXIT_UNEXPECTED, EXIT_USER_ERROR, RunStopped, UserError
+from glm_edge_ft.preflight import RunRequest
+
+DataDir = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA_DIR",
+        help="Folder of the data files that the config names, e.g. data/demo with train.jsonl and dev.jsonl.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a model, a hub id such as THUDM/glm-edge-1.5b-chat, or the embedded model glm-edge-nano.",
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="YAML file with the settings of the run, e.g. configs/lora.yaml.", show_default=False
+    ),
+]
+Resume = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RESUME",
+        help="yes: continue from the newest whole checkpoint; a number, e.g. 600: from checkpoint-600; no or nothing: "
+        "start afresh.",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one value of the config, e.g. --set training_args.max_steps=20. May be given several times.",
+        show_default=False,
+    ),
+]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Check everything, print the data and memory report, train nothing, e.g. "
+        "finetune.py data/demo glm-edge-nano configs/demo.yaml --check",
+    ),
+]
+Preview = Annotated[
+    int | None,
+    typer.Option(
+        "--preview",
+        metavar="N",
+        min=1,
+        help="Print the first N training rows token by token, supervised ones marked, e.g. --preview 3.",
+        show_default=False,
+    ),
+]
+JsonPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="PATH",
+        help="With --check or --preview: write the same as JSON, e.g. --json report.json.",
+        show_default=False,
+    ),
+]
+
+
+def execute(request: RunRequest) -> None:
+    """Run the request and end the process with its exit code: 0 done, 2 the user's input is wrong, 1 anything else."""
+    raise typer.Exit(_run_and_report(request))
+
+
+def _run_and_report(request: RunRequest) -> int:
+    try:
+        recipe.run(request)
+    except UserError as error:
+        show_problems(error.problems)
+        return EXIT_USER_ERROR
+    except RunStopped as error:
+        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        return EXIT_UNEXPECTED
+    except KeyboardInterrupt:
+        print(
+            "stopped by Ctrl-C; the same command with `yes` at its end continues from the last checkpoint",
+            file=sys.stderr,
+        )
+        return EXIT_UNEXPECTED
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: unexpected {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return EXIT_UNEXPECTED
+    return EXIT_DONE

@@ -1,0 +1,329 @@
+"""The run, read from top to bottom: config, checks, data, model, training, evaluation, saving.
+
+Supports: chat models with a prefix-consistent template; LORA, PREFIX_TUNING and full fine-tuning; one process, or the
+ranks that torchrun starts; resuming; evaluation by loss and by generated replies. Does not support: streaming data,
+preference training, models whose weights are not safetensors.
+
+Nothing heavy is imported before `check_inputs` has found the command line right.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.console import is_main_process, show, show_notice
+from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare
+from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import Seq2SeqTrainingArguments
+
+    from glm_edge_ft.training.evaluation import EvaluationData, ReplyTools
+    from glm_edge_ft.training.trainer import GlmEdgeTrainer
+
+
+def run(request: RunRequest) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        UserError: the input is wrong; nothing was trained and nothing written over.
+        RunStopped: the run cannot go on, for a reason that its message gives.
+    """
+    plan = check_inputs(request)
+    quiet_libraries()
+    prepared = prepare(plan)
+    if request.check:
+        show_check(prepared)
+    if request.preview is not None:
+        show_preview(prepared)
+    if not request.check and request.preview is None:
+        train(prepared)
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' advice to developers; their warnings about the user's run stay."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def show_check(prepared: Prepared) -> None:
+    """Print the data and memory report; write it as JSON where `--json` says."""
+    from glm_edge_ft.data.report import format_report
+
+    for split, dataset in prepared.datasets.items():
+        show(format_report(dataset.report, f"{split}: {prepared.plan.data_files[split]}"))
+    show(_describe_model(prepared))
+    if prepared.plan.resume.notice:
+        show_notice(prepared.plan.resume.notice)
+    report = {
+        "data": {split: dataset.report.to_json() for split, dataset in prepared.datasets.items()},
+        "model": _model_facts(prepared),
+        "resume_from": str(prepared.plan.resume.path) if prepared.plan.resume.path else None,
+    }
+    _write_json(prepared.plan.request.json_path, report)
+    show("check passed: nothing was trained, no weights were read")
+
+
+def show_preview(prepared: Prepared) -> None:
+    """Print the first N training rows token by token; write them as JSON where `--json` says."""
+    from glm_edge_ft.data.report import preview, preview_json
+
+    dataset, tokenizer = prepared.datasets["train"], prepared.checkpoint.tokenizer
+    rows = [dataset.row(index) for index in range(min(prepared.plan.request.preview or 0, len(dataset)))]
+    show(preview(rows, tokenizer, color=sys.stdout.isatty()))
+    _write_json(prepared.plan.request.json_path, preview_json(rows, tokenizer))
+
+
+def train(prepared: Prepared) -> None:
+    """Train, evaluate, predict and save, as the config says."""
+    plan = prepared.plan
+    evaluations = load_evaluations(prepared)
+    args = build_training_arguments(prepared)
+    make_room(plan)
+    trainer = build_trainer(prepared, args, evaluations)
+    show(_describe_model(prepared))
+    write_run_record(prepared)
+    finished = plan.resume.path is not None and not trainer.has_steps_left(plan.resume.path)
+    if finished:
+        assert plan.resume.path is not None
+        show_notice(f"{plan.resume.path} has all steps behind it: nothing is trained, evaluation follows")
+        trainer.restore(plan.resume.path)
+    else:
+        trainer.train(resume_from_checkpoint=str(plan.resume.path) if plan.resume.path else None)
+    trainer.save_model()
+    evaluate(trainer, evaluations, always=finished)
+    show_results(trainer, plan)
+    trainer.end()
+
+
+def load_evaluations(prepared: Prepared) -> dict[str, EvaluationData]:
+    """Return the data to evaluate on by split: rows for the loss, prompts for generation."""
+    from glm_edge_ft.data.dataset import load_prompts
+    from glm_edge_ft.training.evaluation import EvaluationData
+
+    evaluations: dict[str, EvaluationData] = {}
+    generates = prepared.plan.config.training_args.get("predict_with_generate", False)
+    for split in ("val", "test"):
+        if split in prepared.datasets:
+            rows, path = prepared.datasets[split], prepared.plan.data_files[split]
+            prompts = load_prompts([path], prepared.encoder) if generates else []
+            evaluations[split] = EvaluationData(rows=rows, lengths=rows.lengths.tolist(), prompts=prompts)
+    return evaluations
+
+
+def build_training_arguments(prepared: Prepared) -> Seq2SeqTrainingArguments:
+    """Return the Trainer's arguments: the config's, with the precision that was chosen."""
+    import torch
+    from transformers import Seq2SeqTrainingArguments
+
+    from glm_edge_ft.errors import UserError
+
+    settings = dict(prepared.plan.config.training_args)
+    settings |= {"bf16": prepared.precision.bf16, "fp16": prepared.precision.fp16}
+    settings["output_dir"] = str(prepared.plan.output_dir)
+    settings.setdefault("use_cpu", not torch.cuda.is_available())
+    settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
+    settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
+    if prepared.plan.resume.path is not None:
+        settings["eval_on_start"] = False  # the base model was evaluated when the run began
+    try:
+        return Seq2SeqTrainingArguments(**settings)
+    except (TypeError, ValueError) as error:
+        raise UserError.single("training_args", f"transformers refuses these settings: {error}") from error
+
+
+def make_room(plan: Plan) -> None:
+    """Move an earlier run out of the way of a fresh start, and checkpoints after the one that is resumed from."""
+    if not is_main_process():
+        return
+    if plan.resume.notice:
+        show_notice(plan.resume.notice)
+    moved_to = (
+        set_aside(plan.output_dir, plan.resume.path) if plan.resume.path else set_aside_earlier_run(plan.output_dir)
+    )
+    if moved_to is not None:
+        show_notice(f"{plan.output_dir} held work of an earlier run; it now lies in {moved_to}")
+
+
+def build_trainer(
+    prepared: Prepared, args: Seq2SeqTrainingArguments, evaluations: Mapping[str, EvaluationData]
+) -> GlmEdgeTrainer:
+    """Read the weights, put the adapter on, and return the trainer with its data and its log."""
+    import torch
+    from transformers import PrinterCallback, ProgressCallback
+
+    from glm_edge_ft.data.collator import PaddedCollator
+    from glm_edge_ft.model.adapters import apply_adapter
+    from glm_edge_ft.model.loading import load_weights
+    from glm_edge_ft.training.logs import RunLog
+    from glm_edge_ft.training.loss import install_supervised_loss
+    from glm_edge_ft.training.trainer import GlmEdgeTrainer
+
+    config, checkpoint = prepared.plan.config, prepared.checkpoint
+    base = load_weights(checkpoint, getattr(torch, prepared.precision.weights))
+    install_supervised_loss(base)
+    torch.manual_seed(args.seed)  # the adapter's first values
+    trainer = GlmEdgeTrainer(
+        model=apply_adapter(base, config.peft_config),
+        args=args,
+        train_dataset=prepared.datasets["train"],
+        eval_dataset=evaluations.get("val"),
+        processing_class=checkpoint.tokenizer,
+        data_collator=PaddedCollator(checkpoint.tokenizer.pad_token_id, "right"),
+        reply_tools=build_reply_tools(prepared, args),
+        on_nonfinite_loss=config.on_nonfinite_loss,
+        callbacks=[RunLog(prepared.plan.output_dir, title=_title(prepared), show=is_main_process())],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def build_reply_tools(prepared: Prepared, args: Seq2SeqTrainingArguments) -> ReplyTools:
+    """Return what evaluation needs to generate: greedy unless the config says otherwise, up to a stop id."""
+    from transformers import GenerationConfig
+
+    from glm_edge_ft.data.collator import PaddedCollator
+    from glm_edge_ft.data.prompts import clean_prediction
+    from glm_edge_ft.model.adapters import generate
+    from glm_edge_ft.training.evaluation import ReplyTools
+
+    config, tokenizer = prepared.plan.config, prepared.checkpoint.tokenizer
+    defaults = {
+        "do_sample": False,
+        "max_new_tokens": config.max_output_length,
+        "eos_token_id": list(prepared.checkpoint.stop_ids),
+        "pad_token_id": tokenizer.pad_token_id,
+        "use_cache": True,
+    }
+    collator = PaddedCollator(tokenizer.pad_token_id, "left")
+    return ReplyTools(
+        generate=generate,
+        collate=lambda prompts: collator([{"input_ids": prompt} for prompt in prompts]),
+        clean=lambda ids: clean_prediction(prepared.encoder, tokenizer, ids),
+        decode=lambda ids: str(tokenizer.decode(list(ids))),
+        warn=show_notice,
+        options={"generation_config": GenerationConfig(**(defaults | config.generation_config))},
+        scoring_processes=config.data_config.num_proc,
+        show_progress=is_main_process() and not args.disable_tqdm,
+    )
+
+
+def evaluate(trainer: GlmEdgeTrainer, evaluations: Mapping[str, EvaluationData], always: bool) -> None:
+    """Evaluate the final model on `val`, unless training just did, and on `test`."""
+    wants_val = "val" in evaluations and str(trainer.args.eval_strategy) != "no"
+    last = trainer.best_or_last_evaluation()
+    if wants_val and (always or last is None or last["step"] != trainer.final_step()):
+        trainer.evaluate(evaluations["val"], metric_key_prefix="eval")
+    if "test" in evaluations:
+        trainer.evaluate(evaluations["test"], metric_key_prefix="test")
+
+
+def show_results(trainer: GlmEdgeTrainer, plan: Plan) -> None:
+    """Print the metrics before and after, and the names of what was written."""
+    from glm_edge_ft.training.logs import CURVE_FILE, METRICS_FILE, format_comparison
+
+    table = format_comparison(trainer.state.log_history, trainer.best_or_last_evaluation())
+    if table:
+        show("\n" + table)
+    folder = plan.output_dir
+    names = {
+        "final model": folder,
+        "metrics": folder / METRICS_FILE,
+        "curve": folder / CURVE_FILE,
+        "predictions": folder / "predictions",
+        "record of the run": folder / "run.json",
+    }
+    show("\n" + "\n".join(f"{label + ':':<19}{path}" for label, path in names.items() if path.exists()))
+
+
+def write_run_record(prepared: Prepared) -> None:
+    """Write `run.json`: resolved config, command line, versions and data fingerprints."""
+    import importlib.metadata
+    import platform
+
+    plan = prepared.plan
+    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "deepspeed")
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    record = {
+        "model": plan.location.name,
+        "data_dir": str(plan.request.data_dir),
+        "config_file": str(plan.config.path),
+        "overrides": list(plan.request.overrides),
+        "resumed_from": str(plan.resume.path) if plan.resume.path else None,
+        "config": plan.config.resolved(),
+        "facts": _model_facts(prepared),
+        "data": {split: _data_facts(prepared, split) for split in prepared.datasets},
+        "versions": versions,
+    }
+    _write_json(plan.output_dir / "run.json", record)
+
+
+def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:
+    dataset = prepared.datasets[split]
+    return {
+        "file": str(prepared.plan.data_files[split]),
+        "fingerprint": dataset.folder.name,
+        "report": dataset.report.to_json(),
+    }
+
+
+def _model_facts(prepared: Prepared) -> dict[str, Any]:
+    trainable, total = prepared.parameters
+    memory = prepared.memory
+    return {
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "precision": prepared.precision.reason,
+        "memory_bytes": {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "total": memory.total,
+        },
+    }
+
+
+def _describe_model(prepared: Prepared) -> str:
+    trainable, total = prepared.parameters
+    memory = prepared.memory
+    named = {"weights": memory.weights, "gradients": memory.gradients, "AdamW": memory.optimizer}
+    parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in named.items())
+    return (
+        f"model: {prepared.plan.location.name}, {total:,} parameters, {trainable:,} of them trained "
+        f"({100 * trainable / total:.2f} %), {prepared.precision.reason}\n"
+        f"memory: {_megabytes(memory.total)} for one process ({parts}), and activations"
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _title(prepared: Prepared) -> str:
+    peft = prepared.plan.config.peft_config
+    return f"{prepared.plan.location.name}, {peft['peft_type'] if peft else 'full fine-tuning'}"
+
+
+def _write_json(path: Path | None, content: Any) -> None:
+    if path is None or not is_main_process():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
