@@ -102,6 +102,7 @@ RANGES: Mapping[KeyPath, Mapping[str, Range]] = {
         "top_k": _NOT_NEGATIVE,
         "top_p": Range(above=0, high=1),
         "repetition_penalty": _POSITIVE,
+        "assistant_ensemble_weight": Range(above=0, below=1),
     },
     PEFT: {
         "r": _COUNT,

@@ -37,6 +37,18 @@ _BUILT_IN: dict[str, Kind] = {
 }
 
 
+# texts that GenerationConfig checks only when it is built; the tests build it with each of them
+_GENERATION_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "early_stopping": ("never",),
+    "cache_implementation": (
+        *("static", "offloaded_static"),
+        # deprecated names of the static caches
+        *("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
+        *("dynamic", "offloaded", "quantized"),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class TypeOption:
     """One way to write a value.
@@ -142,6 +154,8 @@ def generation_fields() -> dict[str, Field]:
         if not name.startswith("_") and name != "transformers_version":
             annotation = _documented_type(documented.get(name, "Any"))
             options = (*_options(_expression(annotation), {}), TypeOption("null"))
+            if name in _GENERATION_CHOICES:
+                options = _without_free_text((*options, TypeOption("choice", choices=_GENERATION_CHOICES[name])))
             fields[name] = Field(name, annotation, options, "None")
     return fields
 

@@ -104,6 +104,18 @@ def test_reporting_services_equal_the_real_ones() -> None:
     assert reporting_integrations() == (*INTEGRATION_TO_CALLBACK, "all", "none")
 
 
+def test_generation_choices_equal_the_real_ones() -> None:
+    """C5: the texts that GenerationConfig checks by itself are the library's."""
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
+
+    assert generation_fields()["cache_implementation"].choices == tuple(ALL_CACHE_IMPLEMENTATIONS)
+    assert generation_fields()["early_stopping"].choices == ("never",)
+    assert GenerationConfig(early_stopping="never").early_stopping == "never"
+    with pytest.raises(ValueError, match="never"):
+        GenerationConfig(early_stopping="sometimes")
+
+
 def test_every_field_can_be_written_but_objects() -> None:
     """C4: a type that is not understood would refuse every value; only Python objects may do so."""
     sections = (training_fields(), peft_fields("LORA"), peft_fields("PREFIX_TUNING"), generation_fields())
