@@ -121,7 +121,14 @@ def generate(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, 
     output = model.get_base_model().generate(
         input_ids=torch.cat([seen, input_ids], dim=1),
         attention_mask=torch.cat([attention_mask.new_ones(batch, prefix), attention_mask], dim=1),
-        cache=model.get_prompt(batch),
+        cache=model.get_prompt(batch * _copies_of_a_row(model, options)),
         **options,
     )
     return output[:, prefix + length :]
+
+
+def _copies_of_a_row(model: Any, options: Mapping[str, Any]) -> int:
+    """Return how many times `generate` repeats each row: it repeats ids and mask for beams, but not a cache."""
+    config = options.get("generation_config") or model.get_base_model().generation_config
+    names = ("num_beams", "num_return_sequences")
+    return max(int(options.get(name) or getattr(config, name, None) or 1) for name in names)

@@ -1,0 +1,124 @@
+"""MODEL: found, or refused with what to give instead; stop ids from every place that a checkpoint keeps them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
+from tests.conftest import TokenizerMaker
+from tests.model_folders import save_model_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_tokenizer: TokenizerMaker) -> Path:
+    """Return a model folder in the released layout."""
+    return save_model_folder(tmp_path / "model", make_tokenizer("glm"))
+
+
+def refusal(name: str) -> str:
+    """Return what is said to MODEL `name`, by the light or by the heavy check."""
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(locate_model(name))
+    assert len(caught.value.problems) == 1
+    return str(caught.value)
+
+
+def test_a_folder_is_read_without_its_weights(folder: Path) -> None:
+    """Config, tokenizer and stop ids; the structure on the meta device."""
+    (folder / "model.safetensors").unlink()
+    checkpoint = read_checkpoint(locate_model(str(folder)))
+    assert checkpoint.tokenizer.chat_template
+    assert {parameter.device.type for parameter in build_meta_model(checkpoint).parameters()} == {"meta"}
+
+
+def test_stop_ids_come_from_generation_config_config_and_tokenizer(folder: Path) -> None:
+    """M3: each place may know another one; none is lost."""
+    ids = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    by_text = {token["content"]: token["id"] for token in ids}
+    for name, value in (("generation_config.json", [by_text["<|user|>"]]), ("config.json", [by_text["<|observation|>"]])):
+        content = json.loads((folder / name).read_text(encoding="utf-8")) | {"eos_token_id": value}
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    checkpoint = read_checkpoint(locate_model(str(folder)))
+    wanted = sorted(by_text[text] for text in ("<|endoftext|>", "<|user|>", "<|observation|>"))
+    assert list(checkpoint.stop_ids) == wanted
+    model = load_weights(checkpoint, torch.float32)
+    assert model.generation_config.eos_token_id == wanted
+
+
+def test_a_checkpoint_of_2024_loads_with_full_rotary(folder: Path) -> None:
+    """The released config.json has `rope_theta` and `partial_rotary_factor` at its top level, and `torch_dtype`."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["rope_parameters"], config["dtype"]
+    config |= {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model = load_weights(read_checkpoint(locate_model(str(folder))), torch.float32)
+    assert model.config.rope_parameters["partial_rotary_factor"] == 1.0
+    assert model.model.rotary_emb.inv_freq.shape == (8,)  # half of head_dim 16: all of it is rotated
+
+
+def test_an_untied_head_is_loaded_though_the_config_says_tied(folder: Path) -> None:
+    """The released config was seen with `tie_word_embeddings: true` beside files that hold their own lm_head."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    model = load_weights(read_checkpoint(locate_model(str(folder))), torch.float32)
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
+
+
+def test_missing_weights_are_refused_not_invented(folder: Path) -> None:
+    """Transformers would fill them with random numbers."""
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing from its files: model\.norm\.weight"):
+        load_weights(read_checkpoint(locate_model(str(folder))), torch.float32)
+
+
+def test_no_weights_file_is_a_plain_refusal(folder: Path) -> None:
+    """An interrupted download."""
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="its weights cannot be read"):
+        load_weights(read_checkpoint(locate_model(str(folder))), torch.float32)
+
+
+def test_paths_that_are_no_model_are_refused(tmp_path: Path, folder: Path) -> None:
+    """A folder that is not there, a file, an empty folder, an adapter, a broken config."""
+    assert "there is no such folder" in refusal("./nowhere")
+    assert "glm-edge-nano" in refusal("glm-edge-nanoo")  # the embedded models are named
+    assert "is a file, not a folder" in refusal(str(folder / "config.json"))
+    (tmp_path / "empty").mkdir()
+    assert "holds no config.json" in refusal(str(tmp_path / "empty"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert "holds an adapter, not a model" in refusal(str(tmp_path / "adapter"))
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    assert "cannot be read as JSON" in refusal(str(folder))
+
+
+def test_a_vision_checkpoint_is_refused_by_the_chat_script(folder: Path) -> None:
+    """It would load silently as a text-only model and lose its vision part when saved."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": {"hidden_size": 8}}), encoding="utf-8")
+    assert "is a vision model" in refusal(str(folder))
+
+
+def test_a_tokenizer_without_template_is_refused(folder: Path) -> None:
+    """A base model instead of a chat model."""
+    (folder / "chat_template.jinja").unlink()
+    assert "no chat template" in refusal(str(folder))
+
+
+def test_a_hub_id_that_cannot_be_had_gets_one_clear_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network and nothing cached: what it is, and what to do."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    text = refusal("someone/glm-edge-none")
+    assert "neither a folder, nor cached on this machine, nor reachable on the hub" in text
+    assert "download the model where there is a network and give its folder as MODEL" in text

@@ -1,0 +1,121 @@
+"""The loss on supervised tokens only equals the ordinary loss on full logits, in value and in every gradient."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GlmForCausalLM
+
+from glm_edge_ft.training import loss
+from glm_edge_ft.training.loss import install_supervised_loss, supervised_cross_entropy
+from tests.model_folders import tiny_model
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17, 0, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]])
+LABELS = torch.tensor(
+    [[-100, -100, 7, 8, -100, 10, 11, 12], [-100, -100, -100, 16, 17, -100, -100, -100]]
+)  # 7 supervised tokens
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradient of each trainable parameter."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ordinary_loss(model: GlmForCausalLM) -> torch.Tensor:
+    """Return transformers' own loss on full logits."""
+    return model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
+
+
+@pytest.mark.parametrize("chunk", [512, 7, 3, 1])
+def test_loss_and_gradients_equal_the_ordinary_ones(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, at the edge of a chunk, and in several chunks: value and gradients within 1e-5."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
+    expected_model, model = tiny_model().train(), tiny_model().train()
+    expected = ordinary_loss(expected_model)
+    expected.backward()
+    install_supervised_loss(model)
+    value = model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    wanted = gradients(expected_model)
+    got = gradients(model)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_sum_is_divided_by_the_items_of_the_whole_step() -> None:
+    """Gradient accumulation hands in the number of supervised tokens of all its batches."""
+    model = tiny_model()
+    mean = ordinary_loss(model)
+    install_supervised_loss(model)
+    value = model(input_ids=IDS, attention_mask=MASK, labels=LABELS, num_items_in_batch=torch.tensor(28)).loss
+    assert value.item() == pytest.approx(mean.item() * 7 / 28, abs=1e-6)
+
+
+def test_a_batch_without_supervised_tokens_has_loss_0_and_zero_gradients() -> None:
+    """Nothing is taught, nothing breaks, and every rank still has a graph to run backward through."""
+    model = tiny_model().train()
+    install_supervised_loss(model)
+    value = model(input_ids=IDS, labels=torch.full_like(LABELS, -100)).loss
+    value.backward()
+    assert value.item() == 0.0
+    assert all(gradient.abs().sum() == 0 for gradient in gradients(model).values())
+
+
+def test_an_adapter_on_the_head_takes_part() -> None:
+    """LoRA on `lm_head`: the module is called, not its weight."""
+    def wrapped(supervised: bool) -> tuple[float, dict[str, torch.Tensor]]:
+        base = tiny_model()
+        if supervised:
+            install_supervised_loss(base)
+        torch.manual_seed(1)
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False))
+        value = model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
+        value.backward()
+        return value.item(), gradients(model)
+
+    expected, wanted = wrapped(supervised=False)
+    value, got = wrapped(supervised=True)
+    assert value == pytest.approx(expected, abs=1e-5)
+    assert sorted(got) == sorted(wanted)
+    assert len(got) == 2
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_no_logits_are_made_for_positions_that_teach_nothing() -> None:
+    """The head sees exactly the 7 hidden states that precede a supervised token."""
+    model = tiny_model()
+    seen: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda _module, inputs, _output: seen.append(tuple(inputs[0].shape)))
+    install_supervised_loss(model)
+    outputs = model(input_ids=IDS, attention_mask=MASK, labels=LABELS)
+    assert seen == [(7, 64)]
+    assert outputs.logits is None
+
+
+def test_calls_without_labels_are_left_as_they_were() -> None:
+    """`generate` and plain calls give the same logits and tokens, and the signature stays readable."""
+    plain, patched = tiny_model(), tiny_model()
+    install_supervised_loss(patched)
+    assert inspect.signature(patched.forward) == inspect.signature(plain.forward)
+    with torch.no_grad():
+        assert torch.equal(patched(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(patched.generate(IDS, **options), plain.generate(IDS, **options))
+
+
+def test_the_result_is_float32_for_bfloat16_weights() -> None:
+    """The logits are raised to float32 before the logarithm."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 4, 64, dtype=torch.bfloat16)
+    head = torch.nn.Linear(64, 300, bias=False, dtype=torch.bfloat16)
+    value = supervised_cross_entropy(hidden, torch.tensor([[-100, 3, 4, 5]]), head)
+    expected = torch.nn.functional.cross_entropy(head(hidden[0, :3]).float(), torch.tensor([3, 4, 5]))
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), abs=1e-6)
