@@ -7,6 +7,7 @@ out, and a list of text parts is joined to the string that it stands for.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -237,5 +238,5 @@ def _shown(value: Any) -> str:
         return "null"
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     kind = kinds.get(type(value), type(value).__name__)
-    text = repr(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return f"{kind}: {text if len(text) <= 60 else text[:57] + '...'}"

@@ -198,6 +198,8 @@ class ConversationEncoder:
         starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
         replies: list[ReplySpan] = []
         last = len(conversation.messages) - 1
+        if conversation.messages[last].role == "assistant" and not self.reply_format.closing_stops:
+            ids = [*ids, self.reply_format.stop_id]
         for index, message in enumerate(conversation.messages):
             if message.role != "assistant":
                 continue
@@ -206,14 +208,8 @@ class ConversationEncoder:
             if first < len(ids) and starts[first] < begin and ids[first] in self.tokenizer.special_ids:
                 first += 1
             end = max(first, bisect_left(starts, stop))
-            if not self.reply_format.closing_stops:
-                if index == last:
-                    ids = [*ids, self.reply_format.stop_id]
-                    end += 1
-                elif (
-                    end < len(ids) and ids[end] in self.reply_format.stop_ids and self._has_header(conversation, index)
-                ):
-                    end += 1
+            if not self.reply_format.closing_stops and end < len(ids) and ids[end] in self.reply_format.stop_ids:
+                end += index == last or self._has_header(conversation, index)
             replies.append(ReplySpan(index, first, end, message.supervised))
             if message.supervised and first > self.budgets.max_input_length:
                 break  # this turn and all later ones will not be kept

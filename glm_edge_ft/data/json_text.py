@@ -139,7 +139,7 @@ def _mistake_from(text: str, error: json.JSONDecodeError) -> JsonMistake:
     return JsonMistake(position, reason, fix, incomplete=len(text) - position < len("\\ud83d\\ude00"))
 
 
-def _explain(  # noqa: PLR0911  # a table of cases, first match wins
+def _explain(  # a table of cases, first match wins
     text: str, position: int, found: str, before: str, message: str
 ) -> tuple[str, str]:
     if message.startswith("Invalid control character"):

@@ -1,0 +1,130 @@
+"""Shared parts of the tests: a small true tokenizer and the chat templates that the encoding must hold for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from glm_edge_ft.data.encoding import ConversationEncoder
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|im_start|>",
+    "<|im_end|>",
+)
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SENTENCES = (
+    "hello there my friend, how are you today? I am fine and you are fine.",
+    "what is the weather like in the city of Beijing, and what is the time now?",
+    "the user is here\n\nthe user asks\n\n\nuser and assistant\n\nassistant it is,  and",
+    "今天天气很好，我们去公园散步吧。你喜欢什么颜色的裤子？这条裤子很舒服。",
+)
+
+_GLM = (
+    "{% for message in messages %}{% if message['role'] in ['system', 'user', 'assistant', 'observation'] %}"
+    "<|{{ message['role'] }}|>{{ NEWLINE }}{{ message['content'] }}{{ CLOSING }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ PROMPT }}{% endif %}"
+)
+
+
+def _glm(newline: str, closing: str, prompt: str) -> str:
+    texts = {"NEWLINE": newline, "CLOSING": closing, "PROMPT": prompt}
+    return "".join(f"{{% set {name} = {json.dumps(text)} %}}" for name, text in texts.items()) + _GLM
+
+
+TEMPLATES = {
+    "glm": _glm("\n", "", ""),
+    "glm-newline": _glm("\n", "", "\n"),
+    "glm-literal": _glm("\\n", "\\n", "\\n"),
+    "chatml": (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{{ '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+    ),
+}
+STOP_TOKENS = {
+    "chatml": ("<|endoftext|>", "<|im_end|>"),
+    "glm": ("<|endoftext|>", "<|user|>", "<|observation|>"),
+}
+
+TokenizerMaker = Callable[[str], PreTrainedTokenizerFast]
+EncoderMaker = Callable[..., ConversationEncoder]
+
+
+@pytest.fixture(scope="session")
+def backend() -> Tokenizer:
+    """A byte-level BPE tokenizer with GLM-4's split pattern, GLM-Edge's special tokens and trimmed offsets."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(backend: Tokenizer) -> TokenizerMaker:
+    """Return a function from the name of a template, or a template's text, to a tokenizer that has it."""
+
+    def make(template: str) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token="<|endoftext|>",
+            pad_token="<|endoftext|>",
+            chat_template=TEMPLATES.get(template, template),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_encoder(make_tokenizer: TokenizerMaker) -> EncoderMaker:
+    """Return a function from a template and the two budgets to an encoder with that template's stop tokens."""
+
+    def make(template: str = "glm", max_input_length: int = 4096, max_output_length: int = 4096) -> ConversationEncoder:
+        tokenizer = make_tokenizer(template)
+        stop_tokens = STOP_TOKENS.get(template, STOP_TOKENS["glm"])
+        stop_ids = [tokenizer.get_vocab()[token] for token in stop_tokens]
+        return ConversationEncoder(tokenizer, stop_ids, max_input_length, max_output_length)
+
+    return make
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes values one a line and returns the file."""
+
+    def write(rows: Iterable[Any], name: str = "train.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write

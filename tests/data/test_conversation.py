@@ -1,0 +1,140 @@
+"""Raw rows to conversations: what is accepted, what reaches the template, and what is refused by place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from glm_edge_ft.data.conversation import Conversation, parse_conversation
+from glm_edge_ft.data.rows import RawRow
+from glm_edge_ft.errors import UserError
+
+USER = {"role": "user", "content": "hi"}
+REPLY = {"role": "assistant", "content": "yo"}
+ROLES = frozenset({"system", "user", "assistant", "observation"})
+
+
+def parse(value: Any) -> Conversation:
+    """Parse a row that stands in line 3 of train.jsonl."""
+    return parse_conversation(RawRow("train.jsonl", 3, 1, value), ROLES)
+
+
+def refusal(value: Any) -> list[str]:
+    """Return the problems of a row as text."""
+    with pytest.raises(UserError) as caught:
+        parse(value)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_an_object_and_a_list_are_the_same_conversation() -> None:
+    """D1: a row is an object with `messages`, or the list itself."""
+    assert parse([USER, REPLY]) == parse({"messages": [USER, REPLY]})
+    assert [(m.role, m.text, m.supervised) for m in parse([USER, REPLY]).messages] == [
+        ("user", "hi", False),
+        ("assistant", "yo", True),
+    ]
+
+
+def test_text_parts_are_the_string_that_they_stand_for() -> None:
+    """D4: a string and a list of text parts give the same sample."""
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    assert parse([{"role": "user", "content": parts}, REPLY]) == parse([USER, REPLY])
+
+
+def test_an_image_part_is_refused_with_the_way_out() -> None:
+    """D4: images belong to the other script."""
+    image = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": "a.png"}]}
+    assert refusal([image, REPLY]) == [
+        "train.jsonl:3: messages[0].content[1]: an image part in chat fine-tuning\n"
+        "    -> use finetune_vision.py with a GLM-Edge-V model for images"
+    ]
+
+
+def test_further_keys_reach_the_template_as_written() -> None:
+    """D3: tools in a system message keep their order, their nulls and nothing else; `loss` is taken out."""
+    system = {"role": "system", "tools": [{"b": 1, "a": {"default": None}}], "content": "s", "metadata": ""}
+    messages = parse([system, USER, {**REPLY, "loss": True}]).messages
+    assert list(messages[0].fields.items()) == list(system.items())
+    assert messages[2].fields == REPLY
+
+
+def test_tools_of_the_row_are_kept_and_other_keys_counted() -> None:
+    """D3: `tools` goes to the template, further keys of the row are only named."""
+    conversation = parse({"id": 5, "messages": [USER, REPLY], "tools": [{"x": None}], "source": "web"})
+    assert conversation.tools == ({"x": None},)
+    assert conversation.ignored_keys == ("id", "source")
+
+
+def test_a_reply_may_be_left_out_of_the_loss() -> None:
+    """M1: `"loss": false` on an assistant turn; on other turns it says what is true anyway."""
+    messages = parse([{**USER, "loss": False}, {**REPLY, "loss": False}, USER, REPLY]).messages
+    assert [message.supervised for message in messages] == [False, False, False, True]
+
+
+def test_empty_text_is_text() -> None:
+    """D3: an empty string is a content like another."""
+    assert parse([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]).messages[1].text == ""
+
+
+@pytest.mark.parametrize("key", ["message", "conversations", "conversation"])
+def test_names_near_messages_are_refused(key: str) -> None:
+    """D2: a row with `message` for `messages`."""
+    assert refusal({key: [USER, REPLY]}) == [
+        f"train.jsonl:3: key '{key}' found, 'messages' missing\n    -> did you mean 'messages'?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"mesages": []}, "did you mean 'messages' by 'mesages'?"),
+        ({"text": "a"}, "train.jsonl:3: key 'messages' is missing; the keys are: 'text'"),
+        ({}, "key 'messages' is missing; the keys are: none"),
+        (USER, "a line must hold a whole conversation"),
+        ({"from": "human", "value": "a"}, "write 'role' and 'content' in place of 'from' and 'value'"),
+        ("text", 'a row must be an object or a list, this one is a string: "text"'),
+        (None, "a row must be an object or a list, this one is null"),
+        ({"messages": "a"}, "'messages' must be a list, it is a string: \"a\""),
+        ({"messages": []}, "train.jsonl:3: 'messages' is empty"),
+        ([], "train.jsonl:3: 'messages' is empty"),
+        ([USER], "train.jsonl:3: no assistant turn: there is nothing to learn"),
+        ([USER, {**REPLY, "loss": False}], "train.jsonl:3: every assistant turn says 'loss': false"),
+        (["a", REPLY], 'train.jsonl:3: messages[0]: a message must be an object, this one is a string: "a"'),
+        ([{"from": "human", "value": "a"}, REPLY], "messages[0]: keys 'from' and 'value' found"),
+        ([{"content": "a"}, REPLY], "messages[0]: key 'role' is missing; the keys are: 'content'"),
+        ([{"role": 1, "content": "a"}, REPLY], "messages[0]: 'role' must be a string, it is a number: 1"),
+        ([{"role": "human", "content": "a"}, REPLY], "unknown role 'human'\n    -> did you mean 'user'?"),
+        ([{"role": "User", "content": "a"}, REPLY], "unknown role 'User'\n    -> did you mean 'user'?"),
+        ([{"role": "asistant", "content": "a"}, REPLY], "'asistant'\n    -> did you mean 'assistant'?"),
+        ([USER, {"role": "gpt", "content": "a"}], "unknown role 'gpt'\n    -> did you mean 'assistant'?"),
+        ([USER, {"role": "bot", "content": "a"}], "unknown role 'bot'\n    -> did you mean 'assistant'?"),
+        ([{"role": "xyz", "content": "a"}, REPLY], "-> write one of system, user, assistant, observation"),
+        ([{"role": "tool", "content": "a"}, REPLY], "the model's chat template does not render the role 'tool'"),
+        ([{"role": "user"}, REPLY], "messages[0]: key 'content' is missing; the keys are: 'role'"),
+        ([{"role": "user", "content": None}, REPLY], "'content' must be a string or a list of parts, it is null"),
+        ([{"role": "user", "content": 5}, REPLY], "'content' must be a string or a list of parts, it is a number: 5"),
+        ([{"role": "user", "content": {}}, REPLY], "it is an object: {}"),
+        ([{"role": "user", "content": []}, REPLY], "it is a list: []"),
+        ([{"role": "user", "content": ["a"]}, REPLY], "content[0]: a part must be an object with a 'type'"),
+        ([{"role": "user", "content": [{"type": "video"}]}, REPLY], "content[0]: unknown part type 'video'"),
+        ([{"role": "user", "content": [{"type": "text"}]}, REPLY], "content[0]: 'text' must be a string, it is null"),
+        ([{**USER, "loss": True}, REPLY], "messages[0]: 'loss': true on a user message"),
+        ([USER, {**REPLY, "loss": 0}], "messages[1]: 'loss' must be true or false, it is a number: 0"),
+        ([USER, {**REPLY, "loss": None}], "messages[1]: 'loss' must be true or false, it is null"),
+        ({"messages": [USER, REPLY], "tools": {"a": 1}}, "'tools' must be a list of objects, it is an object"),
+        ({"messages": [USER, REPLY], "tools": "[]"}, "'tools' must be a list of objects, it is a string: \"[]\""),
+    ],
+)
+def test_what_is_no_conversation_is_refused_by_place(row: Any, expected: str) -> None:
+    """D2: each mistake names the line, the message and what to write."""
+    messages = refusal(row)
+    assert len(messages) == 1
+    assert messages[0].startswith("train.jsonl:3: ")
+    assert expected in messages[0]
+
+
+def test_all_mistakes_of_a_row_are_listed() -> None:
+    """D2: nobody should have to start ten times."""
+    places = [text.split(": ")[1] for text in refusal([{"role": "human", "content": 1}, "x", {"content": "a"}])]
+    assert places == ["messages[0]", "messages[0]", "messages[1]", "messages[2]"]
