@@ -205,7 +205,7 @@ class ConversationEncoder:
                 continue
             begin, stop = self._reply_characters(conversation, index, text)
             first = bisect_right(ends, begin)
-            if first < len(ids) and starts[first] < begin and ids[first] in self.tokenizer.special_ids:
+            if first < len(starts) and starts[first] < begin and ids[first] in self.tokenizer.special_ids:
                 first += 1
             end = max(first, bisect_left(starts, stop))
             if not self.reply_format.closing_stops and end < len(ids) and ids[end] in self.reply_format.stop_ids:

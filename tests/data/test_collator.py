@@ -1,0 +1,39 @@
+"""Batches, number by number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from glm_edge_ft.data.collator import PaddedCollator
+
+SAMPLES = [
+    {"input_ids": np.array([5, 6, 7]), "labels": np.array([-100, 6, 7])},
+    {"input_ids": np.array([8]), "labels": np.array([8])},
+]
+
+
+def test_padding_on_the_right() -> None:
+    """E2: ids, mask and labels; padding bears no loss, whatever id fills it."""
+    batch = PaddedCollator(pad_token_id=8)(SAMPLES)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 8, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_padding_on_the_left_for_generation() -> None:
+    """E2: all prompts end in the last column."""
+    prompts = [{"input_ids": sample["input_ids"].astype(np.int32)} for sample in SAMPLES]
+    batch = PaddedCollator(pad_token_id=0, padding_side="left")(prompts)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert "labels" not in batch
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(None, 3), (1, 3), (3, 3), (8, 8)])
+def test_the_length_may_be_rounded_up(multiple: int | None, length: int) -> None:
+    """E2: to a multiple of what the hardware likes."""
+    batch = PaddedCollator(pad_token_id=0, pad_to_multiple_of=multiple)(SAMPLES)
+    assert {tensor.shape for tensor in batch.values()} == {(2, length)}
