@@ -9,10 +9,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from glm_edge_ft.config_document import nearest
-from glm_edge_ft.config_draft import PEFT, TRAINING, Draft
-from glm_edge_ft.config_schema import PEFT_TYPES, reporting_integrations
-from glm_edge_ft.config_values import shown
+from glm_edge_ft.config.document import nearest
+from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
+from glm_edge_ft.config.schema import PEFT_TYPES, reporting_integrations
+from glm_edge_ft.config.values import shown
 
 # Where the file is silent, this toolkit chooses otherwise than transformers:
 TRAINING_DEFAULTS: Mapping[str, Any] = {

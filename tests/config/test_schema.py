@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from glm_edge_ft.config_schema import (
+from glm_edge_ft.config.schema import (
     Field,
     generation_fields,
     peft_fields,

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_edge_ft.config import DataConfig, RunConfig, check_data_files, load_config
-from glm_edge_ft.config_names import OLD_TRAINING_NAMES, Renamed
-from glm_edge_ft.config_schema import training_fields
+from glm_edge_ft.config.names import OLD_TRAINING_NAMES, Renamed
+from glm_edge_ft.config.schema import training_fields
 from glm_edge_ft.errors import Problem, UserError
-from tests.config_files import LORA, NO_EVALUATION, load, notices, refused, write
+from tests.config.files import LORA, NO_EVALUATION, load, notices, refused, write
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 # --- C1: absent, retired and mistyped keys

@@ -4,12 +4,12 @@ The keys are those of the fine-tuning guide: `data_config`, `max_input_length`, 
 `training_args` (what `Seq2SeqTrainingArguments` takes, with `generation_config` inside), `peft_config` (what PEFT's
 LORA and PREFIX_TUNING take), and `on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at once.
 
-    config_yaml    file and --set → values with their lines
-    config_schema  what the installed libraries accept
-    config_names   old and mistyped names
-    config_values  value → declared type
-    config_ranges  numbers that make sense
-    config_rules   defaults, impossible combinations
+    yaml_file  file and --set → values with their lines
+    schema     what the installed libraries accept
+    names      old and mistyped names
+    values     value → declared type
+    ranges     numbers that make sense
+    rules      defaults, impossible combinations
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from glm_edge_ft.config_document import KeyPath, nearest
-from glm_edge_ft.config_draft import PEFT, TRAINING, Draft
-from glm_edge_ft.config_names import DATA_FIELDS, SECTIONS, TOP_FIELDS, refuse_unknown, translate_old_names
-from glm_edge_ft.config_ranges import check_ranges
-from glm_edge_ft.config_rules import apply_training_rules, check_peft, check_peft_type
-from glm_edge_ft.config_schema import PEFT_TYPES, Field, generation_fields, peft_fields, training_fields
-from glm_edge_ft.config_values import Mismatch, coerce, shown
-from glm_edge_ft.config_yaml import read_document
+from glm_edge_ft.config.document import KeyPath, nearest
+from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
+from glm_edge_ft.config.names import DATA_FIELDS, SECTIONS, TOP_FIELDS, refuse_unknown, translate_old_names
+from glm_edge_ft.config.ranges import check_ranges
+from glm_edge_ft.config.rules import apply_training_rules, check_peft, check_peft_type
+from glm_edge_ft.config.schema import PEFT_TYPES, Field, generation_fields, peft_fields, training_fields
+from glm_edge_ft.config.values import Mismatch, coerce, shown
+from glm_edge_ft.config.yaml_file import read_document
 from glm_edge_ft.errors import Problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from glm_edge_ft.errors import Problem
-from tests.config_files import LORA, load, notices, refused
+from tests.config.files import LORA, load, notices, refused
 
 # --- C8: the best model
 BEST = "eval_strategy: steps\neval_steps: 10\nsave_steps: 20\nload_best_model_at_end: true\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from glm_edge_ft.config_document import Document, KeyPath
+from glm_edge_ft.config.document import Document, KeyPath
 from glm_edge_ft.errors import Problem, UserError
 
 TRAINING: tuple[str, ...] = ("training_args",)

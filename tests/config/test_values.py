@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from glm_edge_ft.errors import Problem
-from tests.config_files import LORA, load, refused
+from tests.config.files import LORA, load, refused
 
 
 # --- C4: types

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from glm_edge_ft.config_document import Document, KeyPath, dotted
+from glm_edge_ft.config.document import Document, KeyPath, dotted
 from glm_edge_ft.errors import Problem, UserError
 
 _TAG = "tag:yaml.org,2002:"

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from glm_edge_ft.config_document import KeyPath, dotted, nearest
-from glm_edge_ft.config_draft import Draft
-from glm_edge_ft.config_schema import PEFT_TYPES, Field, generation_fields, make_field, peft_fields, training_fields
-from glm_edge_ft.config_values import Mismatch, coerce, shown
+from glm_edge_ft.config.document import KeyPath, dotted, nearest
+from glm_edge_ft.config.draft import Draft
+from glm_edge_ft.config.schema import PEFT_TYPES, Field, generation_fields, make_field, peft_fields, training_fields
+from glm_edge_ft.config.values import Mismatch, coerce, shown
 
 
 @dataclass(frozen=True)

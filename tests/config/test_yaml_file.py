@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_edge_ft.config_yaml import read_document
+from glm_edge_ft.config.yaml_file import read_document
 from glm_edge_ft.errors import Problem, UserError
 
 

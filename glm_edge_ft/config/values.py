@@ -7,8 +7,8 @@ import math
 import re
 from typing import Any
 
-from glm_edge_ft.config_document import Document, KeyPath, nearest
-from glm_edge_ft.config_schema import Field, Kind, TypeOption
+from glm_edge_ft.config.document import Document, KeyPath, nearest
+from glm_edge_ft.config.schema import Field, Kind, TypeOption
 
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")

@@ -9,7 +9,7 @@ import pytest
 
 from glm_edge_ft.config import load_config
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAMES = ("lora.yaml", "prefix.yaml", "sft.yaml", "demo.yaml")
 GUIDE_KEYS = (
     *("train_file", "val_file", "test_file", "num_proc", "max_input_length", "max_output_length", "freezeV"),

@@ -2,7 +2,7 @@
 
 Importing transformers or peft loads torch, which takes seconds; a misspelt key must show at once. The dataclasses of
 `Seq2SeqTrainingArguments`, `LoraConfig` and `PrefixTuningConfig` and the attributes of `GenerationConfig` are therefore
-read with `ast`. `tests/test_config_schema.py` compares the result with the real classes, so an upgrade cannot drift.
+read with `ast`. `tests/config/test_schema.py` compares the result with the real classes, so an upgrade cannot drift.
 """
 
 from __future__ import annotations

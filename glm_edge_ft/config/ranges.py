@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from glm_edge_ft.config_document import KeyPath
-from glm_edge_ft.config_draft import PEFT, TRAINING, Draft
-from glm_edge_ft.config_values import shown
+from glm_edge_ft.config.document import KeyPath
+from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
+from glm_edge_ft.config.values import shown
 
 
 @dataclass(frozen=True)
