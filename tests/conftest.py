@@ -70,6 +70,14 @@ TokenizerMaker = Callable[[str], PreTrainedTokenizerFast]
 EncoderMaker = Callable[..., ConversationEncoder]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out unless `-m` says otherwise."""
+    if not config.getoption("-m"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture(scope="session")
 def backend() -> Tokenizer:
     """A byte-level BPE tokenizer with GLM-4's split pattern, GLM-Edge's special tokens and trimmed offsets."""

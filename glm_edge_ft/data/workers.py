@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,7 +20,7 @@ from glm_edge_ft.data.cache import ROW_RECORD
 from glm_edge_ft.data.conversation import Conversation, parse_conversation
 from glm_edge_ft.data.encoding import ConversationEncoder, DroppedRow, EncodedRow
 from glm_edge_ft.data.rows import RawRow
-from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.errors import Problem, RunStopped, UserError
 
 CHUNK_ROWS = 256
 BYTES_PER_PROCESS = 1 << 20  # a process takes about two seconds to start, in which one core encodes this much
@@ -70,6 +71,7 @@ _worker_encoder: ConversationEncoder | None = None  # one a process, set when it
 def _start_worker(encoder: ConversationEncoder) -> None:
     global _worker_encoder  # noqa: PLW0603  # a pool's initializer has no other place to leave its result
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, which then ends the workers
     _worker_encoder = encoder
 
 
@@ -98,7 +100,9 @@ def encode_in_order(
             first, future = waiting.popleft()
             yield first, future.result()
     except BrokenProcessPool as error:
-        raise RuntimeError("an encoding process ended by itself (out of memory?); try a smaller num_proc") from error
+        raise RunStopped(
+            "an encoding process ended by itself, perhaps for lack of memory; start again with a smaller num_proc"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -20,8 +21,8 @@ from glm_edge_ft.data.collator import PaddedCollator
 from glm_edge_ft.data.dataset import EncodedDataset, build_dataset, load_prompts
 from glm_edge_ft.data.encoding import ConversationEncoder
 from glm_edge_ft.data.report import format_report, preview, preview_json
-from glm_edge_ft.data.workers import clamp_processes
-from glm_edge_ft.errors import UserError
+from glm_edge_ft.data.workers import clamp_processes, encode_in_order
+from glm_edge_ft.errors import RunStopped, UserError
 from tests.conftest import EncoderMaker, TokenizerMaker
 
 WriteRows = Callable[..., Path]
@@ -157,6 +158,20 @@ def test_few_rows_start_no_processes() -> None:
     assert notice is not None
     assert notice.startswith("num_proc 8 -> 1: 0.0 MB of data, ")
     assert clamp_processes(10**6, 10**12)[0] < 10**6
+
+
+class _EndsTheProcess:
+    """Whoever unpickles it is gone, as a process that the system kills."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+def test_a_worker_process_that_dies_stops_the_run() -> None:
+    """D5: it does not hang, and says what to try."""
+    encoder: Any = _EndsTheProcess()
+    with pytest.raises(RunStopped, match=r"an encoding process ended by itself.*smaller num_proc"):
+        list(encode_in_order(iter([(0, [])] * 20), encoder, 2))
 
 
 def test_loader_workers_open_the_files_for_themselves(
