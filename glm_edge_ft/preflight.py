@@ -21,6 +21,8 @@ from glm_edge_ft.model.loading import ModelLocation, locate_model
 from glm_edge_ft.training.checkpoints import ResumePlan, resolve_resume
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig, Seq2SeqTrainingArguments
+
     from glm_edge_ft.data.dataset import EncodedDataset
     from glm_edge_ft.data.encoding import ConversationEncoder
     from glm_edge_ft.model.loading import Checkpoint
@@ -72,6 +74,8 @@ class Prepared:
     datasets: dict[str, EncodedDataset]
     parameters: tuple[int, int]
     memory: MemoryEstimate
+    training_arguments: Seq2SeqTrainingArguments
+    generation_config: GenerationConfig
 
 
 def check_inputs(request: RunRequest) -> Plan:
@@ -138,14 +142,70 @@ def prepare(plan: Plan) -> Prepared:
         encoder = ConversationEncoder(
             checkpoint.tokenizer, frozenset(checkpoint.stop_ids), config.max_input_length, config.max_output_length
         )
+    training_arguments = generation_config = None
+    with _collect(problems):
+        generation_config = build_generation_config(config, checkpoint)
+    if precision is not None:
+        with _collect(problems):
+            training_arguments = build_training_arguments(plan, precision)
     datasets = {}
     for split, path in plan.data_files.items() if encoder is not None else ():
         with _collect(problems):
             datasets[split] = _encode(path, encoder, config.data_config.num_proc)
     problems.raise_if_any()
     assert precision is not None and encoder is not None  # each has its problem otherwise
+    assert training_arguments is not None and generation_config is not None
     memory = estimate_memory(parameters[1], parameters[0], precision.weights)
-    return Prepared(plan, checkpoint, precision, encoder, datasets, parameters, memory)
+    return Prepared(
+        plan, checkpoint, precision, encoder, datasets, parameters, memory, training_arguments, generation_config
+    )
+
+
+def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainingArguments:
+    """Return the Trainer's arguments: the config's, with the precision that was chosen.
+
+    Raises UserError when transformers refuses a value that the config's own checks let through.
+    """
+    import torch
+    from transformers import Seq2SeqTrainingArguments
+
+    settings = dict(plan.config.training_args)
+    settings |= {"bf16": precision.bf16, "fp16": precision.fp16, "output_dir": str(plan.output_dir)}
+    settings.setdefault("use_cpu", not torch.cuda.is_available())
+    settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
+    settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
+    if plan.resume.path is not None:
+        settings["eval_on_start"] = False  # the base model was evaluated when the run began
+    try:
+        return Seq2SeqTrainingArguments(**settings)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError.single("training_args", f"transformers refuses these settings: {error}") from error
+
+
+def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> GenerationConfig:
+    """Return how evaluation generates: greedy unless the config says otherwise, up to a stop id.
+
+    Raises UserError when transformers refuses the combination.
+    """
+    from transformers import GenerationConfig
+
+    settings = {
+        "do_sample": False,
+        "max_new_tokens": config.max_output_length,
+        "eos_token_id": list(checkpoint.stop_ids),
+        "pad_token_id": checkpoint.tokenizer.pad_token_id,
+        "use_cache": True,
+        **config.generation_config,
+    }
+    try:
+        generation_config = GenerationConfig(**settings)
+        generation_config.validate(strict=True)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError.single(
+            "training_args.generation_config", f"transformers refuses these settings: {error}"
+        ) from error
+    return generation_config
 
 
 def _encode(path: Path, encoder: ConversationEncoder, num_proc: int) -> EncodedDataset:

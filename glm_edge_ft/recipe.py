@@ -21,8 +21,6 @@ from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import Seq2SeqTrainingArguments
-
     from glm_edge_ft.training.evaluation import EvaluationData, ReplyTools
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
@@ -89,9 +87,8 @@ def train(prepared: Prepared) -> None:
     """Train, evaluate, predict and save, as the config says."""
     plan = prepared.plan
     evaluations = load_evaluations(prepared)
-    args = build_training_arguments(prepared)
     make_room(plan)
-    trainer = build_trainer(prepared, args, evaluations)
+    trainer = build_trainer(prepared, evaluations)
     show(_describe_model(prepared))
     write_run_record(prepared)
     finished = plan.resume.path is not None and not trainer.has_steps_left(plan.resume.path)
@@ -122,28 +119,6 @@ def load_evaluations(prepared: Prepared) -> dict[str, EvaluationData]:
     return evaluations
 
 
-def build_training_arguments(prepared: Prepared) -> Seq2SeqTrainingArguments:
-    """Return the Trainer's arguments: the config's, with the precision that was chosen."""
-    import torch
-    from transformers import Seq2SeqTrainingArguments
-
-    from glm_edge_ft.errors import UserError
-
-    settings = dict(prepared.plan.config.training_args)
-    settings |= {"bf16": prepared.precision.bf16, "fp16": prepared.precision.fp16}
-    settings["output_dir"] = str(prepared.plan.output_dir)
-    settings.setdefault("use_cpu", not torch.cuda.is_available())
-    settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-    settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
-    settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
-    if prepared.plan.resume.path is not None:
-        settings["eval_on_start"] = False  # the base model was evaluated when the run began
-    try:
-        return Seq2SeqTrainingArguments(**settings)
-    except (TypeError, ValueError) as error:
-        raise UserError.single("training_args", f"transformers refuses these settings: {error}") from error
-
-
 def make_room(plan: Plan) -> None:
     """Move an earlier run out of the way of a fresh start, and checkpoints after the one that is resumed from."""
     if not is_main_process():
@@ -157,9 +132,7 @@ def make_room(plan: Plan) -> None:
         show_notice(f"{plan.output_dir} held work of an earlier run; it now lies in {moved_to}")
 
 
-def build_trainer(
-    prepared: Prepared, args: Seq2SeqTrainingArguments, evaluations: Mapping[str, EvaluationData]
-) -> GlmEdgeTrainer:
+def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData]) -> GlmEdgeTrainer:
     """Read the weights, put the adapter on, and return the trainer with its data and its log."""
     import torch
     from transformers import PrinterCallback, ProgressCallback
@@ -171,7 +144,7 @@ def build_trainer(
     from glm_edge_ft.training.loss import install_supervised_loss
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
-    config, checkpoint = prepared.plan.config, prepared.checkpoint
+    config, checkpoint, args = prepared.plan.config, prepared.checkpoint, prepared.training_arguments
     base = load_weights(checkpoint, getattr(torch, prepared.precision.weights))
     install_supervised_loss(base)
     torch.manual_seed(args.seed)  # the adapter's first values
@@ -182,7 +155,7 @@ def build_trainer(
         eval_dataset=evaluations.get("val"),
         processing_class=checkpoint.tokenizer,
         data_collator=PaddedCollator(checkpoint.tokenizer.pad_token_id, "right"),
-        reply_tools=build_reply_tools(prepared, args),
+        reply_tools=build_reply_tools(prepared),
         on_nonfinite_loss=config.on_nonfinite_loss,
         callbacks=[RunLog(prepared.plan.output_dir, title=_title(prepared), show=is_main_process())],
     )
@@ -191,23 +164,14 @@ def build_trainer(
     return trainer
 
 
-def build_reply_tools(prepared: Prepared, args: Seq2SeqTrainingArguments) -> ReplyTools:
+def build_reply_tools(prepared: Prepared) -> ReplyTools:
     """Return what evaluation needs to generate: greedy unless the config says otherwise, up to a stop id."""
-    from transformers import GenerationConfig
-
     from glm_edge_ft.data.collator import PaddedCollator
     from glm_edge_ft.data.prompts import clean_prediction
     from glm_edge_ft.model.adapters import generate
     from glm_edge_ft.training.evaluation import ReplyTools
 
-    config, tokenizer = prepared.plan.config, prepared.checkpoint.tokenizer
-    defaults = {
-        "do_sample": False,
-        "max_new_tokens": config.max_output_length,
-        "eos_token_id": list(prepared.checkpoint.stop_ids),
-        "pad_token_id": tokenizer.pad_token_id,
-        "use_cache": True,
-    }
+    tokenizer = prepared.checkpoint.tokenizer
     collator = PaddedCollator(tokenizer.pad_token_id, "left")
     return ReplyTools(
         generate=generate,
@@ -215,9 +179,9 @@ def build_reply_tools(prepared: Prepared, args: Seq2SeqTrainingArguments) -> Rep
         clean=lambda ids: clean_prediction(prepared.encoder, tokenizer, ids),
         decode=lambda ids: str(tokenizer.decode(list(ids))),
         warn=show_notice,
-        options={"generation_config": GenerationConfig(**(defaults | config.generation_config))},
-        scoring_processes=config.data_config.num_proc,
-        show_progress=is_main_process() and not args.disable_tqdm,
+        options={"generation_config": prepared.generation_config},
+        scoring_processes=prepared.plan.config.data_config.num_proc,
+        show_progress=is_main_process() and not prepared.training_arguments.disable_tqdm,
     )
 
 

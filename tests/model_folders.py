@@ -1,4 +1,4 @@
-"""A GLM of a few thousand weights, saved in the layout of the released checkpoints, for tests that need a model folder."""
+"""A GLM of some ten thousand weights in the layout of the released checkpoints, for tests that need a model folder."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ def test_full_fine_tuning_trains_every_weight() -> None:
 
 def test_adapter_weights_are_float32_on_a_16_bit_base() -> None:
     """C7: a frozen bfloat16 base, adapters that can be updated by small steps."""
-    model = apply_adapter(tiny_model().to(torch.bfloat16), LORA)
+    base: Any = tiny_model()
+    model: Any = apply_adapter(base.to(torch.bfloat16), LORA)
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     assert kinds == {torch.float32}
     assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
@@ -91,7 +92,8 @@ def test_the_meta_twin_counts_what_the_real_model_trains(settings: dict[str, Any
 
 def prefix_model() -> Any:
     """Return a model under PREFIX_TUNING whose prefix changes what is generated."""
-    model = get_peft_model(tiny_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model: Any = get_peft_model(tiny_model(), config).eval()
     torch.manual_seed(3)
     torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=2.0)
     return model

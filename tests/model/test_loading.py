@@ -41,7 +41,10 @@ def test_stop_ids_come_from_generation_config_config_and_tokenizer(folder: Path)
     """M3: each place may know another one; none is lost."""
     ids = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     by_text = {token["content"]: token["id"] for token in ids}
-    for name, value in (("generation_config.json", [by_text["<|user|>"]]), ("config.json", [by_text["<|observation|>"]])):
+    for name, value in (
+        ("generation_config.json", [by_text["<|user|>"]]),
+        ("config.json", [by_text["<|observation|>"]]),
+    ):
         content = json.loads((folder / name).read_text(encoding="utf-8")) | {"eos_token_id": value}
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     checkpoint = read_checkpoint(locate_model(str(folder)))

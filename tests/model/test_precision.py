@@ -52,7 +52,9 @@ def test_weights_that_are_trained_stay_in_float32(training_args: dict[str, Any])
         (OLD_GPU, {"bf16": True}, "training_args.bf16: true, but this GPU has no bfloat16"),
     ],
 )
-def test_a_format_that_the_machine_lacks_is_refused(machine: Machine, training_args: dict[str, Any], message: str) -> None:
+def test_a_format_that_the_machine_lacks_is_refused(
+    machine: Machine, training_args: dict[str, Any], message: str
+) -> None:
     """C7: the key, why, and what to write instead."""
     with pytest.raises(UserError) as caught:
         choose_precision(training_args, True, machine)

@@ -69,12 +69,15 @@ def test_a_batch_without_supervised_tokens_has_loss_0_and_zero_gradients() -> No
 
 def test_an_adapter_on_the_head_takes_part() -> None:
     """LoRA on `lm_head`: the module is called, not its weight."""
+
     def wrapped(supervised: bool) -> tuple[float, dict[str, torch.Tensor]]:
         base = tiny_model()
         if supervised:
             install_supervised_loss(base)
         torch.manual_seed(1)
-        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False))
+        model = get_peft_model(
+            base, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
+        )
         value = model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
         value.backward()
         return value.item(), gradients(model)

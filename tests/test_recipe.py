@@ -1,0 +1,475 @@
+"""Whole runs on a tiny model: resuming, accumulation, evaluation, saving, each against an exact expectation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from glm_edge_ft import recipe
+from glm_edge_ft.errors import RunStopped, UserError
+from glm_edge_ft.preflight import RunRequest
+from tests.conftest import TokenizerMaker
+from tests.model_folders import save_model_folder
+
+LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 16, "lora_dropout": 0.1}
+PREFIX = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+QUESTIONS = (
+    "hello there",
+    "how are you",
+    "what is the time now?",
+    "你喜欢什么颜色",
+    "今天天气",
+    "fine?",
+    "my friend, are you fine",
+)
+ANSWERS = ("hello my friend", "I am fine", "今天天气很好", "the time is now", "我们去公园散步吧。")
+
+
+def conversation(number: int, turns: int = 1) -> dict[str, Any]:
+    """Return a conversation of the given number of turns; each number gives another one, of another length."""
+    messages = []
+    for turn in range(turns):
+        question = QUESTIONS[(number + turn) % len(QUESTIONS)] * (1 + number % 3)
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": ANSWERS[(number * 2 + turn) % len(ANSWERS)]})
+    return {"messages": messages}
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: TokenizerMaker) -> Path:
+    """Return the folder of a tiny model."""
+    return save_model_folder(tmp_path_factory.mktemp("model"), make_tokenizer("glm"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function that does one run in this process and returns its output folder."""
+    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, numbers in (("train", range(18)), ("dev", range(20, 25)), ("test", range(30, 33))):
+        rows = [conversation(number, turns=1 + number % 2) for number in numbers]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def start(
+        output: str = "output",
+        peft: Mapping[str, Any] | None = LORA,
+        resume: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        model: Path = model_folder,
+        data_dir: Path = data,
+        top: Mapping[str, Any] | None = None,
+        **training_args: Any,
+    ) -> Path:
+        settings = {
+            "output_dir": str(tmp_path / output),
+            "max_steps": 6,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 2,
+            "disable_tqdm": True,
+            "generation_config": {"max_new_tokens": 8},
+            **training_args,
+        }
+        config = {
+            "data_config": {"train_file": "train.jsonl", "val_file": val, "test_file": test},
+            "max_input_length": 256,
+            "max_output_length": 64,
+            "training_args": settings,
+            "peft_config": None if peft is None else dict(peft),
+            **(top or {}),
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        recipe.run(RunRequest(data_dir, str(model), path, resume))
+        return tmp_path / output
+
+    return start
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(output: Path) -> dict[int, tuple[float, float, float]]:
+    """Return loss, learning rate and gradient norm of each training step."""
+    return {
+        line["step"]: (line["loss"], line["learning_rate"], line["grad_norm"])
+        for line in metrics(output)
+        if "loss" in line
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the saved weights of an adapter or a model."""
+    (path,) = folder.glob("*model.safetensors")
+    return load_file(path)
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """Fail unless both folders hold the same weights, bit for bit."""
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("peft", [LORA, None, PREFIX], ids=["lora", "full", "prefix"])
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    run: Run, peft: dict[str, Any] | None, strategy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R3, T1: 6 steps at once, over two epochs and with dropout, against 4 and a resume to 6."""
+    whole = run("whole", peft, train_sampling_strategy=strategy, save_steps=4)
+    (whole.parent / "resumed").mkdir()
+    shutil.copytree(whole / "checkpoint-4", whole.parent / "resumed" / "checkpoint-4")
+    resumed = run("resumed", peft, resume="yes", train_sampling_strategy=strategy, save_steps=4)
+    assert f"continuing from {resumed / 'checkpoint-4'}" in capsys.readouterr().err
+    assert sorted(losses(whole)) == [1, 2, 3, 4, 5, 6]
+    assert losses(resumed) == {step: line for step, line in losses(whole).items() if step > 4}
+    assert_same_bits(whole, resumed)
+    assert_same_bits(whole / "checkpoint-6", resumed / "checkpoint-6")
+
+
+def test_resuming_at_the_end_of_an_epoch_equals_the_uninterrupted_run(run: Run) -> None:
+    """R3: 18 rows in batches of 4 make 5 steps an epoch; the checkpoint lies exactly between two epochs."""
+    whole = run("whole", max_steps=8, save_steps=5)
+    (whole.parent / "resumed").mkdir()
+    shutil.copytree(whole / "checkpoint-5", whole.parent / "resumed" / "checkpoint-5")
+    resumed = run("resumed", resume="5", max_steps=8, save_steps=5)
+    assert losses(resumed) == {step: line for step, line in losses(whole).items() if step > 5}
+    assert_same_bits(whole, resumed)
+
+
+def test_loader_processes_change_nothing_and_resume_exactly(run: Run) -> None:
+    """R3, T7: two loader processes give the batches of none, also after a resume in the middle of an epoch."""
+    without = run("without", save_steps=4)
+    shared = {"save_steps": 4, "dataloader_num_workers": 2}
+    whole = run("whole", **shared)
+    assert losses(whole) == losses(without)
+    (whole.parent / "resumed").mkdir()
+    shutil.copytree(whole / "checkpoint-4", whole.parent / "resumed" / "checkpoint-4")
+    resumed = run("resumed", resume="yes", **shared)
+    assert losses(resumed) == {step: line for step, line in losses(whole).items() if step > 4}
+    assert_same_bits(whole, resumed)
+
+
+def test_evaluation_does_not_change_training(run: Run) -> None:
+    """Loss and generation in between move neither the random state nor the weights."""
+    without = run("without")
+    between = run("between", val="dev.jsonl", eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    assert losses(between) == losses(without)
+    assert_same_bits(without, between)
+
+
+@pytest.mark.parametrize("peft", [{**LORA, "lora_dropout": 0.0}, None], ids=["lora", "full"])
+def test_accumulated_batches_equal_one_large_batch(run: Run, peft: dict[str, Any] | None) -> None:
+    """T3: batch 8 x 1 against 1 x 8; rows differ in length, so a mean of means would differ."""
+    shared = {"train_sampling_strategy": "sequential", "max_steps": 2, "save_strategy": "no", "optim": "sgd"}
+    large = run("large", peft, per_device_train_batch_size=8, **shared)
+    small = run("small", peft, per_device_train_batch_size=1, gradient_accumulation_steps=8, **shared)
+    for step in (1, 2):
+        assert losses(small)[step] == pytest.approx(losses(large)[step], abs=1e-5)
+    one, other = weights(large), weights(small)
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_logged_loss_is_the_mean_over_supervised_tokens(run: Run, model_folder: Path) -> None:
+    """Step 1 against a loss computed apart: every row by itself, on full logits."""
+    output = run(
+        peft={**LORA, "lora_dropout": 0.0}, train_sampling_strategy="sequential", max_steps=1, save_strategy="no"
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    stop = tokenizer.convert_tokens_to_ids("<|user|>")
+    total, count = 0.0, 0
+    for number in range(4):
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for message in conversation(number, turns=1 + number % 2)["messages"]:
+            role = tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>")
+            text = tokenizer("\n" + message["content"], add_special_tokens=False)["input_ids"]
+            ids += [role, *text]
+            is_reply = message["role"] == "assistant"
+            supervised += [role == stop and len(supervised) > 0, *([is_reply] * len(text))]
+        ids, supervised = [*ids, stop], [*supervised, True]
+        with torch.no_grad():
+            log_probabilities = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for position, (token, counts) in enumerate(zip(ids, supervised, strict=True)):
+            if counts:
+                total -= float(log_probabilities[position - 1, token])
+                count += 1
+    assert losses(output)[1][0] == pytest.approx(total / count, abs=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_lora_matrix_moves_fresh_and_resumed(run: Run, checkpointing: bool) -> None:
+    """T2: with activation checkpointing and without, the adapter learns everywhere, and resuming keeps that."""
+    output = run(activation_checkpointing=checkpointing, max_steps=2)
+    before = weights(output)
+    assert [name for name, tensor in before.items() if "lora_B" in name and tensor.abs().sum() == 0] == []
+    run(activation_checkpointing=checkpointing, max_steps=4, resume="2")
+    after = weights(output)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_activation_checkpointing_changes_no_loss(run: Run) -> None:
+    """T2: the same numbers, computed twice."""
+    plain = run("plain", {**LORA, "lora_dropout": 0.0}, save_strategy="no")
+    checkpointed = run("checkpointed", {**LORA, "lora_dropout": 0.0}, save_strategy="no", activation_checkpointing=True)
+    assert losses(checkpointed) == losses(plain)
+
+
+def test_prefix_tuning_with_gradient_checkpointing_trains_with_a_notice(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """T1: the pair crashes in PEFT; the run goes on without checkpointing, evaluates, predicts, saves."""
+    output = run(
+        peft=PREFIX,
+        gradient_checkpointing=True,
+        val="dev.jsonl",
+        test="test.jsonl",
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    assert "checkpointing" in capsys.readouterr().err
+    assert {line["step"] for line in metrics(output) if "eval_rouge-l" in line} == {3, 6}
+    assert [line["step"] for line in metrics(output) if "test_rouge-l" in line] == [6]
+
+
+def test_evaluation_is_the_same_for_every_batch_size(run: Run) -> None:
+    """E2: rows of different length, alone and four at a time: same predictions, same metrics, eval_loss included."""
+    shared: dict[str, Any] = {"val": "dev.jsonl", "eval_strategy": "steps", "eval_steps": 6, "save_strategy": "no"}
+    one = run("one", per_device_eval_batch_size=1, **shared)
+    four = run("four", per_device_eval_batch_size=4, **shared)
+    assert (one / "predictions/eval-6.jsonl").read_text("utf-8") == (four / "predictions/eval-6.jsonl").read_text(
+        "utf-8"
+    )
+    keys = ("eval_rouge-1", "eval_rouge-2", "eval_rouge-l", "eval_bleu-4", "eval_exact-match")
+    (first,), (second,) = ([line for line in metrics(output) if "eval_loss" in line] for output in (one, four))
+    assert [first[key] for key in keys] == [second[key] for key in keys]
+    assert first["eval_loss"] == pytest.approx(second["eval_loss"], abs=1e-6)
+
+
+def test_a_prediction_is_written_for_each_assistant_turn_once(run: Run) -> None:
+    """E4, E2: in the order of the file; the prompt is the true history, ends at the marker and holds no reference."""
+    output = run(val="dev.jsonl", eval_strategy="steps", eval_steps=6)
+    lines = [json.loads(line) for line in (output / "predictions/eval-6.jsonl").read_text("utf-8").splitlines()]
+    expected = []
+    for line, number in enumerate(range(20, 25), start=1):
+        messages = conversation(number, turns=1 + number % 2)["messages"]
+        expected += [(line, turn, messages[turn]["content"]) for turn in range(1, len(messages), 2)]
+    assert [(line["line"], line["turn"], line["reference"]) for line in lines] == expected
+    assert all(line["prompt"].endswith("<|assistant|>") for line in lines)
+    first, second = (line["prompt"] for line in lines if line["line"] == 2)
+    assert second.startswith(first + "\n" + lines[1]["reference"] + "<|user|>")
+    names = {
+        "file",
+        "line",
+        "turn",
+        "prompt",
+        "reference",
+        "prediction",
+        "rouge-1",
+        "rouge-2",
+        "rouge-l",
+        "bleu-4",
+        "exact-match",
+    }
+    assert {frozenset(line) for line in lines} == {frozenset(names)}
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_loss_of_the_dev_data_is_always_there(run: Run, generate: bool, strategy: str) -> None:
+    """E3: with and without generation, by steps and by epochs."""
+    output = run(
+        val="dev.jsonl", predict_with_generate=generate, eval_strategy=strategy, eval_steps=3, save_strategy="no"
+    )
+    evaluations = [line for line in metrics(output) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == ([3, 6] if strategy == "steps" else [5, 6])
+    assert all(("eval_bleu-4" in line) is generate for line in evaluations)
+
+
+def test_without_dev_data_evaluation_is_off(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """C3: `val_file: null` beside `eval_strategy: steps`; training completes."""
+    output = run(val=None, eval_strategy="steps", eval_steps=1)
+    assert len(losses(output)) == 6
+    assert [line for line in metrics(output) if "eval_loss" in line] == []
+    assert "val_file" in capsys.readouterr().err
+
+
+def test_the_best_adapter_is_the_one_that_is_kept(run: Run) -> None:
+    """C8: by rouge-l, with LoRA: the final folder equals the best checkpoint."""
+    output = run(
+        val="dev.jsonl",
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="rouge-l",
+    )
+    by_step = {line["step"]: line["eval_rouge-l"] for line in metrics(output) if "eval_rouge-l" in line}
+    best = max(by_step, key=lambda step: (by_step[step], -step))
+    assert_same_bits(output, output / f"checkpoint-{best}")
+
+
+def test_the_best_checkpoint_survives_the_limit(run: Run) -> None:
+    """C8: `save_total_limit: 1` removes others, and the state names the best by its final path."""
+    output = run(
+        val="dev.jsonl",
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        save_total_limit=1,
+        learning_rate=50.0,
+        predict_with_generate=False,
+    )
+    by_step = {line["step"]: line["eval_loss"] for line in metrics(output) if "eval_loss" in line}
+    best = min(by_step, key=lambda step: by_step[step])
+    assert best == 2  # the learning rate is absurd: it only gets worse
+    assert (output / f"checkpoint-{best}").is_dir()
+    assert_same_bits(output, output / f"checkpoint-{best}")
+
+
+@pytest.mark.parametrize("peft", [LORA, None], ids=["lora", "full"])
+def test_the_saved_folder_stops_by_itself(
+    run: Run, tmp_path: Path, model_folder: Path, peft: dict[str, Any] | None
+) -> None:
+    """M3, R7: one row "hi" -> "yo" learned by heart; elsewhere, plain transformers and PEFT answer and stop."""
+    data = tmp_path / "one"
+    data.mkdir()
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+    (data / "train.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    everything = {**LORA, "lora_dropout": 0.0, "r": 16, "target_modules": "all-linear"} if peft else None
+    output = run(
+        "hi", everything, data_dir=data, max_steps=60, save_steps=60, learning_rate=3e-3 if peft is None else 2e-2
+    )
+    for folder in (output, output / "checkpoint-60"):
+        moved = tmp_path / f"moved-{folder.name}"
+        shutil.copytree(folder, moved)
+        tokenizer: Any = AutoTokenizer.from_pretrained(moved)
+        if peft is None:
+            model: Any = AutoModelForCausalLM.from_pretrained(moved)
+            assert model.config.use_cache is True
+        else:
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(moved))
+        prompt = tokenizer("<|user|>\nhi<|assistant|>", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        new = model.generate(prompt, max_new_tokens=32, do_sample=False)[0, prompt.shape[1] :]
+        assert tokenizer.decode(new) == "\nyo<|user|>"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run: Run, tmp_path: Path) -> None:
+    """M4: an absurd learning rate makes the second loss NaN; nothing of it is logged as a number."""
+    with pytest.raises(RunStopped, match=r"the loss of step [2-6] is nan: lower training_args\.learning_rate"):
+        run(peft=None, learning_rate=1e30, max_grad_norm=0, lr_scheduler_type="constant")
+    assert all(line.get("loss") != 0.0 for line in metrics(tmp_path / "output"))
+
+
+def test_a_loss_that_is_not_finite_may_only_warn(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """M4: the run goes on, and NaN stands in metrics.jsonl as null, never as 0.0."""
+    output = run(
+        peft=None,
+        learning_rate=1e30,
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        top={"on_nonfinite_loss": "warn"},
+    )
+    values = [line["loss"] for line in metrics(output) if "loss" in line]
+    assert len(values) == 6
+    assert None in values
+    assert 0.0 not in values
+    assert "is nan" in capsys.readouterr().err
+
+
+def test_a_finished_run_takes_no_step_and_is_evaluated(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """R4: `yes` on a run that has all its steps."""
+    output = run(val="dev.jsonl", eval_strategy="steps", eval_steps=6)
+    before = weights(output / "checkpoint-6")
+    capsys.readouterr()
+    run(val="dev.jsonl", eval_strategy="steps", eval_steps=6, resume="yes")
+    assert "has all steps behind it" in capsys.readouterr().err
+    assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics(output) if "eval_loss" in line] == [6, 6]
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(output).items())
+
+
+def test_an_unreadable_random_state_is_said_and_passed_over(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """R6: the run continues; it is not bit-exact and says so."""
+    output = run(max_steps=4)
+    state = output / "checkpoint-2" / "rng_state.pth"
+    state.write_bytes(b"\0" * state.stat().st_size)  # of the right size: whole by its manifest
+    capsys.readouterr()
+    run(max_steps=4, resume="2")
+    assert "cannot be read" in capsys.readouterr().err
+    assert sorted(losses(output)) == [1, 2, 3, 4]
+
+
+def test_a_fresh_start_sets_the_earlier_run_aside(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """R2: `no` starts afresh, and nothing is written over."""
+    output = run(max_steps=2)
+    old = weights(output)
+    run(max_steps=2, resume="no", learning_rate=5e-2)
+    earlier = output / "earlier" / "1"
+    assert f"it now lies in {earlier}" in capsys.readouterr().err
+    assert all(torch.equal(old[name], tensor) for name, tensor in weights(earlier).items())
+    assert sorted(path.name for path in earlier.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert len(losses(output)) == 2
+    assert len(losses(earlier)) == 2
+
+
+def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(run: Run) -> None:
+    """R1: what was trained after checkpoint 2 neither mixes with the new line nor is lost."""
+    output = run(max_steps=6)
+    run(max_steps=6, resume="2", save_steps=3)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in (output / "earlier/1").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_the_run_record_and_the_curve_are_written(run: Run) -> None:
+    """`run.json` holds the resolved config, versions and data fingerprint; `loss.png` is a picture."""
+    output = run(val="dev.jsonl", eval_strategy="steps", eval_steps=3)
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert record["config"]["training_args"]["learning_rate"] == 0.01
+    assert record["versions"]["transformers"]
+    assert len(record["data"]["train"]["fingerprint"]) == 32
+    assert (output / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not list(output.rglob("training_args.bin"))
+    assert not (output / ".saving").exists()
+
+
+def test_modules_that_do_not_exist_are_refused_before_the_weights_are_read(run: Run) -> None:
+    """A LoRA config for another model: the real names are listed."""
+    with pytest.raises(UserError, match=r"no module named 'query_key_value'(.|\n)*it has: down_proj"):
+        run(peft={**LORA, "target_modules": ["query_key_value"]})
+
+
+def test_nothing_asks_for_a_login(run: Run) -> None:
+    """E6: reporting is off unless the config names a service."""
+    output = run(max_steps=1, save_strategy="no")
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert record["config"]["training_args"]["report_to"] in ("none", [], ["none"])
+
+
+def test_tensorboard_works_with_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`report_to: tensorboard` writes its events."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    run(max_steps=2, report_to="tensorboard", save_strategy="no")
+    assert list((tmp_path / "events").rglob("events.out.tfevents*"))
