@@ -8,6 +8,7 @@ structure, and encodes the data. Each collects all mistakes before it raises.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ def check_inputs(request: RunRequest) -> Plan:
     assert location is not None  # it has its problem otherwise
     for notice in config.notices:
         show_notice(notice)
+    if config.freezeV:
+        show_notice("freezeV: true has no meaning here: a chat model has no vision tower")
     data = config.data_config
     named = zip(SPLITS, (data.train_file, data.val_file, data.test_file), strict=True)
     files = {split: request.data_dir / name for split, name in named if name is not None}
@@ -175,12 +178,21 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
     settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
+    settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), os.cpu_count() or 1)
     if plan.resume.path is not None:
         settings["eval_on_start"] = False  # the base model was evaluated when the run began
     try:
         return Seq2SeqTrainingArguments(**settings)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError.single("training_args", f"transformers refuses these settings: {error}") from error
+
+
+def clamp_workers(wanted: int, cores: int) -> int:
+    """Return the number of loader processes, at most one for each core, with a notice when that is less than wanted."""
+    if wanted <= cores:
+        return wanted
+    show_notice(f"training_args.dataloader_num_workers {wanted} -> {cores}: this machine has {cores} cores")
+    return cores
 
 
 def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> GenerationConfig:

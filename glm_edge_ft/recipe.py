@@ -219,7 +219,7 @@ def write_run_record(prepared: Prepared) -> None:
     import platform
 
     plan = prepared.plan
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "deepspeed")
+    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "deepspeed")
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in packages:
         try:

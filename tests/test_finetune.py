@@ -16,7 +16,7 @@ from glm_edge_ft.preflight import RunRequest, check_inputs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = ("data/demo", "glm-edge-nano", "configs/demo.yaml")
-HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "deepspeed", "matplotlib", "tokenizers")
+HEAVY = ("torch", "transformers", "peft", "accelerate", "deepspeed", "matplotlib", "tokenizers")
 
 
 def finetune(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:

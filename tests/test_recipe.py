@@ -316,9 +316,11 @@ def test_without_dev_data_evaluation_is_off(run: Run, capsys: pytest.CaptureFixt
     assert "val_file" in capsys.readouterr().err
 
 
-def test_the_best_adapter_is_the_one_that_is_kept(run: Run) -> None:
-    """C8: by rouge-l, with LoRA: the final folder equals the best checkpoint."""
+@pytest.mark.parametrize("peft", [LORA, PREFIX, None], ids=["lora", "prefix", "full"])
+def test_the_best_adapter_is_the_one_that_is_kept(run: Run, peft: dict[str, Any] | None) -> None:
+    """C8, T1: by rouge-l: the final folder equals the best checkpoint."""
     output = run(
+        peft=peft,
         val="dev.jsonl",
         eval_strategy="steps",
         eval_steps=2,
@@ -441,6 +443,22 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(run: Run) -
     run(max_steps=6, resume="2", save_steps=3)
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]
     assert sorted(path.name for path in (output / "earlier/1").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_freezing_the_vision_tower_of_a_chat_model_is_said_to_mean_nothing(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """I6: `freezeV: true` in the chat script."""
+    output = run(max_steps=1, save_strategy="no", top={"freezeV": True})
+    assert "freezeV: true has no meaning here" in capsys.readouterr().err
+    assert len(losses(output)) == 1
+
+
+def test_more_loader_processes_than_cores_are_clamped(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """T7: `dataloader_num_workers: 1000`, with a notice."""
+    output = run(max_steps=1, save_strategy="no", dataloader_num_workers=1000)
+    assert "dataloader_num_workers 1000 -> " in capsys.readouterr().err
+    assert len(losses(output)) == 1
 
 
 def test_the_run_record_and_the_curve_are_written(run: Run) -> None:

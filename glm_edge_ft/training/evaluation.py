@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from glm_edge_ft.training.metrics import PairScores, summarize
+from glm_edge_ft.training.metrics import MAX_SCORED_CHARACTERS, PairScores, summarize
 from glm_edge_ft.training.scoring import Pairs, PairScorer
 
 
@@ -201,6 +201,12 @@ class _PredictionsWriter:
         ordered = self.path.with_suffix(".ordered")
         ordered.write_text("".join(self._line(index) for index in sorted(self.scores)), encoding="utf-8")
         ordered.replace(self.path)
+        cut = sum(scores.was_cut for scores in self.scores.values())
+        if cut:
+            self.tools.warn(
+                f"{cut} of {len(self.scores)} pairs have a side of more than {MAX_SCORED_CHARACTERS:,} characters; "
+                "ROUGE and BLEU saw its beginning only"
+            )
         return summarize([self.scores[index] for index in sorted(self.scores)])
 
     def _take(self, indices: list[int], pairs: Pairs, future: Future[list[PairScores]]) -> None:
