@@ -111,7 +111,6 @@ def parse_conversation(row: RawRow, rendered_roles: frozenset[str]) -> Conversat
 def _messages_of(place: str, value: dict[str, Any], problems: ProblemList) -> Any:
     if "messages" in value:
         return value["messages"]
-    keys = ", ".join(map(repr, list(value)[:8])) or "none"
     for key in _MESSAGES_LOOKALIKES:
         if key in value:
             problems.add(place, f"key {key!r} found, 'messages' missing", "did you mean 'messages'?")
@@ -123,7 +122,7 @@ def _messages_of(place: str, value: dict[str, Any], problems: ProblemList) -> An
     else:
         near = difflib.get_close_matches("messages", list(value), 1, 0.7)
         fix = f"did you mean 'messages' by {near[0]!r}?" if near else f"write {_SHAPE}"
-    problems.add(place, f"key 'messages' is missing; the keys are: {keys}", fix)
+    problems.add(place, f"key 'messages' is missing; the keys are: {_keys(value)}", fix)
     return None
 
 
@@ -159,7 +158,7 @@ def _message(place: str, index: int, raw: Any, rendered_roles: frozenset[str], p
 
 def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], problems: ProblemList) -> str | None:
     if "role" not in raw:
-        problems.add(where, f"key 'role' is missing; the keys are: {', '.join(map(repr, raw))}", "write who speaks")
+        problems.add(where, f"key 'role' is missing; the keys are: {_keys(raw)}", "write who speaks")
         return None
     role = raw["role"]
     allowed = [*ROLES_ALWAYS, *(known for known in ROLES_IF_RENDERED if known in rendered_roles)]
@@ -183,7 +182,7 @@ def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], probl
 
 def _text(where: str, raw: dict[str, Any], problems: ProblemList) -> str | None:
     if "content" not in raw:
-        problems.add(where, f"key 'content' is missing; the keys are: {', '.join(map(repr, raw))}", "write the text")
+        problems.add(where, f"key 'content' is missing; the keys are: {_keys(raw)}", "write the text")
         return None
     content = raw["content"]
     if isinstance(content, str):
@@ -231,6 +230,10 @@ def _check_supervision(place: str, messages: tuple[Message, ...], problems: Prob
         problems.add(place, "no assistant turn: there is nothing to learn", "add the reply, or remove the row")
     elif not any(message.supervised for message in messages):
         problems.add(place, "every assistant turn says 'loss': false", "leave one of them in, or remove the row")
+
+
+def _keys(value: dict[str, Any]) -> str:
+    return ", ".join(repr(key[:40]) for key in list(value)[:8]) or "none"
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from glm_edge_ft.data.conversation import Conversation, parse_conversation
 from glm_edge_ft.data.rows import RawRow
@@ -138,3 +140,26 @@ def test_all_mistakes_of_a_row_are_listed() -> None:
     """D2: nobody should have to start ten times."""
     places = [text.split(": ")[1] for text in refusal([{"role": "human", "content": 1}, "x", {"content": "a"}])]
     assert places == ["messages[0]", "messages[0]", "messages[1]", "messages[2]"]
+
+
+words = st.sampled_from(
+    ["messages", "role", "content", "loss", "type", "text", "tools", "user", "assistant", "from", ""]
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(words, children, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(value=anything)
+@settings(max_examples=500, deadline=None)
+def test_no_value_raises_anything_but_a_user_error(value: Any) -> None:
+    """D2: a row is a conversation or a list of problems with its place, never a traceback."""
+    try:
+        conversation = parse(value)
+    except UserError as error:
+        assert error.problems
+        assert all(problem.where.startswith("train.jsonl:3") for problem in error.problems)
+    else:
+        assert any(message.supervised for message in conversation.messages)
