@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from glm_edge_ft.data.encoding import ConversationEncoder
+
+# No example fails for being slow on a busy machine, and each run tries the same ones; `--hypothesis-profile=explore`
+# tries others.
+_NOT_TIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+settings.register_profile("repeatable", _NOT_TIMED, derandomize=True)
+settings.register_profile("explore", _NOT_TIMED)
+settings.load_profile("repeatable")
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

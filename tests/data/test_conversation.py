@@ -153,7 +153,7 @@ anything = st.recursive(
 
 
 @given(value=anything)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_no_value_raises_anything_but_a_user_error(value: Any) -> None:
     """D2: a row is a conversation or a list of problems with its place, never a traceback."""
     try:

@@ -131,7 +131,7 @@ def test_ids_and_mask_equal_an_independent_reference(
     encoder, tokenizer = make_encoder(template), make_tokenizer(template)
 
     @given(turns=conversations)
-    @settings(max_examples=250, deadline=None)
+    @settings(max_examples=250)
     def check(turns: list[dict[str, Any]]) -> None:
         assume(has_supervised_turn(turns))
         ids, mask = reference(tokenizer, template, turns)
@@ -166,7 +166,7 @@ def test_budgets_hold_for_any_conversation(
     encoders = {(prompt, reply): make_encoder(template, prompt, reply) for prompt in (6, 12, 30) for reply in (1, 3, 8)}
 
     @given(turns=conversations, budgets=st.sampled_from(sorted(encoders)))
-    @settings(max_examples=250, deadline=None)
+    @settings(max_examples=250)
     def check(turns: list[dict[str, Any]], budgets: tuple[int, int]) -> None:
         assume(has_supervised_turn(turns))
         row = encode(encoders[budgets], turns)

@@ -328,7 +328,7 @@ rows_of_any_kind = st.lists(
 
 
 @given(rows=rows_of_any_kind, indent=st.sampled_from([None, 0, 2]), chunk=st.integers(1, 40), ascii_only=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_streaming_gives_what_the_json_parser_gives(
     rows: list[Any], indent: int | None, chunk: int, ascii_only: bool
 ) -> None:
@@ -342,7 +342,7 @@ def test_streaming_gives_what_the_json_parser_gives(
 
 
 @given(content=st.binary(max_size=200) | st.text(alphabet='{}[]",:\\u08d/ \n', max_size=60).map(str.encode))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_bytes_raise(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     """D2: whatever a file holds, it gives rows and problems, at least one of them, and no exception."""
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
