@@ -155,6 +155,7 @@ def prepare(plan: Plan) -> Prepared:
     for split, path in plan.data_files.items() if encoder is not None else ():
         with _collect(problems):
             datasets[split] = _encode(path, encoder, config.data_config.num_proc)
+            _check_longest_row(path, datasets[split], checkpoint)
     problems.raise_if_any()
     assert precision is not None and encoder is not None  # each has its problem otherwise
     assert training_arguments is not None and generation_config is not None
@@ -227,6 +228,17 @@ def _encode(path: Path, encoder: ConversationEncoder, num_proc: int) -> EncodedD
     for notice in notices:
         show_notice(notice)
     return dataset
+
+
+def _check_longest_row(path: Path, dataset: EncodedDataset, checkpoint: Checkpoint) -> None:
+    """Refuse rows with more tokens than the model has positions for."""
+    limit, longest = getattr(checkpoint.config, "max_position_embeddings", None), int(dataset.lengths.max())
+    if limit is not None and longest > limit:
+        raise UserError.single(
+            str(path),
+            f"its longest row has {longest} tokens, the model takes {limit}",
+            f"lower max_input_length and max_output_length until they add up to at most {limit}",
+        )
 
 
 def _count_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[int, int]:

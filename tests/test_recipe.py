@@ -479,6 +479,16 @@ def test_modules_that_do_not_exist_are_refused_before_the_weights_are_read(run: 
         run(peft={**LORA, "target_modules": ["query_key_value"]})
 
 
+def test_rows_longer_than_the_model_takes_are_refused(run: Run, tmp_path: Path, model_folder: Path) -> None:
+    """The limit of the checkpoint's config, before any weight is read."""
+    short = tmp_path / "short"
+    shutil.copytree(model_folder, short)
+    config = json.loads((short / "config.json").read_text(encoding="utf-8"))
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"its longest row has \d+ tokens, the model takes 16"):
+        run(model=short)
+
+
 def test_nothing_asks_for_a_login(run: Run) -> None:
     """E6: reporting is off unless the config names a service."""
     output = run(max_steps=1, save_strategy="no")
