@@ -229,7 +229,9 @@ class _Findings:
             "dropped": self.dropped,
             "control_text_rows": self.counts["control_text"],
             "control_text": self.control_text,
-            "notices": [f"{text} ({count} rows)" for text, count in sorted(self.notes.items())],
+            "notices": [
+                f"{text} ({count} row{'s' if count > 1 else ''})" for text, count in sorted(self.notes.items())
+            ],
         }
 
 

@@ -23,7 +23,7 @@ from glm_edge_ft.data.encoding import ConversationEncoder
 from glm_edge_ft.data.report import format_report, preview, preview_json
 from glm_edge_ft.data.workers import clamp_processes, encode_in_order
 from glm_edge_ft.errors import RunStopped, UserError
-from tests.conftest import EncoderMaker, TokenizerMaker
+from tests.conftest import TEMPLATES, EncoderMaker, TokenizerMaker
 
 WriteRows = Callable[..., Path]
 
@@ -258,8 +258,22 @@ def test_the_report_counts_everything(reported: EncodedDataset) -> None:
     assert report["dropped_rows"] == 1
     assert report["dropped"][0].startswith("train.jsonl:5: the prompt of the first reply takes ")
     assert (report["control_text_rows"], report["control_text"]) == (1, ("train.jsonl:4",))
-    assert report["notices"] == ("key 'id' has no meaning here and is ignored (1 rows)",)
+    assert report["notices"] == ("key 'id' has no meaning here and is ignored (1 row)",)
     assert json.loads(json.dumps(report))["rows"] == 4
+
+
+def test_what_the_template_leaves_out_is_said(
+    make_encoder: EncoderMaker, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """D3: system messages and tools that the template does not render are counted in notices."""
+    template = TEMPLATES["glm"].replace("in ['system', 'user',", "in ['user',")
+    system = {"role": "system", "content": "hello"}
+    path = write_rows([{"messages": [system, *row()["messages"]]}] * 2 + [row(tools=[{"name": "f"}])])
+    dataset, _ = build_dataset([path], make_encoder(template), 1, tmp_path / "cache", progress=False)
+    assert dataset.report.notices == (
+        "the model's chat template ignores 'tools' (1 row)",
+        "the model's chat template leaves system messages out (2 rows)",
+    )
 
 
 def test_the_report_as_text(reported: EncodedDataset) -> None:
@@ -271,7 +285,7 @@ def test_the_report_as_text(reported: EncodedDataset) -> None:
         "rows cut: prompt shortened (max_input_length)",
         "22 tokens lost",
         "    train.jsonl:5: the prompt of the first reply takes ",
-        "note: key 'id' has no meaning here and is ignored (1 rows)",
+        "note: key 'id' has no meaning here and is ignored (1 row)",
     ):
         assert expected in text
 
