@@ -1,0 +1,276 @@
+"""GLM-Edge-V on current transformers: its GLM and its SigLIP, composed under the key names of the released checkpoints.
+
+    GlmEdgeVForCausalLM
+        model                       GlmEdgeVModel: transformers' GlmModel, and
+            vision
+                vit.model.vision_model      SiglipVisionModel without its pooling head
+                adapter                     patches to vectors of the language model: conv, linear_proj, boi, eoi
+        lm_head
+
+An image is 672 x 672 pixels, cut into 48 x 48 patches; the adapter makes 24 x 24 vectors of them, puts boi before and
+eoi after, and these 578 vectors replace 578 placeholder tokens of the row. Positions are plain and attention is causal
+over image tokens too. Nothing else differs from GLM, so a row without image is computed exactly as by `GlmForCausalLM`.
+
+The released remote code does not run on transformers 5, and no remote code is needed here. Sources: THUDM/GLM-Edge
+(modelling code and key names), GLM-4V (activation and norm of the adapter), llama.cpp (vision graph).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, GlmForCausalLM, GlmModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
+
+from glm_edge_ft.errors import ProblemList, UserError
+from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig, read_glm_edge_v_config
+from glm_edge_ft.model.glm_edge_v_vision import GlmEdgeVAdapter, GlmEdgeVVision
+
+VISION_PREFIX = "model.vision."
+# The tower's pooling head is stored in checkpoints and never computed; the others are counted up anew on every start.
+UNUSED_KEYS = [r"vision_model\.head\.", r"embeddings\.position_ids$", r"rotary_emb\.inv_freq$"]
+NO_SPLIT_MODULES = ["GlmDecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings", "GlmEdgeVAdapter"]
+
+
+class GlmEdgeVModel(GlmModel):
+    """`GlmModel` that puts the vectors of images in the place of their placeholders."""
+
+    config: GlmEdgeVConfig
+    _no_split_modules = NO_SPLIT_MODULES
+
+    def __init__(self, config: GlmEdgeVConfig) -> None:
+        super().__init__(config)
+        if config.boi_token_id is None:
+            raise ValueError("a vision model needs boi_token_id in its config, the id of the image placeholder")
+        self.placeholder_id = config.boi_token_id
+        self.vision = GlmEdgeVVision(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GlmEdgeVAdapter):
+            for boundary in (module.boi, module.eoi):
+                init.normal_(boundary, mean=0.0, std=self.config.initializer_range)
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As `GlmModel.forward`; images and their placeholders as in `GlmEdgeVForCausalLM.forward`."""
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("pixel_values need input_ids: the placeholders are found by their id")
+            inputs_embeds = self.merge_images(input_ids, pixel_values)
+            input_ids = None
+        elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
+            self.count_images(input_ids, images=0)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def merge_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the input embeddings `(batch, length, hidden)` with each image's vectors in its placeholders' place.
+
+        Images are taken in the order of their placeholders, row by row. Raises ValueError as `count_images`.
+        """
+        images = self.flatten_images(pixel_values)
+        self.count_images(input_ids, images=len(images))
+        vectors = self.vision(images)  # (images, tokens_per_image, hidden)
+        embeddings = self.embed_tokens(input_ids)
+        is_placeholder = input_ids.eq(self.placeholder_id).unsqueeze(-1).to(embeddings.device)
+        return embeddings.masked_scatter(is_placeholder, vectors.to(embeddings))
+
+    def flatten_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return `(images, channels, side, side)` for that shape or the released `(samples, images, tiles, ...)`.
+
+        Raises ValueError when channels and sides are not those of the checkpoint.
+        """
+        tower: Any = self.vision.vit.model.vision_model.config
+        expected = (tower.num_channels, tower.image_size, tower.image_size)
+        if pixel_values.dim() < 4 or tuple(pixel_values.shape[-3:]) != expected:
+            raise ValueError(f"pixel_values must end in {expected}, but have the shape {tuple(pixel_values.shape)}")
+        return pixel_values.reshape(-1, *expected)
+
+    def count_images(self, input_ids: torch.Tensor, images: int) -> list[int]:
+        """Return how many images each row's placeholders stand for.
+
+        Raises ValueError, with both numbers, when the placeholders of the batch are not those of `images` images, or
+        those of one row are no whole number of images.
+        """
+        size = self.config.tokens_per_image
+        counts: list[int] = input_ids.eq(self.placeholder_id).sum(dim=1).tolist()
+        token = f"image placeholders (id {self.placeholder_id})"
+        if sum(counts) != images * size:
+            raise ValueError(
+                f"the batch has {sum(counts)} {token}, but {images} images give {images * size} vectors, {size} each"
+            )
+        for row, count in enumerate(counts):
+            if count % size:
+                raise ValueError(f"row {row} of the batch has {count} {token}, which is no multiple of {size}")
+        return [count // size for count in counts]
+
+
+class GlmEdgeVForCausalLM(GlmForCausalLM):
+    """GLM-Edge-V with its language-model head."""
+
+    config: GlmEdgeVConfig
+    model: GlmEdgeVModel
+    _no_split_modules = NO_SPLIT_MODULES
+    _keys_to_ignore_on_load_unexpected = UNUSED_KEYS
+    _can_compile_fullgraph = False  # the number of placeholders is read on the host
+
+    def __init__(self, config: GlmEdgeVConfig) -> None:
+        super(GlmForCausalLM, self).__init__(config)  # past GlmForCausalLM, which would build a GlmModel first
+        self.model = GlmEdgeVModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As `GlmForCausalLM.forward`, with images.
+
+        Args:
+            input_ids: `(batch, length)`. Each image stands in it as `tokens_per_image` (578) times `boi_token_id`.
+            pixel_values: `(images, 3, 672, 672)`, or the released `(samples, images, tiles, 3, 672, 672)`, in any
+                floating format; images in the order of their placeholders over the batch. None: no row has an image,
+                and the vision part is not run. Needed only where the placeholders are fed: with a cache, once.
+
+        Raises:
+            ValueError: the placeholders are not those of the images, or the pixels have another size.
+        """
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,  # handed on to GlmEdgeVModel with the other keyword arguments
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeat rows for beams and samples, and the images of each row with it.
+
+        transformers repeats each image by itself, which mixes up rows with two images or more.
+        """
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and input_ids is not None and expand_size > 1:
+            images = self.model.flatten_images(pixel_values)
+            of_rows = images.split(self.model.count_images(input_ids, images=len(images)))
+            pixel_values = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in of_rows])
+        expand = super()._expand_inputs_for_generation  # type: ignore[misc]
+        input_ids, model_kwargs = expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+def load_glm_edge_v(
+    source: str | Path, dtype: torch.dtype, config: GlmEdgeVConfig | None = None
+) -> GlmEdgeVForCausalLM:
+    """Load a vision checkpoint, released or saved by this toolkit, in `dtype`; no remote code is run.
+
+    Args:
+        source: a folder, or a hub id.
+        config: as `read_glm_edge_v_config` gives it; read from `source` when None.
+
+    Raises:
+        UserError: the config is not that of a vision model, the weights cannot be read or have other shapes, some are
+            missing (transformers would fill them with random numbers), or some belong to nothing in the model.
+    """
+    where = f"MODEL {source}"
+    if config is None:
+        config = read_glm_edge_v_config(source, download_weights=True)
+    try:
+        loaded: Any = GlmEdgeVForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError.single(
+            where, f"its weights cannot be read: {first_line}", "download the model again"
+        ) from error
+    model, info = loaded
+    problems = ProblemList()
+    for kind, what in (("missing_keys", "are missing from its files"), ("unexpected_keys", "are unknown to the model")):
+        names = sorted(info[kind])
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            problems.add(where, f"{len(names)} weights {what}: {shown}", "download the model again")
+    problems.raise_if_any()
+    return model
+
+
+def freeze_vision(model: nn.Module) -> None:
+    """Stop tower and adapter from being trained; a frozen part is run without building a graph."""
+    for name, parameter in model.named_parameters():
+        if VISION_PREFIX in name:
+            parameter.requires_grad_(False)
+
+
+def text_lora_targets(model: nn.Module, names: Sequence[str] | str) -> str:
+    """Return a `target_modules` pattern for PEFT that matches modules of the language model only.
+
+    SigLIP calls its projections `q_proj`, `k_proj` and `v_proj` too, so a list of names would adapt the tower as well.
+
+    Args:
+        model: the model itself, without PEFT's wrapper.
+        names: last parts of module names, or `"all-linear"`, or a pattern for whole names, as PEFT takes them.
+
+    Raises:
+        UserError: a name, or the pattern, matches no module of the language model.
+    """
+    text = [name for name, _ in model.named_modules() if name and not name.startswith(VISION_PREFIX)]
+    if names == "all-linear":
+        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        names = sorted({name.rsplit(".", 1)[-1] for name in text if name in linear and name != "lm_head"})
+    patterns = [names] if isinstance(names, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in names]
+    problems = ProblemList()
+    for pattern, shown in zip(patterns, [names] if isinstance(names, str) else names, strict=True):
+        if not any(re.fullmatch(pattern, name) for name in text):
+            problems.add(
+                "peft_config.target_modules",
+                f"the language model has no module that matches {shown!r}",
+                "write names of its modules, such as q_proj, or let the adapter reach the vision tower",
+            )
+    problems.raise_if_any()
+    return rf"(?!{re.escape(VISION_PREFIX)})(?:{'|'.join(patterns)})"
