@@ -1,0 +1,543 @@
+"""What both READMEs say is so: paths, commands, config keys and defaults, messages, outputs, and code that runs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig, Seq2SeqTrainingArguments
+
+import finetune
+from glm_edge_ft import recipe
+from glm_edge_ft.config import load_config
+from glm_edge_ft.config.names import DATA_FIELDS, OLD_TOP_NAMES, OLD_TRAINING_NAMES, TOP_FIELDS, Renamed, Retired
+from glm_edge_ft.config.rules import METRICS
+from glm_edge_ft.config.schema import PEFT_TYPES, generation_fields, peft_fields, training_fields
+from glm_edge_ft.console import show_problems
+from glm_edge_ft.data.conversation import parse_conversation
+from glm_edge_ft.data.rows import RawRow
+from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.adapters import build_peft_config, check_adapter, count_parameters
+from glm_edge_ft.model.memory import estimate_memory
+from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.training.checkpoints import resolve_resume
+from tests.conftest import TokenizerMaker
+from tests.model_folders import save_model_folder, tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("README.md", "README_zh.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+USERS_FOLDER = "data/AdvertiseGen/"  # stands for the reader's own data
+TWO_COMMANDS = (
+    "pip install -r requirements.txt && python finetune.py data/demo glm-edge-nano configs/demo.yaml",
+    "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest",
+)
+each_readme = pytest.mark.parametrize("name", NAMES)
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """Return the contents of the fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
+
+
+def prose(name: str) -> str:
+    """Return a README without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
+
+
+def command_lines(name: str) -> list[str]:
+    """Return every line of the bash blocks."""
+    return [line for block in blocks(name, "bash") for line in block.splitlines()]
+
+
+def inline_codes(name: str) -> list[str]:
+    """Return what stands between single backticks outside of blocks."""
+    return re.findall(r"`([^`\n]+)`", prose(name))
+
+
+def table(name: str, first_key: str) -> list[list[str]]:
+    """Return the cells of the table whose first row holds `first_key` in its first cell."""
+    for lines in re.findall(r"(?:^\|.*\|\n)+", prose(name), flags=re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in lines.splitlines()]
+        if first_key in rows[2][0]:
+            return rows[2:]
+    raise AssertionError(f"{name} has no table that begins with {first_key}")
+
+
+def key_table(name: str) -> dict[str, str]:
+    """Return key → what holds if it is left out."""
+    return {row[0].strip("`"): row[2] for row in table(name, "data_config.train_file")}
+
+
+def headings(name: str) -> list[str]:
+    """Return the second-level headings."""
+    return re.findall(r"^## (.+)$", prose(name), flags=re.MULTILINE)
+
+
+# ---- the two files beside one another ----
+
+
+@each_readme
+def test_both_commands_stand_there_literally(name: str) -> None:
+    """A newcomer copies these two lines."""
+    assert [line for line in command_lines(name) if line in TWO_COMMANDS] == list(TWO_COMMANDS)
+
+
+def test_both_files_have_the_same_sections() -> None:
+    """Eleven sections, numbered alike."""
+    numbers = {name: [heading.split(".")[0] for heading in headings(name)] for name in NAMES}
+    assert numbers["README.md"] == numbers["README_zh.md"] == [str(number) for number in range(1, 12)]
+
+
+@pytest.mark.parametrize("language", ["bash", "python", "json", "jsonl", "yaml", "text"])
+def test_both_files_hold_the_same_blocks(language: str) -> None:
+    """Commands, code, examples and outputs are the same in both languages."""
+    assert blocks("README.md", language) != []
+    assert blocks("README.md", language) == blocks("README_zh.md", language)
+
+
+@pytest.mark.parametrize("first_key", ["data_config.train_file", "evaluation_strategy", "is neither a folder"])
+def test_both_files_name_the_same_keys_and_messages(first_key: str) -> None:
+    """The first column of the tables of keys, old names and messages is the same, code by code."""
+    first, second = (
+        [re.findall(r"`([^`]+)`", row[0]) for row in table(name, first_key)] for name in ("README.md", "README_zh.md")
+    )
+    assert first == second
+
+
+@each_readme
+def test_the_demo_table_has_its_place(name: str) -> None:
+    """The table is filled between two marks."""
+    start, end = (TEXTS[name].index(f"<!-- demo-table:{mark} -->") for mark in ("start", "end"))
+    assert TEXTS[name][start:end].count("\n") >= 2
+
+
+# ---- paths ----
+
+
+@each_readme
+def test_links_lead_somewhere(name: str) -> None:
+    """A link names a file of the repository, or a heading of the same page as the usual renderers spell it."""
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings(name)}
+    targets = re.findall(r"\]\(([^)]+)\)", prose(name))
+    assert len(targets) > 10
+    for target in targets:
+        assert target[1:] in slugs if target.startswith("#") else (ROOT / target).is_file(), target
+
+
+@each_readme
+def test_paths_that_are_mentioned_exist(name: str) -> None:
+    """Whatever begins like a file or folder of the repository is one."""
+    words = [*inline_codes(name), *(word for line in command_lines(name) for word in shlex.split(line))]
+    tops = re.compile(r"(?:configs|data|glm_edge_ft|tests|\.ci)/\S*|finetune\.py|(?:tests/)?requirements\.txt")
+    paths = {word for word in words if tops.fullmatch(word)}
+    assert len(paths) > 10
+    assert {path for path in paths if not (ROOT / path).exists()} == {USERS_FOLDER}
+
+
+# ---- commands ----
+
+
+def finetune_commands(name: str) -> list[list[str]]:
+    """Return the arguments after `finetune.py` of every command line but the synopsis."""
+    lines = [line for line in command_lines(name) if "finetune.py" in line and "[RESUME]" not in line]
+    return [shlex.split(line.partition("finetune.py ")[2]) for line in lines]
+
+
+def test_command_lines_are_understood_and_their_configs_load() -> None:
+    """The real command parses each line; its CONFIG loads with its `--set` options."""
+    command = typer.main.get_command(finetune.app)
+    commands = finetune_commands("README.md")
+    assert len(commands) >= 12
+    for arguments in commands:
+        parsed = command.make_context("finetune.py", list(arguments)).params
+        config = load_config(ROOT / parsed["config"], parsed["overrides"] or ())
+        assert (ROOT / parsed["data_dir"]).is_dir() or f"{parsed['data_dir']}/" == USERS_FOLDER
+        if "training_args.learning_rate=2e-5" in arguments:
+            assert config.training_args["learning_rate"] == 2e-5
+
+
+def test_the_synopsis_names_every_argument_and_option() -> None:
+    """Section 4 shows all that the command takes, and nothing else."""
+    (synopsis,) = (line for line in command_lines("README.md") if "[RESUME]" in line)
+    parameters = typer.main.get_command(finetune.app).params
+    options = {option for parameter in parameters for option in parameter.opts if option.startswith("--")}
+    assert set(re.findall(r"--\w+", synopsis)) == options - {"--help"}
+    assert re.findall(r"(?<![-=\w])\[?([A-Z_]{5,})\b(?!=)", synopsis) == ["DATA_DIR", "MODEL", "CONFIG", "RESUME"]
+
+
+@each_readme
+def test_settings_in_the_prose_load(name: str) -> None:
+    """A `KEY=VALUE` that a sentence recommends is accepted beside a shipped config."""
+    settings = {code for code in inline_codes(name) if re.fullmatch(r"[a-z_]+\.[\w.]+=\S+", code)}
+    assert len(settings) >= 3
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        config: Any = load_config(ROOT / "configs" / "lora.yaml", [setting]).resolved()
+        for part in key.split("."):
+            config = config[part]
+        assert config == yaml.safe_load(value), setting
+
+
+# ---- config keys ----
+
+
+def known_keys() -> set[str]:
+    """Return every key that a config may hold, as a dotted path."""
+    peft = {key for peft_type in PEFT_TYPES for key in peft_fields(peft_type)}
+    return {
+        *TOP_FIELDS,
+        *(f"data_config.{key}" for key in DATA_FIELDS),
+        *(f"training_args.{key}" for key in training_fields()),
+        *(f"training_args.generation_config.{key}" for key in generation_fields()),
+        *(f"peft_config.{key}" for key in peft),
+    }
+
+
+def dotted_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every value of a config."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_keys_of_the_table_exist() -> None:
+    """No key is told of that the config would refuse."""
+    assert set(key_table("README.md")) <= known_keys()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_table_has_every_key_of_the_shipped_configs(path: Path) -> None:
+    """A reader finds each key of a shipped file."""
+    assert set(dotted_keys(yaml.safe_load(path.read_text(encoding="utf-8")))) <= set(key_table("README.md"))
+
+
+def as_text(value: Any) -> str:
+    """Write a value as the table does."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, set):
+        return f"[{', '.join(sorted(value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@pytest.fixture(scope="module")
+def defaults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return dotted key → the value that holds in a run whose config does not have it."""
+    folder = tmp_path_factory.mktemp("defaults")
+    path = folder / "least.yaml"
+    least = f"data_config:\n  train_file: train.jsonl\ntraining_args:\n  output_dir: {folder}\n"
+    path.write_text(least, encoding="utf-8")
+    config = load_config(path)
+    path.write_text(least.replace("train.jsonl\n", "train.jsonl\n  val_file: dev.jsonl\n"), encoding="utf-8")
+    best = [f"training_args.{text}" for text in ("eval_strategy=epoch", "save_strategy=epoch")]
+    keeps_best = load_config(path, [*best, "training_args.load_best_model_at_end=true"])
+    training = vars(Seq2SeqTrainingArguments(**config.training_args, use_cpu=True))
+    training["activation_checkpointing"] = bool(training["activation_checkpointing"])
+    training["report_to"] = config.training_args["report_to"]  # the class turns none into an empty list
+    training["metric_for_best_model"] = keeps_best.training_args["metric_for_best_model"]
+    lora = vars(build_peft_config({"peft_type": "LORA"}, tiny_model()))
+    prefix = build_peft_config({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, tiny_model())
+    return {
+        **{key: getattr(config, key) for key in TOP_FIELDS},
+        **{f"data_config.{key}": getattr(config.data_config, key) for key in DATA_FIELDS},
+        **{f"training_args.{key}": value for key, value in training.items()},
+        **{f"peft_config.{key}": value for key, value in (vars(prefix) | lora).items()},
+    }
+
+
+@each_readme
+def test_the_table_tells_the_real_defaults(name: str, defaults: dict[str, Any]) -> None:
+    """Where the last column begins with a value, a config without the key has that value."""
+    compared = 0
+    for key, cell in key_table(name).items():
+        literal = re.match(r"`([^`]+)`", cell)
+        if literal is None:
+            continue
+        stated, real = literal[1], as_text(defaults[key])
+        if key == "peft_config.target_modules":
+            stated = f"[{', '.join(sorted(re.findall(r'[a-z]_proj', stated)))}]"
+        is_number = isinstance(defaults[key], int | float) and not isinstance(defaults[key], bool)
+        assert float(stated) == defaults[key] if is_number else stated == real, key
+        compared += 1
+    assert compared > 30
+
+
+def test_old_names_are_those_that_the_config_reads() -> None:
+    """C2: the table of old names is whole and right."""
+    stated = {row[0].strip("`"): row[1].strip("`") for row in table("README.md", "evaluation_strategy")}
+    assert stated == {old: new.new for old, new in OLD_TRAINING_NAMES.items() if isinstance(new, Renamed)}
+
+
+@each_readme
+def test_retired_names_are_really_retired(name: str) -> None:
+    """C1, C2: the names that are said to do nothing any more are read with a notice."""
+    (line,) = re.findall(r"^.*`combine`.*$", prose(name), flags=re.MULTILINE)
+    names = re.findall(r"`([^`]+)`", line)
+    assert len(names) == 4
+    for old in names:
+        assert isinstance({**OLD_TRAINING_NAMES, **OLD_TOP_NAMES}[old], Retired), old
+
+
+@each_readme
+def test_metric_names_are_those_that_exist(name: str) -> None:
+    """C8: section 5 lists the metrics in the order of the code."""
+    (line,) = re.findall(r"^.*`rouge-1`.*$", prose(name), flags=re.MULTILINE)
+    assert tuple(re.findall(r"`([^`]+)`", line))[: len(METRICS)] == METRICS
+
+
+def test_a_relative_deepspeed_path_starts_from_the_yaml_files_folder(tmp_path: Path) -> None:
+    """C6: the YAML block of section 6 is read as the text says."""
+    (block,) = blocks("README.md", "yaml")
+    path = tmp_path / "run.yaml"
+    head = "data_config:\n  train_file: train.jsonl\n"
+    path.write_text(head + block + "  output_dir: ./output/x\n", encoding="utf-8")
+    (tmp_path / "ds_zero_2.json").write_text("{}", encoding="utf-8")
+    assert load_config(path).training_args["deepspeed"] == str((tmp_path / "ds_zero_2.json").resolve())
+
+
+# ---- messages and outputs ----
+
+
+def source_texts() -> str:
+    """Return every string constant of the package but the docstrings, one a line."""
+    texts: list[str] = []
+    for path in sorted((ROOT / "glm_edge_ft").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_messages_of_the_troubleshooting_table_are_in_the_code() -> None:
+    """Who searches the README for a message finds it as the program writes it."""
+    texts = source_texts()
+    rows = table("README.md", "is neither a folder")
+    assert len(rows) > 15
+    for row in rows:
+        message = re.findall(r"`([^`]+)`", row[0])[0]
+        for part in message.split("…"):
+            assert part in texts, message
+
+
+def test_example_rows_are_conversations() -> None:
+    """D4: every example of section 3 is accepted, with the reply that is left out left out."""
+    rows = [json.loads(block) for block in blocks("README.md", "json")]
+    parsed = [
+        parse_conversation(RawRow("x", 1, 1, row), frozenset({"system", "user", "assistant"})).messages for row in rows
+    ]
+    assert [[message.supervised for message in messages] for messages in parsed] == [
+        [False, True],
+        [False, False, False, False, True],
+        [False, True],
+    ]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: TokenizerMaker) -> Path:
+    """Return the folder of a tiny model."""
+    return save_model_folder(tmp_path_factory.mktemp("model"), make_tokenizer("glm"))
+
+
+def test_the_list_of_bad_rows_is_what_the_program_prints(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D2: the broken file of section 3 gives exactly the output shown below it."""
+    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "train.jsonl").write_text(blocks("README.md", "jsonl")[0], encoding="utf-8")
+    only_train = ("data_config.val_file=null", "data_config.test_file=null")
+    with pytest.raises(UserError) as caught:
+        recipe.run(RunRequest(tmp_path, str(model_folder), ROOT / "configs" / "demo.yaml", None, only_train, True))
+    capsys.readouterr()
+    show_problems(caught.value.problems)
+    assert capsys.readouterr().err == blocks("README.md", "text")[0]
+
+
+def test_the_refused_checkpoint_number_is_what_the_program_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R2: the example of section 7."""
+    monkeypatch.chdir(tmp_path)
+    for step in (2, 4, 6):
+        folder = Path("output/demo") / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}), encoding="utf-8")
+        (folder / "optimizer.pt").write_bytes(b"x")
+        (folder / "scheduler.pt").write_bytes(b"x")
+        save_file({"weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError) as caught:
+        resolve_resume("99", Path("output/demo"))
+    show_problems(caught.value.problems)
+    assert capsys.readouterr().err == blocks("README.md", "text")[-1]
+
+
+def output_of(request: RunRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what a request prints on stdout, run from the repository's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
+        patch.chdir(ROOT)
+        capsys.readouterr()
+        recipe.run(request)
+    return capsys.readouterr().out
+
+
+def test_the_report_of_the_demo_data_is_what_the_program_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Section 3 shows the first table of `--check`; after a change of tokenizer or data, copy it anew."""
+    request = RunRequest(Path("data/demo"), "glm-edge-nano", Path("configs/demo.yaml"), check=True)
+    assert output_of(request, tmp_path, capsys).partition("val: ")[0] == blocks("README.md", "text")[1]
+
+
+def test_the_previewed_row_is_what_the_program_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Section 3 shows the whole output of `--preview 1`; after a change of tokenizer or data, copy it anew."""
+    request = RunRequest(Path("data/demo"), "glm-edge-nano", Path("configs/demo.yaml"), preview=1)
+    assert output_of(request, tmp_path, capsys) == blocks("README.md", "text")[2]
+
+
+MEMORY_MODELS = {
+    "1.5B": {"hidden_size": 2048, "layers": 28, "heads": 16, "intermediate_size": 6144},
+    "4B": {"hidden_size": 3072, "layers": 40, "heads": 24, "intermediate_size": 8192},
+}
+
+
+def meta_model(shape: dict[str, int]) -> Any:
+    """Return a released model's structure without memory."""
+    config = GlmConfig(
+        vocab_size=59264,
+        hidden_size=shape["hidden_size"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["heads"] // 4,
+        head_dim=128,
+        intermediate_size=shape["intermediate_size"],
+        attention_bias=False,
+        tie_word_embeddings=False,
+        pad_token_id=59246,
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@each_readme
+@pytest.mark.parametrize("size", MEMORY_MODELS)
+def test_the_memory_table_is_the_estimate(name: str, size: str) -> None:
+    """Section 2's table holds what `--check` would print for the released models on a GPU with bfloat16."""
+    (row,) = (row for row in table(name, "GLM-Edge 1.5B") if size in row[0])
+    expected = []
+    for config_name in ("lora.yaml", "prefix.yaml", "sft.yaml"):
+        peft, model = load_config(ROOT / "configs" / config_name).peft_config, meta_model(MEMORY_MODELS[size])
+        total = count_parameters(model)[1]
+        trained = check_adapter(peft, model) if peft else total
+        memory = estimate_memory(
+            total + (trained if peft else 0), trained, weights_dtype="bfloat16" if peft else "float32"
+        )
+        expected.append(f"{memory.total / 1e9:.1f} GB")
+    assert row[1:] == expected
+
+
+# ---- results: the code that loads them ----
+
+ADAPTERS: dict[str, dict[str, Any] | None] = {
+    "lora": {"peft_type": "LORA", "r": 4, "lora_alpha": 16},
+    "sft": None,
+    "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+}
+
+
+QUESTION = "类型#裤*版型#宽松*颜色#黑色"
+
+
+@pytest.fixture(scope="module", params=list(ADAPTERS))
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_folder: Path
+) -> tuple[str, Path]:
+    """Return the kind of fine-tuning and the output folder of a short run that ends with a prediction."""
+    folder = tmp_path_factory.mktemp("trained")
+    output = folder / "output"
+    row = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "你喜欢什么颜色？"}]}
+    (folder / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    config = {
+        "data_config": dict.fromkeys(("train_file", "val_file", "test_file"), "rows.jsonl"),
+        "training_args": {
+            "output_dir": str(output),
+            "max_steps": 4,
+            "save_steps": 4,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "logging_steps": 1,
+            "learning_rate": 3e-2,
+            "disable_tqdm": True,
+            "generation_config": {"max_new_tokens": 128},
+        },
+        "peft_config": ADAPTERS[request.param],
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLM_EDGE_FT_CACHE", str(folder / "cache"))
+        recipe.run(RunRequest(folder, str(model_folder), path))
+    return request.param, output
+
+
+def base_reply(model_folder: Path) -> str:
+    """Return what the model answered before it was trained."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    messages = [{"role": "user", "content": QUESTION}]
+    inputs: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
+    output = model.generate(**inputs, max_new_tokens=128, do_sample=False)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def test_the_snippet_answers_as_the_evaluation_did(
+    trained: tuple[str, Path], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R7, T1: the code of section 8 loads the output folder and replies as predictions/ says, not as the base model."""
+    kind, output = trained
+    (snippet,) = (block for block in blocks("README.md", "python") if f'"output/{kind}"' in block)
+    assert QUESTION in snippet
+    capsys.readouterr()
+    exec(snippet.replace(f'"output/{kind}"', repr(str(output))), {})
+    printed = capsys.readouterr().out.strip()
+    (prediction,) = (output / "predictions" / "test-4.jsonl").read_text(encoding="utf-8").splitlines()
+    assert printed == json.loads(prediction)["prediction"].strip()
+    assert printed != base_reply(model_folder)
+
+
+def test_the_output_folder_holds_what_section_8_lists(trained: tuple[str, Path]) -> None:
+    """R7: every file of the table is there after a run, each kind of fine-tuning with its own; nothing else is."""
+    kind, output = trained
+    rows = table("README.md", "adapter_model.safetensors")
+    adapter, model, *others = ([code.rstrip("/") for code in re.findall(r"`([^`]+)`", row[0])] for row in rows)
+    names = (model if kind == "sft" else adapter) + [name for group in others for name in group if name != "earlier"]
+    for name in names:
+        assert (output / name.replace("N", "4")).exists(), name
+    top = {name.split("/")[0].replace("N", "4") for name in names}
+    assert {path.name for path in output.iterdir()} - {"README.md"} == top
+
+
+def test_the_log_has_the_keys_that_section_8_names(trained: tuple[str, Path]) -> None:
+    """The keys that the table gives for metrics.jsonl are in the file."""
+    (cell,) = (row[1] for row in table("README.md", "adapter_model.safetensors") if "metrics.jsonl" in row[0])
+    lines = (trained[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = {key for line in lines for key in json.loads(line)}
+    assert {"train_runtime", *re.findall(r"`([^`]+)`", cell)} <= logged
