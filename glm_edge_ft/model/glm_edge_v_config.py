@@ -123,6 +123,8 @@ def read_glm_edge_v_config(source: str | Path, download_weights: bool = False) -
     """
     where = f"MODEL {source}"
     try:
+        if _find_file(str(source), "config.json", download=True) is None:  # transformers would take its defaults
+            raise OSError("there is no config.json, neither here nor within reach on the hub")
         config: Any = GlmEdgeVConfig.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
         raise UserError.single(where, f"its config cannot be read: {error}", "download the model again") from error

@@ -1,0 +1,392 @@
+"""What GLM-Edge-V computes: against an independent implementation, in batches, in generation and in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, get_peft_model
+from transformers import GlmForCausalLM
+
+from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.adapters import apply_adapter, generate
+from glm_edge_ft.model.glm_edge_v import (
+    VISION_PREFIX,
+    GlmEdgeVForCausalLM,
+    freeze_vision,
+    load_glm_edge_v,
+    text_lora_targets,
+)
+from glm_edge_ft.training.loss import install_supervised_loss
+from tests.model.vision_fixtures import (
+    SMALL_VOCABULARY,
+    TINY_2B,
+    TINY_5B,
+    Shape,
+    image_row,
+    pad_left,
+    random_images,
+    random_weights,
+    write_checkpoint,
+)
+from tests.model.vision_reference import adapter, merge, reference_logits, tower
+
+SMALL = SMALL_VOCABULARY
+ONE_IMAGE = image_row(SMALL, 5, 6, 7)
+TWO_IMAGES = [*image_row(SMALL, 8, 9), SMALL.user, 10, *image_row(SMALL, 11)[1:]]  # words before the second image
+TEXT = [SMALL.user, 20, 21, 22, 23, SMALL.assistant, 24, 25]
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a vocabulary of 300."""
+    return write_checkpoint(tmp_path_factory.mktemp("small"), SMALL)
+
+
+@pytest.fixture
+def model(folder: Path) -> GlmEdgeVForCausalLM:
+    """A model of its own for each test."""
+    return load_glm_edge_v(folder, torch.float32).eval()
+
+
+def logits(model: Any, *rows: list[int], images: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Return each row's logits, padding cut off, computed in one left-padded batch."""
+    ids, mask = pad_left(SMALL, *rows)
+    with torch.no_grad():
+        output = model(input_ids=ids, attention_mask=mask, pixel_values=images).logits
+    return [values[mask_row == 1] for values, mask_row in zip(output, mask, strict=True)]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradient of each parameter that has one."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal within 1e-5."""
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [TINY_2B, TINY_5B], ids=["v-2b", "v-5b"])
+def test_logits_equal_an_independent_implementation(tmp_path: Path, shape: Shape) -> None:
+    """Vocabulary 59264, real special ids, true geometry; the image's own vectors are compared too."""
+    weights = random_weights(shape)
+    model = load_glm_edge_v(write_checkpoint(tmp_path, shape, weights), torch.float32).eval()
+    row, images = image_row(shape, 5, 6, 7), random_images(1)
+    with torch.no_grad():
+        got = model(input_ids=torch.tensor([row]), pixel_values=images).logits[0]
+        vectors = model.model.vision(images)[0]
+    assert vectors.shape == (578, shape.hidden)
+    assert_close(vectors, adapter(weights, tower(weights, images[0], shape), shape))
+    assert_close(got, reference_logits(weights, row, images, shape))
+
+
+def test_several_images_in_any_turn_equal_the_independent_implementation(model: Any) -> None:
+    """I4: two images in one conversation, words before the second."""
+    images = random_images(2)
+    got = logits(model, TWO_IMAGES, images=images)[0]
+    assert_close(got, reference_logits(random_weights(SMALL), TWO_IMAGES, images, SMALL))
+
+
+def test_the_merge_equals_cutting_each_row_at_its_placeholders(model: Any) -> None:
+    """Rows with two images, none and one in a batch; the third row's two images touch each other."""
+    touching = [SMALL.user, *[SMALL.image] * 1156, 30]
+    ids, _ = pad_left(SMALL, TWO_IMAGES, TEXT, touching, ONE_IMAGE)
+    images = random_images(5)
+    with torch.no_grad():
+        got = model.model.merge_images(ids, images)
+        vectors = list(model.model.vision(images))
+    embeddings = random_weights(SMALL)["model.embed_tokens.weight"]
+    of_rows = [vectors[:2], [], vectors[2:4], vectors[4:]]
+    for row, values in enumerate(of_rows):
+        row_ids = ids[row].tolist()
+        assert torch.equal(got[row], merge(embeddings[row_ids], row_ids, values, SMALL.image))
+
+
+def test_the_released_shape_of_pixels_is_taken_too(model: Any) -> None:
+    """(samples, images, tiles, 3, 672, 672) as the image processor gives it."""
+    images = random_images(2)
+    rows = (ONE_IMAGE, image_row(SMALL, 8))
+    flat = logits(model, *rows, images=images)
+    released = logits(model, *rows, images=images.reshape(2, 1, 1, 3, 672, 672))
+    assert all(torch.equal(*pair) for pair in zip(flat, released, strict=True))
+
+
+def test_a_text_row_is_computed_as_by_the_language_model_alone(folder: Path, model: Any) -> None:
+    """I2: alone bit for bit, and beside an image row within 1e-5."""
+    text_model = GlmForCausalLM.from_pretrained(folder, dtype=torch.float32, tie_word_embeddings=False).eval()
+    wanted = text_model(input_ids=torch.tensor([TEXT])).logits[0].detach()
+    assert torch.equal(logits(model, TEXT)[0], wanted)
+    assert_close(logits(model, ONE_IMAGE, TEXT, images=random_images(1))[1], wanted)
+
+
+def test_without_images_the_vision_part_is_not_run(model: Any) -> None:
+    """I2: a batch of text rows costs what it costs a chat model."""
+    calls: list[int] = []
+    model.model.vision.register_forward_hook(lambda *_: calls.append(1))
+    logits(model, TEXT, TEXT[:5])
+    assert calls == []
+
+
+def test_left_padding_changes_nothing(model: Any) -> None:
+    """Each row of a padded batch, the image rows too, is what it is alone."""
+    images = random_images(3)
+    together = logits(model, ONE_IMAGE, TEXT, TWO_IMAGES, images=images)
+    alone = [
+        logits(model, ONE_IMAGE, images=images[:1]),
+        logits(model, TEXT),
+        logits(model, TWO_IMAGES, images=images[1:]),
+    ]
+    for got, wanted in zip(together, alone, strict=True):
+        assert_close(got, wanted[0])
+
+
+def recomputed(model: Any, ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, count: int) -> torch.Tensor:
+    """Generate greedily by a whole forward pass, images included, for each token."""
+    length = ids.shape[1]
+    for _ in range(count):
+        with torch.no_grad():
+            output = model(input_ids=ids, attention_mask=mask, pixel_values=images, use_cache=False, logits_to_keep=1)
+        ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], dim=1)
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
+    return ids[:, length:]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_equals_whole_recomputation(model: Any, use_cache: bool) -> None:
+    """Left-padded batch of an image row, a text row and a two-image row, with and without a cache."""
+    ids, mask = pad_left(SMALL, ONE_IMAGE, TEXT, TWO_IMAGES)
+    images = random_images(3)
+    got = generate(model, ids, mask, pixel_values=images, use_cache=use_cache, **GREEDY)
+    assert torch.equal(got, recomputed(model, ids, mask, images, 6))
+    other = generate(model, ids, mask, pixel_values=images.flip(0), use_cache=use_cache, **GREEDY)
+    assert not torch.equal(got, other)
+
+
+def test_images_are_merged_once_in_generation(model: Any) -> None:
+    """At the prefill: later tokens come from the cache."""
+    calls: list[int] = []
+    model.model.vision.register_forward_hook(lambda *_: calls.append(1))
+    ids, mask = pad_left(SMALL, ONE_IMAGE)
+    generate(model, ids, mask, pixel_values=random_images(1), **GREEDY)
+    assert len(calls) == 1
+
+
+def test_beams_keep_each_rows_images_together(model: Any) -> None:
+    """Rows are repeated for beams, and the images of a row with them, in their order."""
+    images = random_images(3)
+    ids, mask = pad_left(SMALL, TWO_IMAGES, ONE_IMAGE)
+    got = generate(model, ids, mask, pixel_values=images, num_beams=2, **GREEDY)
+    for row, chosen in enumerate((images[:2], images[2:])):
+        alone = generate(model, ids[row : row + 1], mask[row : row + 1], pixel_values=chosen, num_beams=2, **GREEDY)
+        assert torch.equal(got[row : row + 1], alone)
+
+
+def test_placeholders_that_are_not_those_of_the_images_are_refused(model: Any) -> None:
+    """Both numbers are named; I4: an image is never ignored."""
+    cases = [
+        ([TWO_IMAGES, ONE_IMAGE], 2, "has 1734 image placeholders (id 292), but 2 images give 1156 vectors, 578 each"),
+        ([TEXT], 1, "has 0 image placeholders (id 292), but 1 images give 578 vectors, 578 each"),
+        ([ONE_IMAGE], 0, "has 578 image placeholders (id 292), but 0 images give 0 vectors, 578 each"),
+    ]
+    for rows, count, message in cases:
+        with pytest.raises(ValueError, match="the batch has") as caught:
+            logits(model, *rows, images=random_images(count) if count else None)
+        assert str(caught.value) == f"the batch {message}"
+
+
+def test_a_row_with_part_of_an_image_is_refused(model: Any) -> None:
+    """The sum of the batch is right, so one row would see the end of the other's image."""
+    short, long = [SMALL.image] * 577, [SMALL.image] * 579
+    with pytest.raises(ValueError, match=r"row 0 of the batch has 577 image placeholders \(id 292\)") as caught:
+        logits(model, short, long, images=random_images(2))
+    assert str(caught.value).endswith("which is no multiple of 578")
+
+
+def test_pixels_of_another_size_are_refused(model: Any) -> None:
+    """The learned positions are those of 672 x 672."""
+    with pytest.raises(ValueError, match=r"must end in \(3, 672, 672\), but have the shape \(1, 3, 336, 336\)"):
+        logits(model, ONE_IMAGE, images=torch.zeros(1, 3, 336, 336))
+    with pytest.raises(ValueError, match="pixel_values need input_ids"):
+        model(inputs_embeds=torch.zeros(1, 4, 32), pixel_values=random_images(1))
+
+
+def test_hidden_states_are_those_of_the_language_model(model: Any) -> None:
+    """The tower's layers do not slip in between."""
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([ONE_IMAGE]), pixel_values=random_images(1), output_hidden_states=True)
+    assert [tuple(state.shape) for state in output.hidden_states] == [(1, len(ONE_IMAGE), 32)] * 3
+
+
+def test_bfloat16_is_finite_and_near_float32(folder: Path, model: Any) -> None:
+    """Pixels stay float32 outside and are cast to the tower's format."""
+    images = random_images(1)
+    got = logits(load_glm_edge_v(folder, torch.bfloat16).eval(), ONE_IMAGE, images=images)[0]
+    wanted = logits(model, ONE_IMAGE, images=images)[0]
+    assert got.dtype == torch.bfloat16
+    assert torch.isfinite(got).all()
+    assert (got.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+LABELS_FROM = len(ONE_IMAGE) - 3
+
+
+def training_batch() -> dict[str, torch.Tensor]:
+    """Return an image row and a text row, right-padded, with the last tokens of each supervised."""
+    length = len(ONE_IMAGE)
+    rows = [ONE_IMAGE, TEXT + [SMALL.end_of_text] * (length - len(TEXT))]
+    ids = torch.tensor(rows)
+    mask = torch.ones_like(ids)
+    mask[1, len(TEXT) :] = 0
+    labels = torch.full_like(ids, -100)
+    labels[0, LABELS_FROM:] = ids[0, LABELS_FROM:]
+    labels[1, 5 : len(TEXT)] = ids[1, 5 : len(TEXT)]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": random_images(1)}
+
+
+def test_the_supervised_loss_equals_the_ordinary_one(folder: Path, model: Any) -> None:
+    """Value and every gradient, those of tower and adapter included, within 1e-5."""
+    expected = model.train()(**training_batch()).loss
+    expected.backward()
+    patched = load_glm_edge_v(folder, torch.float32).train()
+    install_supervised_loss(patched)
+    value = patched(**training_batch()).loss
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    wanted, got = gradients(model), gradients(patched)
+    assert set(got) == set(wanted) == set(model.state_dict())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    for name in ("vit.model.vision_model.embeddings.patch_embedding.weight", "adapter.boi", "adapter.eoi"):
+        assert got[f"{VISION_PREFIX}{name}"].abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(folder: Path, model: Any, reentrant: bool) -> None:
+    """Tower, adapter and text, all trained."""
+    model.train()(**training_batch()).loss.backward()
+    checkpointed = load_glm_edge_v(folder, torch.float32).train()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed.enable_input_require_grads()
+    checkpointed(**training_batch()).loss.backward()
+    wanted, got = gradients(model), gradients(checkpointed)
+    assert set(got) == set(wanted)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def graph_of_layers(model: Any, batch: dict[str, torch.Tensor]) -> list[bool]:
+    """Run a training step; return for each layer of the tower, then the adapter, whether it kept a graph."""
+    kept: list[bool] = []
+    layers = model.get_submodule("model.vision.vit.model.vision_model.encoder").layers
+    for module in (*layers, model.get_submodule("model.vision.adapter")):
+        module.register_forward_hook(lambda _module, _inputs, output: kept.append(output.grad_fn is not None))
+    model(**batch).loss.backward()
+    return kept
+
+
+def test_a_frozen_vision_part_keeps_no_graph(model: Any) -> None:
+    """I6: not even when the embeddings are made to require gradients, as gradient checkpointing has it."""
+    freeze_vision(model.train())
+    model.enable_input_require_grads()
+    assert graph_of_layers(model, training_batch()) == [False, False, False]
+    names = set(gradients(model))
+    assert names == {name for name in model.state_dict() if not name.startswith(VISION_PREFIX)}
+
+
+def test_the_adapter_may_be_trained_on_a_frozen_tower(model: Any) -> None:
+    """I6: and a trained tower sends its gradients through a frozen adapter."""
+    model.train().requires_grad_(False)
+    model.model.vision.adapter.requires_grad_(True)
+    assert graph_of_layers(model, training_batch()) == [False, False, True]
+    assert set(gradients(model)) == {name for name in model.state_dict() if "vision.adapter" in name}
+    model.zero_grad()
+    model.requires_grad_(False)
+    model.model.vision.vit.requires_grad_(True)
+    assert graph_of_layers(model, training_batch())[-3:] == [True, True, True]
+    assert set(gradients(model)) == {name for name in model.state_dict() if "vision.vit" in name}
+
+
+@pytest.mark.parametrize("names", [["q_proj", "v_proj", "gate_up_proj"], r".*\.(q_proj|v_proj|gate_up_proj)"])
+def test_lora_adapts_the_language_model_only(model: Any, names: Any) -> None:
+    """I6: the tower has modules of the same names. Its frozen part keeps no graph, and the text part learns."""
+    freeze_vision(model)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2}
+    wrapped: Any = apply_adapter(model, {**settings, "target_modules": text_lora_targets(model, names)})
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    parts = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trained}
+    assert parts == {
+        f"model.layers.{layer}.{part}"
+        for layer in range(2)
+        for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_up_proj")
+    }
+    assert graph_of_layers(wrapped.train().get_base_model(), training_batch()) == [False, False, False]
+    assert len(gradients(wrapped)) == len(trained)
+
+
+def test_all_linear_means_the_linear_layers_of_the_text_part(model: Any) -> None:
+    """Without the head, as PEFT has it."""
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": text_lora_targets(model, "all-linear")}
+    wrapped: Any = apply_adapter(model, settings)
+    parts = {name.split(".lora_")[0] for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(parts) == 2 * 6
+    assert not any("vision" in name or "lm_head" in name for name in parts)
+
+
+def test_lora_names_that_only_the_tower_has_are_refused(model: Any) -> None:
+    """Each of them, with the word that was written."""
+    with pytest.raises(UserError) as caught:
+        text_lora_targets(model, ["q_proj", "fc1", "out_proj"])
+    assert [problem.what for problem in caught.value.problems] == [
+        "the language model has no module that matches 'fc1'",
+        "the language model has no module that matches 'out_proj'",
+    ]
+
+
+def test_lora_on_the_tower_is_trained_where_it_is_asked_for(model: Any) -> None:
+    """`freezeV: false` with names that reach the tower: frozen weights, trained matrices, so a graph is kept."""
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    wrapped: Any = apply_adapter(model.train(), settings)
+    assert graph_of_layers(wrapped.get_base_model(), training_batch()) == [True, True, True]
+    moved = [name for name, gradient in gradients(wrapped).items() if "vision" in name and gradient.abs().max() > 0]
+    assert len(moved) == 2 * 2
+
+
+def test_generation_under_prefix_tuning_sees_prefix_and_image(model: Any) -> None:
+    """T1: cached generation of a left-padded batch equals a whole forward pass for each token."""
+    wrapped: Any = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    torch.manual_seed(3)
+    torch.nn.init.normal_(wrapped.prompt_encoder["default"].embedding.weight, std=2.0)
+    ids, mask = pad_left(SMALL, ONE_IMAGE, TEXT)
+    images = random_images(1)
+    got = generate(wrapped, ids, mask, pixel_values=images, **GREEDY)
+    seen, wanted = torch.cat([torch.ones(2, 5, dtype=mask.dtype), mask], dim=1), ids
+    for _ in range(6):
+        with torch.no_grad():
+            output = wrapped.get_base_model()(
+                input_ids=wanted,
+                attention_mask=seen,
+                position_ids=(seen.cumsum(1) - 1)[:, 5:],
+                pixel_values=images,
+                cache=wrapped.get_prompt(2),
+                logits_to_keep=1,
+            )
+        wanted = torch.cat([wanted, output.logits[:, -1:].argmax(-1)], dim=1)
+        seen = torch.cat([seen, torch.ones(2, 1, dtype=seen.dtype)], dim=1)
+    assert torch.equal(got, wanted[:, ids.shape[1] :])
+    assert not torch.equal(got[:1], generate(wrapped, ids, mask, pixel_values=random_images(1, seed=1), **GREEDY)[:1])
+    with wrapped.disable_adapter():
+        base = generate(wrapped.get_base_model(), ids, mask, pixel_values=images, **GREEDY)
+    assert not torch.equal(got, base)
+
+
+def test_prefix_tuning_trains_with_an_image(model: Any) -> None:
+    """T1: through PEFT's own forward, with the supervised loss."""
+    install_supervised_loss(model)
+    wrapped: Any = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).train()
+    wrapped(**training_batch()).loss.backward()
+    assert set(gradients(wrapped)) == {"prompt_encoder.default.embedding.weight"}
+    assert gradients(wrapped)["prompt_encoder.default.embedding.weight"].abs().max() > 0
