@@ -187,7 +187,7 @@ def build_reply_tools(prepared: Prepared) -> ReplyTools:
 
 def evaluate(trainer: GlmEdgeTrainer, evaluations: Mapping[str, EvaluationData], always: bool) -> None:
     """Evaluate the final model on `val`, unless training just did, and on `test`."""
-    wants_val = "val" in evaluations and str(trainer.args.eval_strategy) != "no"
+    wants_val = "val" in evaluations and trainer.args.eval_strategy != "no"
     last = trainer.best_or_last_evaluation()
     if wants_val and (always or last is None or last["step"] != trainer.final_step()):
         trainer.evaluate(evaluations["val"], metric_key_prefix="eval")

@@ -332,6 +332,13 @@ def test_the_best_adapter_is_the_one_that_is_kept(run: Run, peft: dict[str, Any]
     assert_same_bits(output, output / f"checkpoint-{best}")
 
 
+def test_evaluation_that_is_switched_off_stays_off(run: Run) -> None:
+    """E3: `eval_strategy: no` beside a `val_file`: no loss of the dev data, no predictions, also not at the end."""
+    output = run(val="dev.jsonl", eval_strategy="no")
+    assert [line for line in metrics(output) if "eval_loss" in line] == []
+    assert not (output / "predictions").exists()
+
+
 def test_the_best_checkpoint_survives_the_limit(run: Run) -> None:
     """C8: `save_total_limit: 1` removes others, and the state names the best by its final path."""
     output = run(
@@ -470,6 +477,7 @@ def test_the_run_record_and_the_curve_are_written(run: Run) -> None:
     assert len(record["data"]["train"]["fingerprint"]) == 32
     assert (output / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not list(output.rglob("training_args.bin"))
+    assert not list(output.rglob("README.md"))
     assert not (output / ".saving").exists()
 
 

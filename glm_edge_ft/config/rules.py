@@ -140,7 +140,7 @@ def _check_flags_of_other_scripts(draft: Draft) -> None:
     """`do_train` and the like steer other tools' scripts; here the files in `data_config` say what is done."""
     training, data = draft.training, draft.data
     if training.get("do_train") is False:
-        fix = "leave it out; to evaluate a trained model: python -m glm_edge_ft evaluate"
+        fix = "leave it out"
         draft.refuse((*TRAINING, "do_train"), "`false` contradicts this command, which trains", fix)
     if training.get("do_eval") is False and training.get("eval_strategy", "no") != "no":
         what = f"`false` contradicts eval_strategy: {training['eval_strategy']}"

@@ -223,7 +223,6 @@ FINAL_MODEL_FILES = (
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    "README.md",
 )
 EARLIER_FOLDER = "earlier"
 

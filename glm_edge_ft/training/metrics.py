@@ -137,7 +137,7 @@ def _f_measure(precision: float, recall: float) -> float:
 
 def _bleu(prediction: list[str], reference: list[str]) -> float:
     """Return smoothed BLEU-4 (0 to 100) of two sequences of words."""
-    return 100 * _sentence_bleu()([reference], prediction)
+    return float(100 * _sentence_bleu()([reference], prediction))  # nltk gives an int where nothing matches
 
 
 @functools.cache

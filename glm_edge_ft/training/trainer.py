@@ -269,10 +269,14 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights or adapter, tokenizer and generation config, so that the folder loads, and stops, by itself."""
         folder = output_dir if output_dir is not None else self.args.output_dir
+        card = Path(folder) / "README.md"
+        has_card = card.exists()
         self.model.config.use_cache = self._use_cache_as_released
         try:
             super()._save(folder, state_dict)
             if self.args.should_save:
+                if not has_card:
+                    card.unlink(missing_ok=True)  # PEFT's model card, a form with nothing filled in
                 self.model.generation_config.save_pretrained(folder)  # PEFT saves none beside an adapter
                 (Path(folder) / "training_args.bin").unlink()  # a pickle; run.json is the record of a run
         finally:
