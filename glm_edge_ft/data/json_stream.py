@@ -12,6 +12,7 @@ from glm_edge_ft.data.json_text import WHITESPACE, JsonMistake, decode_value, en
 from glm_edge_ft.errors import Problem
 
 CHUNK_BYTES = 1 << 20
+_MAYBE_CUT = re.compile(r"[-+0-9.eE]*\Z")  # what was read so far may end in the middle of a number
 _NEXT_VALUE = re.compile(r"\n(?=[{\[])")
 
 
@@ -73,7 +74,7 @@ class _Reader:
         while True:
             try:
                 value, end = decode_value(self.text, start)
-                if end < len(self.text) or self.ended:
+                if self.ended or not _MAYBE_CUT.match(self.text, end):
                     return value, end
             except JsonMistake as mistake:
                 if self.ended or not mistake.incomplete:

@@ -62,6 +62,17 @@ def test_nothing_follows_a_cut_reply(make_encoder: EncoderMaker, tokenizer: PreT
     assert cuts(row) == (0, 1, 8)
 
 
+def test_a_reply_of_exactly_its_budget_is_not_cut(
+    make_encoder: EncoderMaker, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """M2: the turns after it stay."""
+    row = encode(make_encoder("glm", 40, 5), [USER, REPLY, USER, {"role": "assistant", "content": "you"}])
+    assert shown(row, tokenizer).endswith(
+        "|*⏎|*you|* are|* fine|*<|user|>|⏎|how| are| you|<|assistant|>|*⏎|*you|*<|user|>"
+    )
+    assert cuts(row) == (0, 0, 0)
+
+
 def test_a_long_question_is_shortened_and_its_reply_stays_whole(
     make_encoder: EncoderMaker, tokenizer: PreTrainedTokenizerFast
 ) -> None:

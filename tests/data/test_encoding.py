@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from glm_edge_ft.data.conversation import Conversation, parse_conversation
@@ -141,6 +142,56 @@ def test_white_space_at_the_edges_belongs_to_the_reply(
     assert marked(row, make_tokenizer("glm-newline")) == [
         *["<|user|>", "\n", "a", "\n", "<|assistant|>", "*\n\n\n", "* ", "*b", "* ", "* ", "*\n", "*<|user|>"]
     ]
+
+
+def test_a_marker_that_swallows_white_space_is_not_supervised(backend: Tokenizer) -> None:
+    """M1: a special token with `rstrip` covers the reply's first line breaks and is the template's all the same."""
+    greedy = Tokenizer.from_str(backend.to_str())
+    greedy.add_special_tokens([AddedToken("<|reply|>", special=True, normalized=False, rstrip=True)])
+    template = (
+        "{% for m in messages %}{{ '<|reply|>' if m.role == 'assistant' else '<|user|>' }}\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|reply|>\n{% endif %}"
+    ).replace("\n{% endif", "{{ '\\n' }}{% endif")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=greedy, eos_token="<|endoftext|>", chat_template=template)
+    encoder = ConversationEncoder(tokenizer, [tokenizer.get_vocab()["<|user|>"]], 100, 100)
+    row = encoded(encoder, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}])
+    assert marked(row, tokenizer) == ["<|user|>", "\n", "a", "<|reply|>", "*b", "*<|user|>"]
+
+
+def test_a_token_over_the_end_of_a_reply_is_supervised(
+    make_encoder: EncoderMaker, make_tokenizer: TokenizerMaker
+) -> None:
+    """M1: where plain text closes a reply, its last token may reach into the next turn, and its first into the prompt."""
+    template = (
+        "{% for m in messages %}{{ '\\n' if not loop.first }}{{ m.role }}: {{ m.content }}{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
+    )
+    row = encoded(make_encoder(template), [*TWO_TURNS[:2], {"role": "user", "content": "x"}])
+    text = "".join(marked(row, make_tokenizer(template))).replace("\n", "⏎")
+    assert text.endswith("assistant:* my* friend*⏎⏎user: x⏎")
+
+
+def test_a_user_text_that_begins_with_a_stop_token_ends_no_reply(make_encoder: EncoderMaker) -> None:
+    """M1: where the template writes nothing before the user's text, a stop token there is not the template's."""
+    template = (
+        "{% for m in messages %}{{ '<|assistant|>' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    messages = [*TWO_TURNS[:2], {"role": "user", "content": "<|user|>x"}]
+    encoder = make_encoder(template)
+    row = encoded(encoder, messages)
+    assert encoder.tokenizer.backend.decode(row.input_ids[row.loss_mask].tolist(), False) == "my friend"
+
+
+def test_a_reply_that_the_template_closes_otherwise_is_refused(make_encoder: EncoderMaker) -> None:
+    """M1: a closing text that depends on the content leaves no rule for where a reply ends."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\\n{{ m.content }}{{ '\\\\n' if m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\\n{% endif %}"
+    )
+    encoder = make_encoder(template)
+    with pytest.raises(UserError, match=r"train.jsonl:1: the chat template closes messages\[1\] with '', not with"):
+        encoder.encode(conversation_of(encoder, [TWO_TURNS[0], {"role": "assistant", "content": ""}]))
 
 
 def test_tools_and_further_keys_reach_the_template_unchanged(make_encoder: EncoderMaker) -> None:

@@ -341,6 +341,13 @@ def test_streaming_gives_what_the_json_parser_gives(
     assert [value.line for value in found if isinstance(value, PlacedValue)] == lines
 
 
+@pytest.mark.parametrize("chunk", range(1, 8))
+def test_a_number_at_the_end_of_a_chunk_is_whole(chunk: int) -> None:
+    """D3: what was read so far may be a number by itself and still not all of it."""
+    found = stream_values(io.BytesIO(b"[12345, 678.5e1]\n-90 true"), "x", is_message, chunk)
+    assert [value.value for value in found if isinstance(value, PlacedValue)] == [12345, 6785.0, -90, True]
+
+
 @given(content=st.binary(max_size=200) | st.text(alphabet='{}[]",:\\u08d/ \n', max_size=60).map(str.encode))
 @settings(max_examples=300)
 def test_no_bytes_raise(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:

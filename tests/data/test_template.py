@@ -51,6 +51,7 @@ def test_without_a_stop_token_after_the_reply_the_eos_token_ends_it(make_tokeniz
     tokenizer = make_tokenizer(template + "{% if add_generation_prompt %}assistant: {% endif %}")
     found = ConversationEncoder(tokenizer, [], 10, 10).reply_format
     assert (found.prefix, found.closing, found.stop_id) == ("", "\n", tokenizer.eos_token_id)
+    assert found.stop_ids == {tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize(
