@@ -161,7 +161,7 @@ def test_a_marker_that_swallows_white_space_is_not_supervised(backend: Tokenizer
 def test_a_token_over_the_end_of_a_reply_is_supervised(
     make_encoder: EncoderMaker, make_tokenizer: TokenizerMaker
 ) -> None:
-    """M1: where plain text surrounds a reply, its last token may reach into the next turn, its first into the prompt."""
+    """M1: where plain text surrounds a reply, its first and last tokens may reach out of it."""
     template = (
         "{% for m in messages %}{{ '\\n' if not loop.first }}{{ m.role }}: {{ m.content }}{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
