@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache, GlmForCausalLM, GlmModel
 from transformers import initialization as init
@@ -204,38 +205,47 @@ class GlmEdgeVForCausalLM(GlmForCausalLM):
         return input_ids, model_kwargs
 
 
-def load_glm_edge_v(
-    source: str | Path, dtype: torch.dtype, config: GlmEdgeVConfig | None = None
-) -> GlmEdgeVForCausalLM:
+def load_glm_edge_v(source: str | Path, dtype: torch.dtype) -> GlmEdgeVForCausalLM:
     """Load a vision checkpoint, released or saved by this toolkit, in `dtype`; no remote code is run.
 
     Args:
         source: a folder, or a hub id.
-        config: as `read_glm_edge_v_config` gives it; read from `source` when None.
 
     Raises:
         UserError: the config is not that of a vision model, the weights cannot be read or have other shapes, some are
             missing (transformers would fill them with random numbers), or some belong to nothing in the model.
     """
     where = f"MODEL {source}"
-    if config is None:
-        config = read_glm_edge_v_config(source, download_weights=True)
+    config = read_glm_edge_v_config(source, download_weights=True)
     try:
         loaded: Any = GlmEdgeVForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, with names and shapes
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError.single(
             where, f"its weights cannot be read: {first_line}", "download the model again"
         ) from error
     model, info = loaded
+    mismatched = [f"{name} {tuple(stored)} for {tuple(wanted)}" for name, stored, wanted in info["mismatched_keys"]]
     problems = ProblemList()
-    for kind, what in (("missing_keys", "are missing from its files"), ("unexpected_keys", "are unknown to the model")):
-        names = sorted(info[kind])
-        if names:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            problems.add(where, f"{len(names)} weights {what}: {shown}", "download the model again")
+    for found, what, fix in (
+        (info["missing_keys"], "are missing from its files", "download the model again"),
+        (
+            info["unexpected_keys"],
+            "are unknown to GLM-Edge-V",
+            "give a checkpoint in the layout of the released models",
+        ),
+        (mismatched, "have other shapes than its config.json says", "use the config.json that came with the weights"),
+    ):
+        if found:
+            shown = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
+            problems.add(where, f"{len(found)} weights {what}: {shown}", fix)
     problems.raise_if_any()
     return model
 
@@ -257,20 +267,28 @@ def text_lora_targets(model: nn.Module, names: Sequence[str] | str) -> str:
         names: last parts of module names, or `"all-linear"`, or a pattern for whole names, as PEFT takes them.
 
     Raises:
-        UserError: a name, or the pattern, matches no module of the language model.
+        UserError: a name, or the pattern, matches no module of the language model, or is no valid pattern.
     """
     text = [name for name, _ in model.named_modules() if name and not name.startswith(VISION_PREFIX)]
     if names == "all-linear":
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         names = sorted({name.rsplit(".", 1)[-1] for name in text if name in linear and name != "lm_head"})
     patterns = [names] if isinstance(names, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in names]
+    key = "peft_config.target_modules"
+    try:
+        matches = [any(re.fullmatch(pattern, name) for name in text) for pattern in patterns]
+        target = re.compile(rf"(?!{re.escape(VISION_PREFIX)})(?:{'|'.join(patterns)})")
+    except re.error as error:
+        raise UserError.single(
+            key, f"is no regular expression: {names!r} ({error})", "write a list of names, such as [q_proj, v_proj]"
+        ) from error
     problems = ProblemList()
-    for pattern, shown in zip(patterns, [names] if isinstance(names, str) else names, strict=True):
-        if not any(re.fullmatch(pattern, name) for name in text):
+    for is_found, shown in zip(matches, [names] if isinstance(names, str) else names, strict=True):
+        if not is_found:
             problems.add(
-                "peft_config.target_modules",
+                key,
                 f"the language model has no module that matches {shown!r}",
                 "write names of its modules, such as q_proj, or let the adapter reach the vision tower",
             )
     problems.raise_if_any()
-    return rf"(?!{re.escape(VISION_PREFIX)})(?:{'|'.join(patterns)})"
+    return target.pattern

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import GlmConfig, PretrainedConfig, SiglipVisionConfig
 from transformers.utils import cached_file
 
@@ -118,8 +118,8 @@ def read_glm_edge_v_config(source: str | Path, download_weights: bool = False) -
         download_weights: fetch the weight files of a hub id to read their headers; otherwise cached ones only.
 
     Raises:
-        UserError: the config cannot be read, has no `vision_config`, lacks a field of it or `boi_token_id`, or boi or
-            eoi does not hold `hidden_size` numbers.
+        UserError: the config or a weight file cannot be read, the config has no `vision_config`, lacks a field of it
+            or `boi_token_id`, or boi or eoi does not hold `hidden_size` numbers.
     """
     where = f"MODEL {source}"
     try:
@@ -139,7 +139,10 @@ def read_glm_edge_v_config(source: str | Path, download_weights: bool = False) -
             f"must be the id of the image placeholder, but is {config.boi_token_id!r}",
             "use the config.json that came with the checkpoint",
         )
-    shapes = _stored_shapes(str(source), (*BOUNDARY_KEYS, LM_HEAD_KEY), download_weights)
+    try:
+        shapes = _stored_shapes(str(source), (*BOUNDARY_KEYS, LM_HEAD_KEY), download_weights)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError.single(where, f"its weights cannot be read: {error}", "download the model again") from error
     for key in BOUNDARY_KEYS:
         if key in shapes and math.prod(shapes[key]) != config.hidden_size:
             raise UserError.single(

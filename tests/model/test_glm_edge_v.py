@@ -132,15 +132,33 @@ def test_missing_and_unknown_weights_are_refused_by_name(tmp_path: Path) -> None
         load_glm_edge_v(folder, torch.float32)
     assert [problem.what for problem in caught.value.problems] == [
         "1 weights are missing from its files: model.vision.adapter.conv.bias",
-        "1 weights are unknown to the model: model.vision.adapter.scale",
+        "1 weights are unknown to GLM-Edge-V: model.vision.adapter.scale",
     ]
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
-    """A config that belongs to other weights."""
-    config = released_config(SMALL_VOCABULARY) | {"intermediate_size": 64}
+    """A config that belongs to other weights: both shapes are named."""
+    config = released_config(SMALL_VOCABULARY) | {"num_attention_heads": 3}
     folder = write_checkpoint(tmp_path, SMALL_VOCABULARY, config=config)
-    with pytest.raises(UserError, match="its weights cannot be read"):
+    with pytest.raises(UserError) as caught:
+        load_glm_edge_v(folder, torch.float32)
+    assert [problem.what for problem in caught.value.problems] == [
+        "4 weights have other shapes than its config.json says: "
+        "model.layers.0.self_attn.o_proj.weight (32, 32) for (32, 24), "
+        "model.layers.0.self_attn.q_proj.weight (32, 32) for (24, 32), "
+        "model.layers.1.self_attn.o_proj.weight (32, 32) for (32, 24), "
+        "model.layers.1.self_attn.q_proj.weight (32, 32) for (24, 32)"
+    ]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path, shards: int) -> None:
+    """An interrupted download, of the only file or of the last one, whose header nobody needs before."""
+    folder = write_checkpoint(tmp_path, SMALL_VOCABULARY, shards=shards)
+    last = max(folder.glob("*.safetensors"))
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"its weights cannot be read: .*incomplete metadata"):
         load_glm_edge_v(folder, torch.float32)
 
 

@@ -346,6 +346,12 @@ def test_lora_names_that_only_the_tower_has_are_refused(model: Any) -> None:
     ]
 
 
+def test_a_lora_pattern_that_is_none_is_refused(model: Any) -> None:
+    """Not a traceback out of `re`."""
+    with pytest.raises(UserError, match=r"is no regular expression: '\*\.q_proj' \(nothing to repeat"):
+        text_lora_targets(model, "*.q_proj")
+
+
 def test_lora_on_the_tower_is_trained_where_it_is_asked_for(model: Any) -> None:
     """`freezeV: false` with names that reach the tower: frozen weights, trained matrices, so a graph is kept."""
     settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
