@@ -113,8 +113,12 @@ def format_report(report: DataReport, title: str = "data") -> str:
     return "\n".join(lines)
 
 
+_LABEL_WIDTH = 22
+
+
 def _line(label: str, value: int, note: str = "") -> str:
-    return f"  {label:<22}{value:>14,}{f'   {note}' if note else ''}"
+    text = f"{label:<{_LABEL_WIDTH}}{value:>14,}" if len(label) <= _LABEL_WIDTH else f"{label}:  {value:,}"
+    return f"  {text}{f'   {note}' if note else ''}"
 
 
 def _share(part: int, whole: int) -> str:
