@@ -1,17 +1,18 @@
 """Raw row to `Conversation`: typed messages, checked, with every mistake named by its place.
 
 What the chat template will see of a message is what the file says, with two exceptions: `loss` is ours and is taken
-out, and a list of text parts is joined to the string that it stands for.
+out, and the content has one form throughout. In chat fine-tuning that is a string, where a list of text parts is
+joined; in vision fine-tuning it is a list of parts, where a string becomes one text part.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from glm_edge_ft.data.parts import ImagePart, Part, TextPart, listed_keys, parse_parts, shown, template_content
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import ProblemList
 
@@ -32,15 +33,41 @@ class Message:
 
     Attributes:
         role: who speaks.
-        text: the content as one string.
+        text: the text of the content as one string, images left out.
         supervised: True for an assistant turn that bears loss.
         fields: the mapping that the chat template gets: role, content and every further key of the file.
+        parts: the content in vision fine-tuning, in order; empty in chat fine-tuning, where `text` is all of it.
     """
 
     role: str
     text: str
     supervised: bool
     fields: Mapping[str, Any]
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Paths of the message's images as written, in order."""
+        return tuple(part.path for part in self.parts if isinstance(part, ImagePart))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of the content, in the pieces that the template gets."""
+        return tuple(part.text for part in self.parts if isinstance(part, TextPart)) if self.parts else (self.text,)
+
+    def shortened(self, length: int) -> Message:
+        """Return the message with the first `length` characters of its text, and with all of its images."""
+        text = self.text[:length]
+        if not self.parts:
+            return replace(self, text=text, fields={**self.fields, "content": text})
+        parts: list[Part] = []
+        for part in self.parts:
+            if isinstance(part, TextPart):
+                part = TextPart(part.text[:length])  # noqa: PLW2901
+                length -= len(part.text)
+            if part != TextPart(""):  # what nothing is left of goes, so that the template separates no empty pieces
+                parts.append(part)
+        return replace(self, text=text, parts=tuple(parts), fields={**self.fields, "content": template_content(parts)})
 
 
 @dataclass(frozen=True)
@@ -66,13 +93,19 @@ class Conversation:
         """`file:line`, for messages."""
         return f"{self.file}:{self.line}"
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Paths of all images as written, in order."""
+        return tuple(path for message in self.messages for path in message.images)
 
-def parse_conversation(row: RawRow, rendered_roles: frozenset[str]) -> Conversation:
-    """Check a raw row of a chat data file and return the conversation.
+
+def parse_conversation(row: RawRow, rendered_roles: frozenset[str], max_images: int | None = None) -> Conversation:
+    """Check a raw row of a data file and return the conversation.
 
     Args:
         row: the value as read: an object with `messages`, or the list of messages itself.
         rendered_roles: the roles that the checkpoint's chat template renders (`ReplyFormat.rendered_roles`).
+        max_images: in vision fine-tuning, most images of a conversation; None: chat fine-tuning, which takes none.
 
     Raises:
         UserError: every mistake of the row, each with `file:line` and the message's index.
@@ -89,21 +122,24 @@ def parse_conversation(row: RawRow, rendered_roles: frozenset[str]) -> Conversat
     else:
         raw_messages = value
         if not isinstance(value, list):
-            problems.add(
-                row.place, f"a row must be an object or a list, this one is {_shown(value)}", f"write {_SHAPE}"
-            )
+            problems.add(row.place, f"a row must be an object or a list, this one is {shown(value)}", f"write {_SHAPE}")
     problems.raise_if_any()
     if not isinstance(raw_messages, list):
-        problems.add(row.place, f"'messages' must be a list, it is {_shown(raw_messages)}", f"write {_SHAPE}")
+        problems.add(row.place, f"'messages' must be a list, it is {shown(raw_messages)}", f"write {_SHAPE}")
     elif not raw_messages:
         problems.add(
             row.place, "'messages' is empty", "write at least a user and an assistant message, or remove the row"
         )
     problems.raise_if_any()
-    parsed = [_message(row.place, index, raw, rendered_roles, problems) for index, raw in enumerate(raw_messages)]
+    takes_images = max_images is not None
+    parsed = [
+        _message(row.place, index, raw, rendered_roles, problems, takes_images=takes_images)
+        for index, raw in enumerate(raw_messages)
+    ]
     problems.raise_if_any()
     messages = tuple(message for message in parsed if message is not None)
     _check_supervision(row.place, messages, problems)
+    _check_image_count(row.place, messages, max_images, problems)
     problems.raise_if_any()
     return Conversation(messages, tuple(tools) if tools is not None else None, row.file, row.line, ignored)
 
@@ -122,7 +158,7 @@ def _messages_of(place: str, value: dict[str, Any], problems: ProblemList) -> An
     else:
         near = difflib.get_close_matches("messages", list(value), 1, 0.7)
         fix = f"did you mean 'messages' by {near[0]!r}?" if near else f"write {_SHAPE}"
-    problems.add(place, f"key 'messages' is missing; the keys are: {_keys(value)}", fix)
+    problems.add(place, f"key 'messages' is missing; the keys are: {listed_keys(value)}", fix)
     return None
 
 
@@ -130,14 +166,22 @@ def _check_tools(place: str, tools: Any, problems: ProblemList) -> None:
     if tools is None:
         return
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        problems.add(place, f"'tools' must be a list of objects, it is {_shown(tools)}", "write one JSON schema a tool")
+        problems.add(place, f"'tools' must be a list of objects, it is {shown(tools)}", "write one JSON schema a tool")
 
 
-def _message(place: str, index: int, raw: Any, rendered_roles: frozenset[str], problems: ProblemList) -> Message | None:
+def _message(
+    place: str,
+    index: int,
+    raw: Any,
+    rendered_roles: frozenset[str],
+    problems: ProblemList,
+    *,
+    takes_images: bool,
+) -> Message | None:
     where = f"{place}: messages[{index}]"
     if not isinstance(raw, dict):
         problems.add(
-            where, f"a message must be an object, this one is {_shown(raw)}", 'write {"role": ..., "content": ...}'
+            where, f"a message must be an object, this one is {shown(raw)}", 'write {"role": ..., "content": ...}'
         )
         return None
     if "role" not in raw and ("from" in raw or "value" in raw):
@@ -146,24 +190,28 @@ def _message(place: str, index: int, raw: Any, rendered_roles: frozenset[str], p
         )
         return None
     role = _role(where, raw, rendered_roles, problems)
-    text = _text(where, raw, problems)
+    parts = parse_parts(where, raw, role, problems, takes_images=takes_images)
     supervised = role == "assistant" and raw.get("loss", True) is True
     _check_loss(where, raw, role, problems)
-    if role is None or text is None:
+    if role is None or parts is None:
         return None
     fields = {key: element for key, element in raw.items() if key != "loss"}
-    fields["content"] = text
-    return Message(role, text, supervised, fields)
+    text = "".join(part.text for part in parts if isinstance(part, TextPart))
+    if not takes_images:
+        fields["content"] = text
+        return Message(role, text, supervised, fields)
+    fields["content"] = template_content(parts)
+    return Message(role, text, supervised, fields, tuple(parts))
 
 
 def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], problems: ProblemList) -> str | None:
     if "role" not in raw:
-        problems.add(where, f"key 'role' is missing; the keys are: {_keys(raw)}", "write who speaks")
+        problems.add(where, f"key 'role' is missing; the keys are: {listed_keys(raw)}", "write who speaks")
         return None
     role = raw["role"]
     allowed = [*ROLES_ALWAYS, *(known for known in ROLES_IF_RENDERED if known in rendered_roles)]
     if not isinstance(role, str):
-        problems.add(where, f"'role' must be a string, it is {_shown(role)}", f"write one of {', '.join(allowed)}")
+        problems.add(where, f"'role' must be a string, it is {shown(role)}", f"write one of {', '.join(allowed)}")
         return None
     if role in allowed:
         return role
@@ -180,47 +228,12 @@ def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], probl
     return None
 
 
-def _text(where: str, raw: dict[str, Any], problems: ProblemList) -> str | None:
-    if "content" not in raw:
-        problems.add(where, f"key 'content' is missing; the keys are: {_keys(raw)}", "write the text")
-        return None
-    content = raw["content"]
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        fix = 'write a string, or [{"type": "text", "text": "..."}]'
-        problems.add(where, f"'content' must be a string or a list of parts, it is {_shown(content)}", fix)
-        return None
-    texts = [_part_text(f"{where}.content[{index}]", part, problems) for index, part in enumerate(content)]
-    return None if None in texts else "".join(text for text in texts if text is not None)
-
-
-def _part_text(where: str, part: Any, problems: ProblemList) -> str | None:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        problems.add(where, f"a part must be an object with a 'type', this one is {_shown(part)}", _PART_FIX)
-    elif part["type"] in ("image", "image_url"):
-        problems.add(
-            where, "an image part in chat fine-tuning", "use finetune_vision.py with a GLM-Edge-V model for images"
-        )
-    elif part["type"] != "text":
-        problems.add(where, f"unknown part type {part['type']!r}", _PART_FIX)
-    elif not isinstance(part.get("text"), str):
-        problems.add(where, f"'text' must be a string, it is {_shown(part.get('text'))}", _PART_FIX)
-    else:
-        text: str = part["text"]
-        return text
-    return None
-
-
-_PART_FIX = 'write {"type": "text", "text": "..."}'
-
-
 def _check_loss(where: str, raw: dict[str, Any], role: str | None, problems: ProblemList) -> None:
     if "loss" not in raw:
         return
     loss = raw["loss"]
     if not isinstance(loss, bool):
-        problems.add(where, f"'loss' must be true or false, it is {_shown(loss)}", "write false to leave a reply out")
+        problems.add(where, f"'loss' must be true or false, it is {shown(loss)}", "write false to leave a reply out")
     elif loss and role is not None and role != "assistant":
         problems.add(where, f"'loss': true on a {role} message", "only assistant turns bear loss: remove the key")
 
@@ -232,14 +245,13 @@ def _check_supervision(place: str, messages: tuple[Message, ...], problems: Prob
         problems.add(place, "every assistant turn says 'loss': false", "leave one of them in, or remove the row")
 
 
-def _keys(value: dict[str, Any]) -> str:
-    return ", ".join(repr(key[:40]) for key in list(value)[:8]) or "none"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    kind = kinds.get(type(value), type(value).__name__)
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{kind}: {text if len(text) <= 60 else text[:57] + '...'}"
+def _check_image_count(
+    place: str, messages: tuple[Message, ...], max_images: int | None, problems: ProblemList
+) -> None:
+    count = sum(len(message.images) for message in messages)
+    if max_images is not None and count > max_images:
+        problems.add(
+            place,
+            f"the conversation has {count} images, max_images is {max_images}",
+            "split the conversation, or raise max_images if the model takes several (the released ones take one)",
+        )

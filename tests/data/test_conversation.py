@@ -53,6 +53,102 @@ def test_an_image_part_is_refused_with_the_way_out() -> None:
     ]
 
 
+IMAGE = {"type": "image", "image": "图 片/a b.jpg"}
+TEXT = {"type": "text", "text": "what is it?"}
+
+
+def vision(content: Any, max_images: int = 1, role: str = "user") -> Conversation:
+    """Parse a row of one message and a reply for vision fine-tuning."""
+    row = RawRow("train.jsonl", 3, 1, [{"role": role, "content": content}, REPLY])
+    return parse_conversation(row, ROLES, max_images)
+
+
+def vision_refusal(content: Any, max_images: int = 1, role: str = "user") -> str:
+    """Return the problems of such a row as text."""
+    with pytest.raises(UserError) as caught:
+        vision(content, max_images, role)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("content", [[IMAGE, TEXT], [TEXT, IMAGE], [TEXT, IMAGE, TEXT]])
+def test_an_image_may_stand_anywhere_among_the_text(content: list[dict[str, str]]) -> None:
+    """I4: parts keep their order, and the template gets them as written."""
+    message = vision(content).messages[0]
+    assert message.fields == {"role": "user", "content": content}
+    assert [type(part).__name__ for part in message.parts] == [
+        "ImagePart" if part is IMAGE else "TextPart" for part in content
+    ]
+    assert message.text == "what is it?" * content.count(TEXT)
+    assert message.images == ("图 片/a b.jpg",)
+
+
+def test_an_image_may_stand_in_a_later_turn() -> None:
+    """I4: the second user message holds it."""
+    row = RawRow("train.jsonl", 3, 1, [USER, REPLY, {"role": "user", "content": [IMAGE]}, REPLY])
+    conversation = parse_conversation(row, ROLES, 1)
+    assert [message.images for message in conversation.messages] == [(), (), ("图 片/a b.jpg",), ()]
+    assert conversation.images == ("图 片/a b.jpg",)
+
+
+def test_a_string_is_one_text_part_in_vision_fine_tuning() -> None:
+    """D4: a string and a list with that text give the same sample."""
+    assert vision("what is it?") == vision([TEXT])
+    assert vision("what is it?").messages[0].fields["content"] == [TEXT]
+    assert vision([TEXT]).messages[1].fields["content"] == [{"type": "text", "text": "yo"}]
+
+
+def test_text_parts_are_not_joined_in_vision_fine_tuning() -> None:
+    """D4: the template sees as many pieces as were written."""
+    message = vision([TEXT, {"type": "text", "text": ""}, TEXT]).messages[0]
+    assert message.texts == ("what is it?", "", "what is it?")
+
+
+@pytest.mark.parametrize("role", ["assistant", "system", "observation"])
+def test_only_users_show_images(role: str) -> None:
+    """I4: an image in another turn is refused by place, never ignored."""
+    assert vision_refusal([TEXT, IMAGE], role=role) == (
+        f"train.jsonl:3: messages[0].content[1]: an image part in a message of the role '{role}'\n"
+        "    -> put the image into a user message"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"image": ""}, '\'image\' must be the path of a file, it is a string: ""\n    -> write {"type": "image",'),
+        ({"image": " "}, "'image' must be the path of a file, it is a string: \" \""),
+        ({"image": None}, "'image' must be the path of a file, it is null"),
+        ({"image": {"path": "a"}}, '\'image\' must be the path of a file, it is an object: {"path": "a"}'),
+        ({"url": "a.png"}, "key 'image' is missing; the keys are: 'type', 'url'\n    -> write {\"type\": \"image\","),
+        ({"image": "a\0b"}, "'image' must be the path of a file, it is a string: \"a\\u0000b\""),
+        ({"image": "HTTPS://x.org/a.png"}, 'not a URL, it is a string: "HTTPS://x.org/a.png"\n    -> save the image'),
+        ({"image": "data:image/png;base64," + "A" * 99}, 'not a URL, it is a string: "data:image/png;base64,AAAA'),
+        ({"type": "image_url", "image_url": {}}, 'unknown part type \'image_url\'\n    -> write {"type": "text", '),
+    ],
+)
+def test_what_is_no_image_path_is_refused_by_place(part: dict[str, Any], expected: str) -> None:
+    """I4: an empty path, another kind of value, a URL, embedded bytes."""
+    message = vision_refusal([{"type": "image", **part}])
+    assert message.startswith("train.jsonl:3: messages[0].content[0]: ")
+    assert expected in message
+
+
+def test_more_images_than_the_limit_are_refused() -> None:
+    """I4: the released models take one image in a conversation."""
+    assert vision([IMAGE, IMAGE], max_images=2).images == ("图 片/a b.jpg",) * 2
+    assert vision_refusal([IMAGE, IMAGE]).startswith(
+        "train.jsonl:3: the conversation has 2 images, max_images is 1\n    -> split the conversation, or raise"
+    )
+
+
+def test_shortening_keeps_the_images() -> None:
+    """I5: text goes from the end, piece by piece; images stay where they are."""
+    message = vision([TEXT, IMAGE, TEXT, TEXT]).messages[0]
+    assert message.shortened(14).fields["content"] == [TEXT, IMAGE, {"type": "text", "text": "wha"}]
+    assert message.shortened(4).fields["content"] == [{"type": "text", "text": "what"}, IMAGE]
+    assert (message.shortened(4).text, message.shortened(0).images) == ("what", ("图 片/a b.jpg",))
+
+
 def test_further_keys_reach_the_template_as_written() -> None:
     """D3: tools in a system message keep their order, their nulls and nothing else; `loss` is taken out."""
     system = {"role": "system", "tools": [{"b": 1, "a": {"default": None}}], "content": "s", "metadata": ""}
