@@ -231,6 +231,16 @@ def test_bfloat16_is_finite_and_near_float32(folder: Path, model: Any) -> None:
     assert (got.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
+def test_mixed_precision_merges_what_the_vision_part_gives(model: Any) -> None:
+    """Under autocast the vectors are bfloat16 and the embeddings float32."""
+    images = random_images(1)
+    wanted = logits(model, ONE_IMAGE, images=images)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = logits(model, ONE_IMAGE, images=images)[0]
+        assert model.model.vision(images).dtype == torch.bfloat16
+    assert (got.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
 LABELS_FROM = len(ONE_IMAGE) - 3
 
 
