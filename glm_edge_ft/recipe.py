@@ -139,7 +139,7 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
 
     from glm_edge_ft.data.collator import PaddedCollator
     from glm_edge_ft.model.adapters import apply_adapter
-    from glm_edge_ft.model.loading import load_weights
+    from glm_edge_ft.model.loading import add_fields_of_the_release, load_weights
     from glm_edge_ft.training.logs import RunLog
     from glm_edge_ft.training.loss import install_supervised_loss
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
@@ -157,6 +157,7 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
         data_collator=PaddedCollator(checkpoint.tokenizer.pad_token_id, "right"),
         reply_tools=build_reply_tools(prepared),
         on_nonfinite_loss=config.on_nonfinite_loss,
+        complete_saved_folder=add_fields_of_the_release,
         callbacks=[RunLog(prepared.plan.output_dir, title=_title(prepared), show=is_main_process())],
     )
     trainer.remove_callback(ProgressCallback)

@@ -377,6 +377,9 @@ def test_the_saved_folder_stops_by_itself(
         if peft is None:
             model: Any = AutoModelForCausalLM.from_pretrained(moved)
             assert model.config.use_cache is True
+            written = json.loads((moved / "config.json").read_text(encoding="utf-8"))
+            fields = {name: written[name] for name in ("rope_theta", "partial_rotary_factor", "torch_dtype")}
+            assert fields == {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "torch_dtype": "float32"}
         else:
             model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(moved))
         prompt = tokenizer("<|user|>\nhi<|assistant|>", add_special_tokens=False, return_tensors="pt")["input_ids"]

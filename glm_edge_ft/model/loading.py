@@ -177,6 +177,7 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     Weights are read from safetensors only. A checkpoint in which weights of the model are missing is refused, since
     transformers would fill them with random numbers. Raises UserError for both.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     where = f"MODEL {checkpoint.location.name}"
@@ -189,7 +190,7 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError.single(
             where, f"its weights cannot be read: {_first_line(error)}", "download the model again"
         ) from error
@@ -209,6 +210,26 @@ def carry_stop_ids(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     generation_config: Any = model.generation_config
     generation_config.eos_token_id = list(checkpoint.stop_ids)
     generation_config.pad_token_id = checkpoint.tokenizer.pad_token_id
+
+
+def add_fields_of_the_release(folder: Path) -> None:
+    """Write the fields of 2024 into a saved `config.json` beside today's, where the folder holds one of a GLM.
+
+    transformers 5 keeps rotary settings in `rope_parameters` and the format in `dtype` alone. Tools of the time of the
+    release read `rope_theta`, `partial_rotary_factor` and `torch_dtype`; without the second they rotate half of each
+    head, without a word. Where both are written, transformers 5 takes its own.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters")
+    if config.get("model_type") != "glm" or not isinstance(rope, dict):
+        return
+    old_names = {"rope_theta": rope.get("rope_theta"), "partial_rotary_factor": rope.get("partial_rotary_factor")}
+    old_names["torch_dtype"] = config.get("dtype")
+    config |= {name: value for name, value in old_names.items() if value is not None}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _first_line(error: Exception) -> str:

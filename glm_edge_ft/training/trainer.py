@@ -11,7 +11,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     Args:
         reply_tools: how prompts are batched, continued and turned into text.
         on_nonfinite_loss: stop with NonFiniteLossError, or warn, skip nothing and go on.
+        complete_saved_folder: adds to a folder that was just saved what other tools need in it.
         kwargs: those of Seq2SeqTrainer. `train_dataset` needs `lengths`; evaluation datasets are EvaluationData.
     """
 
@@ -70,10 +71,16 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     args: Any
 
     def __init__(
-        self, *, reply_tools: ReplyTools, on_nonfinite_loss: Literal["stop", "warn"] = "stop", **kwargs: Any
+        self,
+        *,
+        reply_tools: ReplyTools,
+        on_nonfinite_loss: Literal["stop", "warn"] = "stop",
+        complete_saved_folder: Callable[[Path], None],
+        **kwargs: Any,
     ) -> None:
         self.reply_tools = reply_tools
         self.on_nonfinite_loss = on_nonfinite_loss
+        self.complete_saved_folder = complete_saved_folder
         self._tokens_since_log = 0  # real (non-pad) tokens of this process, for the throughput in the log
         self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
         self._use_cache_as_released = bool(kwargs["model"].config.use_cache)
@@ -279,6 +286,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
                     card.unlink(missing_ok=True)  # PEFT's model card, a form with nothing filled in
                 self.model.generation_config.save_pretrained(folder)  # PEFT saves none beside an adapter
                 (Path(folder) / "training_args.bin").unlink()  # a pickle; run.json is the record of a run
+                self.complete_saved_folder(Path(folder))
         finally:
             self.model.config.use_cache = self.args.use_cache
 

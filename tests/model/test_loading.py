@@ -91,6 +91,15 @@ def test_no_weights_file_is_a_plain_refusal(folder: Path) -> None:
         load_weights(read_checkpoint(locate_model(str(folder))), torch.float32)
 
 
+@pytest.mark.parametrize("size", [0, 5, 5000])
+def test_a_cut_weights_file_is_a_plain_refusal(folder: Path, size: int) -> None:
+    """A download that ended early: in the header's length, in the header, in the data."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match="its weights cannot be read"):
+        load_weights(read_checkpoint(locate_model(str(folder))), torch.float32)
+
+
 def test_paths_that_are_no_model_are_refused(tmp_path: Path, folder: Path) -> None:
     """A folder that is not there, a file, an empty folder, an adapter, a broken config."""
     assert "there is no such folder" in refusal("./nowhere")
