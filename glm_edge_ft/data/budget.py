@@ -3,8 +3,8 @@
 - A prompt is everything before a reply. A later reply whose prompt is longer than `max_input_length` ends the row
   before its turn: whole turns are left out at the end, so that the ids stay a prefix of what the template renders.
 - Where the first supervised reply's prompt is too long, the text of the last user message before it is shortened from
-  its end and the conversation is rendered anew; what the template writes stays whole. A row that still does not fit, or
-  that would keep nothing of the user's text, is dropped.
+  its end and the conversation is rendered anew; what the template writes stays whole, image placeholders included. A
+  row that still does not fit, or that would keep nothing of the user's text, is dropped.
 - A supervised reply (with its stop token) longer than `max_output_length` is cut there, and the row ends: later turns
   would follow a broken history. A cut reply teaches no stop.
 
@@ -112,7 +112,7 @@ def shorten_prompt(
         keep -= max(1, excess)
         if keep <= 0:
             break
-        shorter = _with_text(conversation, user, text[: ends[keep - 1]])
+        shorter = _shortened(conversation, user, ends[keep - 1])
         length = prompt_length(shorter, too_long.index)
         excess = length - budgets.max_input_length
         if excess <= 0:
@@ -121,8 +121,7 @@ def shorten_prompt(
     return too_long.reason(budgets, spared)
 
 
-def _with_text(conversation: Conversation, index: int, text: str) -> Conversation:
-    message = conversation.messages[index]
-    shorter = replace(message, text=text, fields={**message.fields, "content": text})
-    messages = (*conversation.messages[:index], shorter, *conversation.messages[index + 1 :])
-    return replace(conversation, messages=messages)
+def _shortened(conversation: Conversation, index: int, length: int) -> Conversation:
+    messages = list(conversation.messages)
+    messages[index] = messages[index].shortened(length)
+    return replace(conversation, messages=tuple(messages))

@@ -18,6 +18,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,9 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from glm_edge_ft.data.budget import Budgets, ReplySpan, RowPlan, TooLong, plan_row, shorten_prompt
-from glm_edge_ft.data.conversation import Conversation
+from glm_edge_ft.data.conversation import Conversation, parse_conversation
+from glm_edge_ft.data.placeholders import ImageSettings, PlaceholderCounter, check_image_settings
+from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.data.template import (
     NOT_PREFIX_FIX,
     ChatTemplate,
@@ -40,13 +43,17 @@ from glm_edge_ft.errors import Problem, UserError
 
 @dataclass(frozen=True)
 class RoleTokens:
-    """How many tokens of a row are text of each role; `template` is everything that the template wrote itself."""
+    """How many tokens of a row are text of each role.
+
+    `image` are the placeholders of images; `template` is everything else that the template wrote itself.
+    """
 
     system: int
     user: int
     assistant: int
     other: int
     template: int
+    image: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class EncodedRow:
         tail_tokens_cut: tokens of whole turns left out at the end.
         roles: tokens by role.
         has_control_text: whether a message holds text that the tokenizer turns into a control token.
+        images: paths as written of the images whose placeholders are in `input_ids`, in their order.
     """
 
     input_ids: NDArray[np.int32]
@@ -74,6 +82,7 @@ class EncodedRow:
     tail_tokens_cut: int
     roles: RoleTokens
     has_control_text: bool
+    images: tuple[str, ...] = ()
 
     @property
     def supervised(self) -> int:
@@ -110,6 +119,8 @@ class ConversationEncoder:
         stop_ids: Iterable[int],
         max_input_length: int,
         max_output_length: int,
+        images: ImageSettings | None = None,
+        text_as_parts: bool = False,
     ) -> None:
         """Probe the template.
 
@@ -118,16 +129,34 @@ class ConversationEncoder:
             stop_ids: the checkpoint's stop tokens (generation_config's and config's eos_token_id).
             max_input_length: most tokens of a prompt.
             max_output_length: most tokens of a reply, its stop token included.
+            images: for vision fine-tuning: the template then gets every content as a list of parts.
+            text_as_parts: without images, accept a template that renders lists of parts only, as that of a vision
+                checkpoint whose language part is trained.
 
         Raises:
-            UserError: the tokenizer or its template cannot be used.
+            UserError: the tokenizer or its template cannot be used, or `max_input_length` is too small for an image.
         """
-        self.template = ChatTemplate(tokenizer)
+        self.images = images
+        without_images: Literal["either", "string"] = "either" if text_as_parts else "string"
+        self.template = ChatTemplate(tokenizer, without_images if images is None else "parts")
         self.tokenizer = OffsetTokenizer(tokenizer)
         eos = tokenizer.eos_token_id
         self.reply_format: ReplyFormat = probe_reply_format(self.template, self.tokenizer, frozenset(stop_ids), eos)
         self.budgets = Budgets(max_input_length, max_output_length)
+        self.placeholders: PlaceholderCounter | None = None
+        if images is not None:
+            check_image_settings(self.template, self.tokenizer, images, max_input_length)
+            self.placeholders = PlaceholderCounter(images, self.tokenizer)
         self._control_text = re.compile("|".join(map(re.escape, self.tokenizer.special_texts)) or "(?!)")
+
+    def parse(self, row: RawRow) -> Conversation:
+        """Check a raw row and return its conversation. Raises UserError with every mistake of the row."""
+        conversation = parse_conversation(
+            row, self.reply_format.rendered_roles, None if self.images is None else self.images.max_images
+        )
+        if self.placeholders is not None:
+            self.placeholders.check_text(conversation)
+        return conversation
 
     def encode(self, conversation: Conversation) -> EncodedRow | DroppedRow:
         """Encode one conversation. Raises UserError if the template cannot render it, or not consistently."""
@@ -159,6 +188,10 @@ class ConversationEncoder:
     def _encode_rendered(
         self, conversation: Conversation, text: str, encoding: Encoding
     ) -> EncodedRow | DroppedRow | Problem:
+        if self.placeholders is not None:
+            problem = self.placeholders.check_ids(conversation, encoding.ids)
+            if problem is not None:
+                return problem
         try:
             located = self._locate(conversation, text, encoding)
             prompt_cut = 0
@@ -247,6 +280,8 @@ class ConversationEncoder:
         loss_mask = np.zeros(plan.end, dtype=np.bool_)
         for start, end in plan.supervised:
             loss_mask[start:end] = True
+        images = 0 if self.placeholders is None else self.placeholders.whole_images(located.ids[: plan.end])
+        image_tokens = 0 if self.images is None else images * self.images.placeholders_per_image
         return EncodedRow(
             input_ids=input_ids,
             loss_mask=loss_mask,
@@ -255,8 +290,9 @@ class ConversationEncoder:
             prompt_tokens_cut=prompt_cut,
             reply_tokens_cut=plan.reply_tokens_cut,
             tail_tokens_cut=plan.tail_tokens_cut,
-            roles=_role_tokens(conversation, located, plan.end),
+            roles=_role_tokens(conversation, located, plan.end, image_tokens),
             has_control_text=any(self._control_text.search(message.text) for message in conversation.messages),
+            images=conversation.images[:images],
         )
 
 
@@ -264,12 +300,12 @@ def _refused(conversation: Conversation, refusal: TemplateRefusal) -> Problem:
     return Problem(conversation.place, f"the chat template refuses this conversation: {refusal}")
 
 
-def _role_tokens(conversation: Conversation, located: _Located, length: int) -> RoleTokens:
+def _role_tokens(conversation: Conversation, located: _Located, length: int, image_tokens: int) -> RoleTokens:
     # The contents stand in the text in order. One that the template changed, more than stripped, is not counted.
     counts = dict.fromkeys(("system", "user", "assistant", "other"), 0)
     position = 0
-    for message in conversation.messages:
-        content = message.text
+    for role, text in ((message.role, text) for message in conversation.messages for text in message.texts):
+        content = text
         start = located.text.find(content, position)
         if start < 0:
             content = content.strip()
@@ -279,5 +315,6 @@ def _role_tokens(conversation: Conversation, located: _Located, length: int) -> 
         position = start + len(content)
         first = bisect_right(located.ends, start)
         end = min(bisect_left(located.starts, position), length)
-        counts[message.role if message.role in counts else "other"] += max(0, end - first)
-    return RoleTokens(**counts, template=length - sum(counts.values()))
+        counts[role if role in counts else "other"] += max(0, end - first)
+    template = length - sum(counts.values()) - image_tokens
+    return RoleTokens(**counts, template=template, image=image_tokens)

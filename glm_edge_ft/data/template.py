@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,11 @@ _REASONING_KEYS = frozenset({"reasoning_content", "thinking", "reasoning"})  # t
 _USER, _REPLY, _NEXT, _LAST, _OTHER = "Kestrel", "Marigold", "Periwinkle", "Tamarind", "Juniper"
 _TOOL = {"type": "function", "function": {"name": _OTHER, "description": _OTHER, "parameters": {}}}
 _SHOWN = 40
+_FORMS = {
+    "string": ("a string", "is it a vision model? Then use finetune_vision.py"),
+    "parts": ("a list of parts", "is it a chat model? Then use finetune.py"),
+    "either": ("a string or a list of parts", "use a checkpoint whose chat template works for plain conversations"),
+}
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -35,8 +40,19 @@ class ChatTemplate:
     It is several times faster for plain messages, which need none of the copies that transformers makes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Read the template. Raises UserError if the tokenizer has none."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, content_form: Literal["string", "parts", "either"] = "string"
+    ) -> None:
+        """Read the template.
+
+        Args:
+            tokenizer: has the template.
+            content_form: how the template gets the content of messages: as a string, as a list of parts, or, with
+                "either", as a string if it renders one and else as a list.
+
+        Raises:
+            UserError: the tokenizer has no template, or it does not render that form.
+        """
         try:
             self.source: str = tokenizer.get_chat_template()
             self.source_with_tools: str = tokenizer.get_chat_template(tools=[])
@@ -47,11 +63,32 @@ class ChatTemplate:
                 "use a chat model, or add chat_template.jinja to its folder",
             ) from None
         self.special_tokens: dict[str, str] = dict(tokenizer.special_tokens_map)
+        self.content_as_parts = content_form == "parts"
+        if content_form == "either" and not self._renders_content(refused=False):
+            self.content_as_parts = True
+        if not self._renders_content(refused=True):
+            form, hint = _FORMS[content_form]
+            raise _bad_template(f"does not render messages whose content is {form}", hint)
+
+    def _renders_content(self, *, refused: bool) -> bool:
+        # A template for strings writes a list out as Python does, quotes and all. What a template raises (`refused`) is
+        # in the end left to the probe of the reply format, which shows it.
+        try:
+            text = self.render([_turn("user", _USER), _turn("assistant", _REPLY)])
+        except TemplateRefusal:
+            return refused
+        is_python = self.content_as_parts and ("'type'" in text or '"type"' in text)
+        return _USER in text and _REPLY in text and not is_python
 
     def render(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """Return the text of the messages. Raises TemplateRefusal if the template raises."""
+        """Return the text of the messages; contents may be strings in either form.
+
+        Raises TemplateRefusal if the template raises.
+        """
+        if self.content_as_parts:
+            messages = [_with_parts(message) for message in messages]
         try:
             if tools is None and all(map(_is_plain, messages)):
                 template = _compile_jinja_template(self.source)
@@ -77,7 +114,13 @@ class ChatTemplate:
 
 
 def _is_plain(message: Mapping[str, Any]) -> bool:
-    return all(type(value) is str for value in message.values()) and _REASONING_KEYS.isdisjoint(message)
+    values = (value for key, value in message.items() if key != "content" or type(value) is not list)
+    return all(type(value) is str for value in values) and _REASONING_KEYS.isdisjoint(message)
+
+
+def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if type(content) is str else message
 
 
 def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,10 +220,6 @@ def probe_reply_format(
         later = [template.render(turns[:3], add_generation_prompt=True)]
     except TemplateRefusal as refusal:
         raise _bad_template(f"cannot render a user and an assistant turn: {refusal}") from None
-    if _USER not in whole or _REPLY not in reply:
-        raise _bad_template(
-            "does not render messages whose content is a string", "is it a vision model? Then use finetune_vision.py"
-        )
     check_prefix(prompt, reply, "the prompt of a reply, of the conversation up to that reply")
     for part in (prompt, reply, following, *later):
         check_prefix(part, whole, "the first turns, of the whole conversation")

@@ -1,0 +1,140 @@
+"""Images in a prompt: the run of placeholder tokens that the checkpoint's own template renders for each.
+
+The model puts one vector of the image in the place of each placeholder, so their numbers must be equal. For the
+released models they are 578: 24 x 24 vectors of the image, one before and one after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from glm_edge_ft.data.conversation import Conversation
+from glm_edge_ft.data.template import ChatTemplate, OffsetTokenizer, TemplateRefusal
+from glm_edge_ft.errors import Problem, ProblemList
+
+IMAGE_TURN_TOKENS = 584
+"""Tokens of a turn with one image and no text in the released models, stop token included: what it costs at least.
+
+`<|user|>`, a line break, 578 placeholders, a line break, `<|assistant|>`, a line break, `<|user|>`. Where the template
+writes no line break before `<|assistant|>` it is one less.
+"""
+RELEASED_PLACEHOLDERS = 578
+
+_PROBE_PATH = "image.png"
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What the encoding needs to know about images.
+
+    Attributes:
+        placeholder_id: the token that stands for a vector of an image (`boi_token_id` of the checkpoint's config).
+        placeholders_per_image: how many of them an image takes: the number of the model's vectors.
+        max_images: most images of a conversation; the released models take one.
+    """
+
+    placeholder_id: int
+    placeholders_per_image: int
+    max_images: int = 1
+
+    @property
+    def image_turn_tokens(self) -> int:
+        """What a turn with one image costs at least (`IMAGE_TURN_TOKENS` for the released models)."""
+        return self.placeholders_per_image + IMAGE_TURN_TOKENS - RELEASED_PLACEHOLDERS
+
+
+def check_image_settings(
+    template: ChatTemplate, tokenizer: OffsetTokenizer, settings: ImageSettings, max_input_length: int
+) -> None:
+    """Compare what the template renders for an image with the settings, and the settings with the budget.
+
+    Raises:
+        UserError: the tokenizer has no such placeholder, the template renders another number of them, or
+            `max_input_length` is below the cost of one image.
+    """
+    problems = ProblemList()
+    token = tokenizer.backend.id_to_token(settings.placeholder_id)
+    if token is None:
+        problems.add(
+            "MODEL",
+            f"the tokenizer has no token {settings.placeholder_id}, which config.json names as boi_token_id",
+            "use the tokenizer and the config.json that came with the checkpoint",
+        )
+    else:
+        _check_count(template, tokenizer, settings, token, problems)
+    if max_input_length < settings.image_turn_tokens:
+        problems.add(
+            "max_input_length",
+            f"{max_input_length} tokens are too few: a turn with one image and no text takes "
+            f"{settings.image_turn_tokens}",
+            f"set it to {settings.image_turn_tokens} and the length of the text, or more",
+        )
+    problems.raise_if_any()
+
+
+def _check_count(
+    template: ChatTemplate, tokenizer: OffsetTokenizer, settings: ImageSettings, token: str, problems: ProblemList
+) -> None:
+    image = {"type": "image", "image": _PROBE_PATH}
+    try:
+        text = template.render([{"role": "user", "content": [image]}])
+    except TemplateRefusal as refusal:
+        problems.add("MODEL", f"the chat template cannot render an image: {refusal}", _MODEL_FIX)
+        return
+    count = tokenizer.encode(text).ids.count(settings.placeholder_id)
+    if count == 0:
+        problems.add("MODEL", f"the chat template renders no {token} for an image", _MODEL_FIX)
+    elif count != settings.placeholders_per_image:
+        problems.add(
+            "MODEL",
+            f"the chat template renders {count} times {token} for an image, the model makes "
+            f"{settings.placeholders_per_image} vectors of it",
+            "use the tokenizer that came with the checkpoint, or state the checkpoint's number as "
+            "image_placeholder_tokens",
+        )
+
+
+_MODEL_FIX = "use a GLM-Edge-V checkpoint with its own tokenizer"
+
+
+class PlaceholderCounter:
+    """Finds placeholders in a conversation's text and in its ids, for settings that `check_image_settings` passed."""
+
+    def __init__(self, settings: ImageSettings, tokenizer: OffsetTokenizer) -> None:
+        self.settings = settings
+        self._text = tokenizer.backend.id_to_token(settings.placeholder_id) or ""
+
+    def check_text(self, conversation: Conversation) -> None:
+        """Raise UserError if a text holds the placeholder, which the model would take for a piece of an image."""
+        problems = ProblemList()
+        for index, message in enumerate(conversation.messages):
+            if any(self._text in text for text in message.texts):
+                problems.add(
+                    f"{conversation.place}: messages[{index}]",
+                    f"the text holds the image placeholder token {self._text}",
+                    "remove it from the text; an image is a part of its own: "
+                    '{"type": "image", "image": "path/to/image.jpg"}',
+                )
+        problems.raise_if_any()
+
+    def check_ids(self, conversation: Conversation, ids: Sequence[int]) -> Problem | None:
+        """Return a problem if the ids of a whole conversation do not hold one run for each of its images."""
+        count, per_image = ids.count(self.settings.placeholder_id), self.settings.placeholders_per_image
+        images = len(conversation.images)
+        if count == images * per_image:
+            return None
+        return Problem(
+            conversation.place,
+            f"{images} images take {images * per_image} image placeholder tokens, the chat template renders {count}",
+            "does the template leave the image out at this place, or does a key of the row hold the placeholder?",
+        )
+
+    def whole_images(self, ids: Sequence[int]) -> int:
+        """Return how many images have all of their placeholders in `ids`."""
+        return ids.count(self.settings.placeholder_id) // self.settings.placeholders_per_image
+
+    def without_partial_image(self, ids: list[int]) -> list[int]:
+        """Return ids whose beginning was cut off without what is left of an image that was cut in two."""
+        left = ids.count(self.settings.placeholder_id) % self.settings.placeholders_per_image
+        return ids[ids.index(self.settings.placeholder_id) + left :] if left else ids
