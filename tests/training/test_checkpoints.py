@@ -1,0 +1,189 @@
+"""RESUME and wholeness: what is taken, what is refused, what is said; a checkpoint is whole or invisible."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from glm_edge_ft.errors import UserError
+from glm_edge_ft.training.checkpoints import (
+    find_checkpoints,
+    publish,
+    resolve_resume,
+    set_aside,
+    set_aside_earlier_run,
+    staging_folder,
+)
+
+FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def fill(folder: Path, step: int) -> Path:
+    """Write what a checkpoint of a Trainer holds, without a manifest."""
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.ones(3)}, folder / "adapter_model.safetensors")
+    (folder / "optimizer.pt").write_bytes(b"optimizer")
+    (folder / "scheduler.pt").write_bytes(b"scheduler")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}), encoding="utf-8")
+    return folder
+
+
+def save(output: Path, step: int) -> Path:
+    """Write a checkpoint as this project does."""
+    return publish(fill(staging_folder(output) / f"checkpoint-{step}", step), output)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Return an output folder with the whole checkpoints 2, 4 and 10."""
+    for step in (10, 2, 4):
+        save(tmp_path / "output", step)
+    return tmp_path / "output"
+
+
+def test_checkpoints_are_ordered_by_their_number(output: Path) -> None:
+    """10 comes after 4, whatever the names and times say; other folders are none."""
+    (output / "checkpoint-x").mkdir()
+    (output / "checkpoint-7").write_text("a file", encoding="utf-8")
+    assert [(found.step, found.defect) for found in find_checkpoints(output)] == [(2, ""), (4, ""), (10, "")]
+
+
+@pytest.mark.parametrize("word", ["yes", "YES", "y", "true"])
+def test_yes_takes_the_newest_whole_checkpoint(output: Path, word: str) -> None:
+    """R1: without a word about others when the newest is whole."""
+    plan = resolve_resume(word, output)
+    assert plan.path == output / "checkpoint-10"
+    assert plan.notice == f"continuing from {output / 'checkpoint-10'}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_that_lost_a_file_is_passed_over(output: Path, name: str) -> None:
+    """R1: killed while saving, or copied in part: `yes` goes on from the one before and says so."""
+    (output / "checkpoint-10" / name).unlink()
+    plan = resolve_resume("yes", output)
+    assert plan.path == output / "checkpoint-4"
+    assert plan.notice.endswith(f"passed over checkpoint-10 ({name} is missing)")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_a_cut_file_is_found(tmp_path: Path, name: str, with_manifest: bool) -> None:
+    """R1: by the manifest's sizes, and where there is none by what the file itself says or by being empty."""
+    folder = save(tmp_path, 2) if with_manifest else fill(tmp_path / "checkpoint-2", 2)
+    content = (folder / name).read_bytes()
+    keep = 0 if name.endswith(".pt") else len(content) - 1
+    (folder / name).write_bytes(content[:keep])
+    (found,) = find_checkpoints(tmp_path)
+    assert found.defect.startswith(name)
+    assert resolve_resume("yes", tmp_path).path is None
+
+
+def test_a_checkpoint_without_manifest_is_taken_when_all_is_there(tmp_path: Path) -> None:
+    """As plain transformers writes it."""
+    fill(tmp_path / "checkpoint-2", 2)
+    assert resolve_resume("2", tmp_path).path == tmp_path / "checkpoint-2"
+
+
+def test_weights_that_are_missing_altogether_are_said(tmp_path: Path) -> None:
+    """A folder that holds only the state."""
+    fill(tmp_path / "checkpoint-2", 2)
+    (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="checkpoint-2 is not whole: its weights are missing"):
+        resolve_resume("2", tmp_path)
+
+
+def test_yes_before_any_checkpoint_is_a_fresh_start_with_a_notice(tmp_path: Path) -> None:
+    """R2."""
+    plan = resolve_resume("yes", tmp_path / "nothing")
+    assert plan.path is None
+    assert plan.notice == f"there is no checkpoint in {tmp_path / 'nothing'} yet: starting from the beginning"
+
+
+@pytest.mark.parametrize("word", [None, "", "no", "No", "n", "N", "false"])
+def test_no_is_a_fresh_start_without_a_word(output: Path, word: str | None) -> None:
+    """R2."""
+    plan = resolve_resume(word, output)
+    assert (plan.path, plan.notice) == (None, "")
+
+
+@pytest.mark.parametrize("word", ["4", "checkpoint-4", " 4 "])
+def test_a_number_takes_that_checkpoint(output: Path, word: str) -> None:
+    """R1."""
+    assert resolve_resume(word, output).path == output / "checkpoint-4"
+
+
+def test_a_number_that_is_not_there_is_refused_with_the_list(output: Path) -> None:
+    """R2: only the whole ones are offered."""
+    (output / "checkpoint-10" / "optimizer.pt").unlink()
+    with pytest.raises(UserError) as caught:
+        resolve_resume("99", output)
+    (problem,) = caught.value.problems
+    assert problem.where == "RESUME 99"
+    assert problem.what == f"there is no checkpoint-99 in {output}"
+    assert problem.fix == "whole checkpoints: 2, 4"
+
+
+def test_a_broken_one_that_is_named_is_refused_with_the_list(output: Path) -> None:
+    """R1: `10` is not silently replaced by another."""
+    (output / "checkpoint-10" / "optimizer.pt").unlink()
+    with pytest.raises(UserError) as caught:
+        resolve_resume("10", output)
+    (problem,) = caught.value.problems
+    assert problem.what == f"{output / 'checkpoint-10'} is not whole: optimizer.pt is missing"
+    assert problem.fix == "whole checkpoints: 2, 4"
+
+
+@pytest.mark.parametrize("word", ["latest", "-1", "4.0", "yes please", "./output/checkpoint-4"])
+def test_other_words_are_refused(output: Path, word: str) -> None:
+    """R2: neither yes, no nor a number."""
+    with pytest.raises(UserError, match="is neither yes, no nor a checkpoint number"):
+        resolve_resume(word, output)
+
+
+def test_publishing_replaces_a_checkpoint_of_the_same_step(output: Path) -> None:
+    """A run resumed from before it writes it anew."""
+    (output / "checkpoint-10" / "extra").write_text("old", encoding="utf-8")
+    save(output, 10)
+    assert not (output / "checkpoint-10" / "extra").exists()
+    assert [found.step for found in find_checkpoints(output)] == [2, 4, 10]
+    assert not staging_folder(output).exists()
+
+
+def test_a_staged_checkpoint_is_invisible(output: Path) -> None:
+    """R1: what is being written counts for nothing."""
+    fill(staging_folder(output) / "checkpoint-12", 12)
+    assert [found.step for found in find_checkpoints(output)] == [2, 4, 10]
+
+
+def test_later_checkpoints_are_set_aside_together(output: Path) -> None:
+    """Those after the one that is resumed from; each time into a new folder."""
+    assert set_aside(output, output / "checkpoint-2") == output / "earlier" / "1"
+    assert sorted(path.name for path in (output / "earlier/1").iterdir()) == ["checkpoint-10", "checkpoint-4"]
+    assert set_aside(output, output / "checkpoint-2") is None
+    save(output, 6)
+    assert set_aside(output, output / "checkpoint-2") == output / "earlier" / "2"
+
+
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    """No run was there: a config.json of something else stays where it is."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert set_aside_earlier_run(tmp_path) is None
+    save(tmp_path, 2)
+    set_aside_earlier_run(tmp_path)
+    assert (tmp_path / "config.json").is_file()
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_the_module_needs_nothing_heavy() -> None:
+    """RESUME is checked before torch is imported."""
+    program = (
+        "import sys, glm_edge_ft.training.checkpoints; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
