@@ -2,7 +2,8 @@
 
 Plain numpy arrays: one flat file of ids, one of mask bytes, one fixed-size record a row. They are appended to while
 rows are encoded, so memory does not grow with the row count; opening them costs the same for ten rows and ten million;
-and a loader's worker needs nothing but the folder's path.
+and a loader's worker needs nothing but the folder's path. Of images there are the paths as the rows have them, in two
+further files: the texts one after another, and where those of each row end. Pixels are never stored.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from glm_edge_ft.errors import UserError
 CACHE_VARIABLE = "GLM_EDGE_FT_CACHE"
 ABANDONED_AFTER_SECONDS = 2 * 24 * 3600
 IDS_FILE, MASK_FILE, ROWS_FILE, META_FILE = "input_ids.bin", "loss_mask.bin", "rows.bin", "meta.json"
+IMAGE_PATHS_FILE, IMAGE_ENDS_FILE = "image_paths.bin", "image_ends.bin"
 ROW_RECORD = np.dtype(
     [
         ("start", np.int64),
@@ -40,6 +42,7 @@ ROW_RECORD = np.dtype(
         ("assistant", np.int32),
         ("other", np.int32),
         ("template", np.int32),
+        ("image", np.int32),
     ]
 )
 
@@ -80,7 +83,7 @@ class CacheWriter:
     Use as a context manager: a folder that is not finished is removed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, with_images: bool = False) -> None:
         self.folder = folder
         self.part = folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex[:12]}")
         try:
@@ -92,9 +95,10 @@ class CacheWriter:
                 f"set the environment variable {CACHE_VARIABLE} to a folder that can be written",
             ) from None
         _remove_abandoned(folder)
-        self._files: dict[str, BinaryIO] = {
-            name: (self.part / name).open("wb") for name in (IDS_FILE, MASK_FILE, ROWS_FILE)
-        }
+        names = (IDS_FILE, MASK_FILE, ROWS_FILE, *((IMAGE_PATHS_FILE, IMAGE_ENDS_FILE) if with_images else ()))
+        self._files: dict[str, BinaryIO] = {name: (self.part / name).open("wb") for name in names}
+        self._with_images = with_images
+        self._image_bytes = 0
         self.tokens = 0
         self.rows = 0
 
@@ -106,11 +110,26 @@ class CacheWriter:
             file.close()
         shutil.rmtree(self.part, ignore_errors=True)
 
-    def append(self, ids: NDArray[np.int32], mask: NDArray[np.bool_], records: NDArray[np.void]) -> None:
-        """Append rows: ids (tokens,), mask (tokens,), records (rows,) of `ROW_RECORD`; fills in their `start`."""
+    def append(
+        self,
+        ids: NDArray[np.int32],
+        mask: NDArray[np.bool_],
+        records: NDArray[np.void],
+        images: Sequence[tuple[str, ...]] = (),
+    ) -> None:
+        """Append rows: ids (tokens,), mask (tokens,), records (rows,) of `ROW_RECORD`; fills in their `start`.
+
+        `images` are the paths of each row, where the folder is one with images.
+        """
         records["start"] = self.tokens + np.concatenate(([0], np.cumsum(records["length"], dtype=np.int64)[:-1]))
         for name, array in ((IDS_FILE, ids), (MASK_FILE, mask), (ROWS_FILE, records)):
             self._files[name].write(array.tobytes())
+        if self._with_images:
+            texts = [pack_paths(paths) for paths in images]
+            ends = self._image_bytes + np.cumsum([len(text) for text in texts], dtype=np.int64)
+            self._files[IMAGE_PATHS_FILE].write(b"".join(texts))
+            self._files[IMAGE_ENDS_FILE].write(ends.tobytes())
+            self._image_bytes += sum(map(len, texts))
         self.tokens += len(ids)
         self.rows += len(records)
 
@@ -128,6 +147,16 @@ class CacheWriter:
         except OSError:
             if read_meta(self.folder) is None:
                 raise
+
+
+def pack_paths(paths: Sequence[str]) -> bytes:
+    """Return the paths of a row as bytes; no path holds a null character."""
+    return "\0".join(paths).encode("utf-8", "surrogatepass")
+
+
+def unpack_paths(text: bytes) -> tuple[str, ...]:
+    """Return the paths that `pack_paths` wrote."""
+    return tuple(text.decode("utf-8", "surrogatepass").split("\0")) if text else ()
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+
+from glm_edge_ft.data.images import load_image, preprocess
+from glm_edge_ft.errors import RunStopped, UserError
 
 IGNORE_INDEX = -100
 
@@ -47,4 +51,36 @@ class PaddedCollator:
             for key in ("input_ids", "labels"):
                 if key in batch:
                     batch[key][row, place] = torch.as_tensor(sample[key], dtype=torch.int64)
+        return batch
+
+
+@dataclass(frozen=True)
+class VisionCollator:
+    """Pads as `padded` does and adds the pixels of the samples' images, decoded here: in the loader's workers.
+
+    Attributes:
+        padded: pads ids and labels.
+        image_processor: of the checkpoint (`images.load_image_processor`).
+    """
+
+    padded: PaddedCollator
+    image_processor: Any
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return what `padded` returns and `pixel_values`, (images, 3, 672, 672) float32.
+
+        The images stand in the order of their placeholders: sample by sample, and in order within one. Without an image
+        in the batch there are no `pixel_values`. An image that several samples share is decoded once.
+
+        Raises:
+            RunStopped: an image can no longer be read.
+        """
+        batch = self.padded(samples)
+        paths = [path for sample in samples for path in sample.get("images", ())]
+        try:
+            pixels = {path: preprocess(load_image(path), self.image_processor) for path in dict.fromkeys(paths)}
+        except UserError as error:  # a loader's worker can only pass on an exception that is made of one text
+            raise RunStopped(f"an image that was there before training cannot be read now: {error}") from None
+        if paths:
+            batch["pixel_values"] = torch.from_numpy(np.stack([pixels[path] for path in paths]))
         return batch

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from glm_edge_ft.data import cache
-from glm_edge_ft.data.conversation import parse_conversation
 from glm_edge_ft.data.encoding import ConversationEncoder
+from glm_edge_ft.data.images import resolve
 from glm_edge_ft.data.prompts import PromptSample, encode_prompts
 from glm_edge_ft.data.report import DataReport, build_report
 from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, file_problem, iter_rows, limit_problems
 from glm_edge_ft.data.workers import EncodedChunk, chunks_of, clamp_processes, encode_in_order
 from glm_edge_ft.errors import Problem, UserError
 
-FORMAT_VERSION = 1  # raise it whenever a change of this package changes ids, masks or records
+FORMAT_VERSION = 2  # raise it whenever a change of this package changes ids, masks or records
 _PLACES_SHOWN = 5
 
 
@@ -40,15 +40,21 @@ class EncodedDataset:
             raise FileNotFoundError(f"no encoded data in {folder}")
         self.folder = folder
         self.meta = meta
+        self._kept: NDArray[np.int64] | None = None
         self._open()
 
     def _open(self) -> None:
         self._ids = cache.open_array(self.folder / cache.IDS_FILE, np.int32)
         self._mask = cache.open_array(self.folder / cache.MASK_FILE, np.bool_)
         self.rows_info: NDArray[Any] = cache.open_array(self.folder / cache.ROWS_FILE, cache.ROW_RECORD)
+        if self.has_images:
+            self._image_paths = cache.open_array(self.folder / cache.IMAGE_PATHS_FILE, np.uint8)
+            self._image_ends = cache.open_array(self.folder / cache.IMAGE_ENDS_FILE, np.int64)
+        if self._kept is not None:
+            self.rows_info = self.rows_info[self._kept]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "meta": self.meta}
+        return {"folder": self.folder, "meta": self.meta, "_kept": self._kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -57,19 +63,57 @@ class EncodedDataset:
     def __len__(self) -> int:
         return len(self.rows_info)
 
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
-        """Return `input_ids` and `labels` of a row, (length,) int64; labels are -100 where nothing is supervised."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `input_ids` and `labels` of a row, (length,) int64; labels are -100 where nothing is supervised.
+
+        Vision data also has `images`: where the images are whose placeholders are in the row, in their order.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         record = self.rows_info[index]
         place = slice(int(record["start"]), int(record["start"]) + int(record["length"]))
         input_ids = self._ids[place].astype(np.int64)
-        return {"input_ids": input_ids, "labels": np.where(self._mask[place], input_ids, -100)}
+        sample: dict[str, Any] = {"input_ids": input_ids, "labels": np.where(self._mask[place], input_ids, -100)}
+        if self.has_images:
+            sample["images"] = self.images(index)
+        return sample
+
+    @property
+    def has_images(self) -> bool:
+        """Whether this is vision data."""
+        return self.meta.get("image_folders") is not None
+
+    def images(self, index: int) -> tuple[str, ...]:
+        """Return where the images of a row are, resolved against the folder of its data file."""
+        number = range(len(self))[index] if self._kept is None else int(self._kept[index])
+        start = int(self._image_ends[number - 1]) if number else 0
+        paths = cache.unpack_paths(self._image_paths[start : int(self._image_ends[number])].tobytes())
+        folder = Path(self.meta["image_folders"][int(self.rows_info[index]["file"])])
+        return tuple(resolve(path, folder) for path in paths)
+
+    def place(self, index: int) -> str:
+        """Return `file:line` of a row."""
+        record = self.rows_info[index]
+        return f"{self.meta['files'][int(record['file'])]}:{int(record['line'])}"
 
     def row(self, index: int) -> dict[str, Any]:
         """Return what `dataset[index]` returns, with `file` and `line`."""
         record = self.rows_info[index]
         return {"file": self.meta["files"][int(record["file"])], "line": int(record["line"]), **self[index]}
+
+    def without(self, dropped: Mapping[int, str]) -> EncodedDataset:
+        """Return the data set without some rows, each given with why it is left out; the report counts them."""
+        numbers = np.arange(len(self)) if self._kept is None else self._kept
+        places = [f"{self.place(index)}: {reason}" for index, reason in dropped.items()]
+        smaller = EncodedDataset(self.folder)
+        smaller._kept = np.delete(numbers, list(dropped))
+        smaller.meta = {
+            **self.meta,
+            "dropped_rows": self.meta["dropped_rows"] + len(places),
+            "dropped": [*self.meta["dropped"], *places][:MAXIMUM_PROBLEMS_SHOWN],
+        }
+        smaller._open()
+        return smaller
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -115,11 +159,11 @@ def build_dataset(
         return EncodedDataset(folder), [f"{', '.join(names)}: encoded data taken from {folder}"]
     processes, notice = clamp_processes(num_proc, cache.total_size(paths))
     notices += [notice] if notice else []
-    with cache.CacheWriter(folder) as writer:
+    with cache.CacheWriter(folder, with_images=encoder.images is not None) as writer:
         findings = _Findings(names)
         _encode_files(paths, findings, encoder, processes, writer, progress=progress)
         findings.raise_if_unusable(writer.rows)
-        writer.finish(findings.to_meta())
+        writer.finish({**findings.to_meta(), "image_folders": _image_folders(paths, encoder)})
     return EncodedDataset(folder), notices
 
 
@@ -137,8 +181,7 @@ def load_prompts(paths: Sequence[Path], encoder: ConversationEncoder, limit: int
             try:
                 if isinstance(row, Problem):
                     raise UserError([row])
-                conversation = parse_conversation(row, encoder.reply_format.rendered_roles)
-                samples += encode_prompts(encoder, conversation)
+                samples += encode_prompts(encoder, encoder.parse(row), path.absolute().parent)
             except UserError as error:
                 bad += error.problems
             if limit is not None and len(samples) >= limit:
@@ -160,7 +203,7 @@ def dataset_key(paths: Sequence[Path], names: Sequence[str], encoder: Conversati
     return cache.cache_key(
         {
             "format": FORMAT_VERSION,
-            "kind": "chat",
+            "kind": "chat" if encoder.images is None else "vision",
             "versions": [transformers.__version__, tokenizers.__version__, jinja2.__version__, np.__version__],
             "files": [[name, cache.content_hash(path)] for name, path in zip(names, paths, strict=True)],
             "suffixes": [path.suffix.lower() for path in paths],
@@ -172,8 +215,15 @@ def dataset_key(paths: Sequence[Path], names: Sequence[str], encoder: Conversati
             "stop_ids": sorted(encoder.reply_format.stop_ids),
             "stop_id": encoder.reply_format.stop_id,
             "budgets": [encoder.budgets.max_input_length, encoder.budgets.max_output_length],
+            "images": None if encoder.images is None else astuple(encoder.images),
+            "image_folders": _image_folders(paths, encoder),
         }
     )
+
+
+def _image_folders(paths: Sequence[Path], encoder: ConversationEncoder) -> list[str] | None:
+    # What image paths are relative to, for each file; None in chat fine-tuning.
+    return None if encoder.images is None else [str(path.absolute().parent) for path in paths]
 
 
 def _check_readable(paths: Sequence[Path], names: Sequence[str]) -> None:
@@ -250,5 +300,5 @@ def _encode_files(
         for file, chunk in encode_in_order(jobs, encoder, processes):
             findings.add(file, chunk)
             chunk.records["file"] = file
-            writer.append(chunk.ids, chunk.mask, chunk.records)
+            writer.append(chunk.ids, chunk.mask, chunk.records, chunk.images)
             bar.update(chunk.rows)

@@ -89,8 +89,8 @@ def _reason(path: Path, error: Exception) -> str:
     try:
         with path.open("rb") as file:
             beginning = file.read(64)
-    except OSError as unreadable:
-        return f"the file cannot be read: {unreadable.strerror or unreadable}"
+    except (OSError, ValueError) as unreadable:  # ValueError: no file can have such a name
+        return f"the file cannot be read: {getattr(unreadable, 'strerror', None) or unreadable}"
     if not beginning:
         return "the file is empty (0 bytes)"
     if beginning.lstrip().lower().startswith(_MARKUP):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from glm_edge_ft.data.budget import Budgets, TooLong, shorten_prompt
 from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.encoding import ConversationEncoder
+from glm_edge_ft.data.images import resolve
 from glm_edge_ft.data.template import TemplateRefusal
 from glm_edge_ft.errors import UserError
 
@@ -28,6 +30,7 @@ class PromptSample:
         line: 1-based line in it.
         turn: index of the assistant turn among the conversation's messages.
         prompt_tokens_cut: tokens that the history lost to fit `max_input_length`.
+        images: where the images are whose placeholders are in `prompt_ids`, in their order.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -37,30 +40,39 @@ class PromptSample:
     line: int
     turn: int
     prompt_tokens_cut: int
+    images: tuple[str, ...] = ()
 
 
-def encode_prompts(encoder: ConversationEncoder, conversation: Conversation) -> list[PromptSample]:
+def encode_prompts(
+    encoder: ConversationEncoder, conversation: Conversation, image_folder: Path = Path()
+) -> list[PromptSample]:
     """Return one sample for each supervised assistant turn of a conversation.
 
     A history longer than `max_input_length` loses its oldest turns first (system messages stay, a turn begins with a
     user message), then the end of the last user text, as in training; so the ids are always what the template renders
-    for some conversation. Where even that does not fit, the newest `max_input_length` tokens are kept: a sample is
-    never left out.
+    for some conversation. Where even that does not fit, the newest `max_input_length` tokens are kept, less what is
+    left of an image that would be cut in two: a sample is never left out. Several turns may share an image.
+
+    Args:
+        encoder: knows the template and the budgets.
+        conversation: as parsed.
+        image_folder: what image paths are relative to: the data file's folder.
 
     Raises:
-        UserError: the template cannot render the history.
+        UserError: the template cannot render the history, or leaves an image of it out.
     """
     return [
-        _sample(encoder, conversation, index)
+        _sample(encoder, conversation, index, image_folder)
         for index, message in enumerate(conversation.messages)
         if message.supervised
     ]
 
 
-def _sample(encoder: ConversationEncoder, conversation: Conversation, turn: int) -> PromptSample:
+def _sample(encoder: ConversationEncoder, conversation: Conversation, turn: int, image_folder: Path) -> PromptSample:
     budgets = encoder.budgets
     try:
         full = _encode(encoder, conversation, turn)
+        _check_images(encoder, conversation, turn, full)
         kept, index, ids = conversation, turn, full
         while len(ids) > budgets.max_input_length and (drop := _oldest_turn(kept, index)) is not None:
             messages = tuple(message for position, message in enumerate(kept.messages) if position not in drop)
@@ -71,6 +83,11 @@ def _sample(encoder: ConversationEncoder, conversation: Conversation, turn: int)
         prompt = encoder.render_prompt(kept, index)
     except TemplateRefusal as refusal:
         raise UserError.single(conversation.place, f"the chat template refuses the history: {refusal}") from None
+    images = tuple(path for message in kept.messages[:index] for path in message.images)
+    if encoder.placeholders is not None:
+        ids = encoder.placeholders.without_partial_image(ids)
+        count = encoder.placeholders.whole_images(ids)
+        images = images[len(images) - count :]
     return PromptSample(
         prompt_ids=np.array(ids, dtype=np.int32),
         prompt=prompt,
@@ -79,7 +96,17 @@ def _sample(encoder: ConversationEncoder, conversation: Conversation, turn: int)
         line=conversation.line,
         turn=turn,
         prompt_tokens_cut=max(0, len(full) - len(ids)),
+        images=tuple(resolve(path, image_folder) for path in images),
     )
+
+
+def _check_images(encoder: ConversationEncoder, conversation: Conversation, turn: int, ids: list[int]) -> None:
+    if encoder.placeholders is None:
+        return
+    history = replace(conversation, messages=conversation.messages[:turn])
+    problem = encoder.placeholders.check_ids(history, ids)
+    if problem is not None:
+        raise UserError([problem])
 
 
 def _encode(encoder: ConversationEncoder, conversation: Conversation, turn: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ _CUTS = {
     "reply_tokens_cut": "reply cut (max_output_length)",
     "tail_tokens_cut": "last turns left out",
 }
+_LONG_RUN = 64  # so many times the same token, as the placeholders of an image are, is shown once with the number
 _GREEN, _PLAIN = "\x1b[30;42m", "\x1b[0m"
 
 
@@ -28,7 +30,8 @@ class DataReport:
         rows: rows that were encoded.
         tokens: tokens in them.
         supervised_tokens: tokens that bear loss.
-        role_tokens: tokens by role; `template` is what the chat template wrote itself.
+        role_tokens: tokens by role; `template` is what the chat template wrote itself, and `image`, if the data has
+            images, their placeholders.
         cut_rows: for each kind of cut, how many rows lost something.
         cut_tokens: for each kind of cut, how many tokens were lost in all.
         dropped_rows: rows left out.
@@ -68,12 +71,13 @@ def build_report(
 ) -> DataReport:
     """Sum up the records (`cache.ROW_RECORD`) of the encoded rows, and what was noted while they were encoded."""
     lengths = records["length"]
+    roles = (*_ROLES, "image") if records["image"].any() else _ROLES
     named = {f"p{p}" if p < 100 else "max": p for p in PERCENTILES}
     return DataReport(
         rows=len(records),
         tokens=int(lengths.sum(dtype=np.int64)),
         supervised_tokens=int(records["supervised"].sum(dtype=np.int64)),
-        role_tokens={role: int(records[role].sum(dtype=np.int64)) for role in _ROLES},
+        role_tokens={role: int(records[role].sum(dtype=np.int64)) for role in roles},
         cut_rows={kind: int(np.count_nonzero(records[kind])) for kind in _CUTS},
         cut_tokens={kind: int(records[kind].sum(dtype=np.int64)) for kind in _CUTS},
         dropped_rows=dropped_rows,
@@ -154,11 +158,12 @@ def preview(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, 
     for row in preview_json(rows, tokenizer):
         supervised = [label != -100 for label in row["labels"]]
         mark = (_GREEN, _PLAIN) if color else ("«", "»")
-        pieces = [
-            f"{mark[0]}{_visible(text)}{mark[1]}" if is_supervised else _visible(text)
-            for text, is_supervised in zip(row["tokens"], supervised, strict=True)
-        ]
-        head = f"{row['file']}:{row['line']}  {len(pieces)} tokens, {sum(supervised)} supervised"
+        pieces = []
+        for (text, is_supervised), run in itertools.groupby(zip(row["tokens"], supervised, strict=True)):
+            piece = f"{mark[0]}{_visible(text)}{mark[1]}" if is_supervised else _visible(text)
+            count = len(list(run))
+            pieces += [piece] * count if count < _LONG_RUN else [f"{piece} x {count}"]
+        head = f"{row['file']}:{row['line']}  {len(supervised)} tokens, {sum(supervised)} supervised"
         blocks.append(f"{head}\n{'|'.join(pieces)}")
     return "\n\n".join(blocks)
 

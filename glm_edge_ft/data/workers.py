@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_edge_ft.data.cache import ROW_RECORD
-from glm_edge_ft.data.conversation import Conversation, parse_conversation
+from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.encoding import ConversationEncoder, DroppedRow, EncodedRow
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import Problem, RunStopped, UserError
@@ -35,6 +35,7 @@ class EncodedChunk:
         ids: (tokens,) ids of all encoded rows.
         mask: (tokens,) their loss masks.
         records: (encoded rows,) of `ROW_RECORD`; `start` and `file` are not filled in yet.
+        images: (encoded rows,) paths of each row's images as written.
         problems: rows that are wrong.
         dropped: rows left out, `file:line: reason`.
         control_text: rows whose text holds control tokens, `file:line`.
@@ -45,6 +46,7 @@ class EncodedChunk:
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
     records: NDArray[Any]
+    images: list[tuple[str, ...]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     control_text: list[str] = field(default_factory=list)
@@ -116,7 +118,7 @@ def encode_chunk(rows: Sequence[RawRow | Problem], encoder: ConversationEncoder)
             problems.append(row)
             continue
         try:
-            conversations.append(parse_conversation(row, encoder.reply_format.rendered_roles))
+            conversations.append(encoder.parse(row))
         except UserError as error:
             problems += error.problems
     results = encoder.encode_batch(conversations)
@@ -126,6 +128,7 @@ def encode_chunk(rows: Sequence[RawRow | Problem], encoder: ConversationEncoder)
         ids=_joined([row.input_ids for row in encoded], np.int32),
         mask=_joined([row.loss_mask for row in encoded], np.bool_),
         records=np.array([_record(row) for row in encoded], dtype=ROW_RECORD),
+        images=[row.images for row in encoded],
         problems=problems + [result for result in results if isinstance(result, Problem)],
         dropped=[f"{row.file}:{row.line}: {row.reason}" for row in results if isinstance(row, DroppedRow)],
         control_text=[f"{row.file}:{row.line}" for row in encoded if row.has_control_text],
@@ -140,7 +143,7 @@ def _joined(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
 def _record(row: EncodedRow) -> tuple[int, ...]:
     roles = row.roles
     cuts = (row.prompt_tokens_cut, row.reply_tokens_cut, row.tail_tokens_cut)
-    by_role = (roles.system, roles.user, roles.assistant, roles.other, roles.template)
+    by_role = (roles.system, roles.user, roles.assistant, roles.other, roles.template, roles.image)
     return (0, row.line, 0, len(row.input_ids), row.supervised, *cuts, *by_role)
 
 
