@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
     # Pillow's own conversion clips at 255, so that a 16-bit picture becomes white.
-    values = np.asarray(image, dtype=np.float64)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     whole = 1.0 if image.mode == "F" else 65535.0
     return Image.fromarray(np.round(np.clip(values / whole, 0.0, 1.0) * 255.0).astype(np.uint8))
 
@@ -131,21 +131,16 @@ def _what_is_wrong(path: str) -> str | None:
     return None
 
 
-def check_images(places: Mapping[str, Sequence[str]], progress: bool = True) -> None:
-    """Open every image once.
+def raise_bad_images(places: Mapping[str, Sequence[str]], bad: Mapping[str, str]) -> None:
+    """Say which rows use bad images; do nothing where there is none.
 
     Args:
         places: for each image, where it is, the rows that use it: `file:line`.
-        progress: whether a bar on stderr shows how far it is.
+        bad: what is wrong with each bad one (`find_bad_images`).
 
     Raises:
         UserError: for each row with a bad image its place and what is wrong; 20 of them, and a count of the others.
     """
-    raise_bad_images(places, find_bad_images(places, progress))
-
-
-def raise_bad_images(places: Mapping[str, Sequence[str]], bad: Mapping[str, str]) -> None:
-    """Raise UserError for the rows that use bad images (`find_bad_images`); do nothing where there is none."""
     problems = [
         Problem(place, f"image {path}: {reason}", _FIX) for path, reason in bad.items() for place in places[path]
     ]

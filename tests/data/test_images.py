@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glm_edge_ft.data.images import (
-    check_images,
     find_bad_images,
     load_image,
     load_image_processor,
     preprocess,
+    raise_bad_images,
     resolve,
     to_rgb,
 )
@@ -79,6 +79,7 @@ def two_pixels(mode: str, first: Any, second: Any) -> Image.Image:
         (two_pixels("I;16", 0, 65535), [[0, 0, 0], [255, 255, 255]]),
         (two_pixels("I", 257 * 100, 70000), [[100, 100, 100], [255, 255, 255]]),
         (two_pixels("F", 0.2, 1.0), [[51, 51, 51], [255, 255, 255]]),
+        (two_pixels("F", float("nan"), 2.0), [[0, 0, 0], [255, 255, 255]]),
         (two_pixels("HSV", (0, 255, 255), (0, 0, 0)), [[255, 0, 0], [0, 0, 0]]),
         (two_pixels("LAB", (255, 128, 128), (128, 128, 128)), [[254, 255, 254], [119, 119, 119]]),
     ],
@@ -206,6 +207,11 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, request: pytest.FixtureRequ
     assert find_bad_images([str(path)], progress=False) == {str(path): "the file may not be read (permission denied)"}
 
 
+def check(places: dict[str, list[str]]) -> None:
+    """Open every image and raise for the rows with bad ones."""
+    raise_bad_images(places, find_bad_images(places, progress=False))
+
+
 def test_all_rows_with_bad_images_are_listed_by_place(tmp_path: Path) -> None:
     """I3: each row that uses a bad image, good ones in between, names with spaces and Chinese characters."""
     good, bad = tmp_path / "好 图 a.png", tmp_path / "坏 图.png"
@@ -213,7 +219,7 @@ def test_all_rows_with_bad_images_are_listed_by_place(tmp_path: Path) -> None:
     bad.write_bytes(b"")
     places = {str(good): ["train.jsonl:1"], str(bad): ["train.jsonl:2", "dev.jsonl:7"], "/no.png": ["train.jsonl:3"]}
     with pytest.raises(UserError) as caught:
-        check_images(places, progress=False)
+        check(places)
     assert [str(problem).split("\n")[0] for problem in caught.value.problems] == [
         f"train.jsonl:2: image {bad}: the file is empty (0 bytes)",
         f"dev.jsonl:7: image {bad}: the file is empty (0 bytes)",
@@ -225,7 +231,7 @@ def test_twenty_bad_rows_are_listed_and_the_others_counted() -> None:
     """I3: a data set whose folder is missing gives no thousand lines."""
     places = {f"/none/{number}.png": [f"train.jsonl:{number}"] for number in range(33)}
     with pytest.raises(UserError) as caught:
-        check_images(places, progress=False)
+        check(places)
     assert len(caught.value.problems) == 21
     assert str(caught.value.problems[-1]) == "...: 13 more rows have a bad image"
 
@@ -233,7 +239,7 @@ def test_twenty_bad_rows_are_listed_and_the_others_counted() -> None:
 def test_good_images_pass(tmp_path: Path) -> None:
     """I3: nothing is raised, however many rows point to one image."""
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
-    check_images({str(tmp_path / "a.png"): [f"train.jsonl:{line}" for line in range(3000)]}, progress=False)
+    check({str(tmp_path / "a.png"): [f"train.jsonl:{line}" for line in range(3000)]})
 
 
 def test_paths_are_relative_to_the_folder_of_the_data_file() -> None:
