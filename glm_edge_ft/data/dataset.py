@@ -159,7 +159,7 @@ def build_dataset(
         return EncodedDataset(folder), [f"{', '.join(names)}: encoded data taken from {folder}"]
     processes, notice = clamp_processes(num_proc, cache.total_size(paths))
     notices += [notice] if notice else []
-    with cache.CacheWriter(folder, with_images=encoder.images is not None) as writer:
+    with cache.CacheWriter(folder, with_images=encoder.takes_images) as writer:
         findings = _Findings(names)
         _encode_files(paths, findings, encoder, processes, writer, progress=progress)
         findings.raise_if_unusable(writer.rows)
@@ -203,7 +203,7 @@ def dataset_key(paths: Sequence[Path], names: Sequence[str], encoder: Conversati
     return cache.cache_key(
         {
             "format": FORMAT_VERSION,
-            "kind": "chat" if encoder.images is None else "vision",
+            "kind": "vision" if encoder.takes_images else "chat",
             "versions": [transformers.__version__, tokenizers.__version__, jinja2.__version__, np.__version__],
             "files": [[name, cache.content_hash(path)] for name, path in zip(names, paths, strict=True)],
             "suffixes": [path.suffix.lower() for path in paths],
@@ -223,7 +223,7 @@ def dataset_key(paths: Sequence[Path], names: Sequence[str], encoder: Conversati
 
 def _image_folders(paths: Sequence[Path], encoder: ConversationEncoder) -> list[str] | None:
     # What image paths are relative to, for each file; None in chat fine-tuning.
-    return None if encoder.images is None else [str(path.absolute().parent) for path in paths]
+    return [str(path.absolute().parent) for path in paths] if encoder.takes_images else None
 
 
 def _check_readable(paths: Sequence[Path], names: Sequence[str]) -> None:

@@ -18,7 +18,6 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,7 +119,6 @@ class ConversationEncoder:
         max_input_length: int,
         max_output_length: int,
         images: ImageSettings | None = None,
-        text_as_parts: bool = False,
     ) -> None:
         """Probe the template.
 
@@ -129,16 +127,13 @@ class ConversationEncoder:
             stop_ids: the checkpoint's stop tokens (generation_config's and config's eos_token_id).
             max_input_length: most tokens of a prompt.
             max_output_length: most tokens of a reply, its stop token included.
-            images: for vision fine-tuning: the template then gets every content as a list of parts.
-            text_as_parts: without images, accept a template that renders lists of parts only, as that of a vision
-                checkpoint whose language part is trained.
+            images: for vision checkpoints: their template gets every content as a list of parts.
 
         Raises:
             UserError: the tokenizer or its template cannot be used, or `max_input_length` is too small for an image.
         """
         self.images = images
-        without_images: Literal["either", "string"] = "either" if text_as_parts else "string"
-        self.template = ChatTemplate(tokenizer, without_images if images is None else "parts")
+        self.template = ChatTemplate(tokenizer, "string" if images is None else "parts")
         self.tokenizer = OffsetTokenizer(tokenizer)
         eos = tokenizer.eos_token_id
         self.reply_format: ReplyFormat = probe_reply_format(self.template, self.tokenizer, frozenset(stop_ids), eos)
@@ -149,11 +144,15 @@ class ConversationEncoder:
             self.placeholders = PlaceholderCounter(images, self.tokenizer)
         self._control_text = re.compile("|".join(map(re.escape, self.tokenizer.special_texts)) or "(?!)")
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether rows may have images: in vision fine-tuning, not where a vision checkpoint gets chat data."""
+        return self.images is not None and self.images.max_images > 0
+
     def parse(self, row: RawRow) -> Conversation:
         """Check a raw row and return its conversation. Raises UserError with every mistake of the row."""
-        conversation = parse_conversation(
-            row, self.reply_format.rendered_roles, None if self.images is None else self.images.max_images
-        )
+        max_images = self.images.max_images if self.images is not None and self.takes_images else None
+        conversation = parse_conversation(row, self.reply_format.rendered_roles, max_images)
         if self.placeholders is not None:
             self.placeholders.check_text(conversation)
         return conversation

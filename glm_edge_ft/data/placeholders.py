@@ -31,7 +31,8 @@ class ImageSettings:
     Attributes:
         placeholder_id: the token that stands for a vector of an image (`boi_token_id` of the checkpoint's config).
         placeholders_per_image: how many of them an image takes: the number of the model's vectors.
-        max_images: most images of a conversation; the released models take one.
+        max_images: most images of a conversation; the released models take one. With 0 the rows are chat data, which
+            have no images, for the language part of a vision checkpoint.
     """
 
     placeholder_id: int
@@ -63,7 +64,7 @@ def check_image_settings(
         )
     else:
         _check_count(template, tokenizer, settings, token, problems)
-    if max_input_length < settings.image_turn_tokens:
+    if settings.max_images > 0 and max_input_length < settings.image_turn_tokens:
         problems.add(
             "max_input_length",
             f"{max_input_length} tokens are too few: a turn with one image and no text takes "

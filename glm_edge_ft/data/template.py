@@ -24,7 +24,6 @@ _SHOWN = 40
 _FORMS = {
     "string": ("a string", "is it a vision model? Then use finetune_vision.py"),
     "parts": ("a list of parts", "is it a chat model? Then use finetune.py"),
-    "either": ("a string or a list of parts", "use a checkpoint whose chat template works for plain conversations"),
 }
 
 Messages = Sequence[Mapping[str, Any]]
@@ -40,15 +39,12 @@ class ChatTemplate:
     It is several times faster for plain messages, which need none of the copies that transformers makes.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, content_form: Literal["string", "parts", "either"] = "string"
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, content_form: Literal["string", "parts"] = "string") -> None:
         """Read the template.
 
         Args:
             tokenizer: has the template.
-            content_form: how the template gets the content of messages: as a string, as a list of parts, or, with
-                "either", as a string if it renders one and else as a list.
+            content_form: how the template gets the content of messages: as a string or as a list of parts.
 
         Raises:
             UserError: the tokenizer has no template, or it does not render that form.
@@ -64,19 +60,17 @@ class ChatTemplate:
             ) from None
         self.special_tokens: dict[str, str] = dict(tokenizer.special_tokens_map)
         self.content_as_parts = content_form == "parts"
-        if content_form == "either" and not self._renders_content(refused=False):
-            self.content_as_parts = True
-        if not self._renders_content(refused=True):
+        if not self._renders_content():
             form, hint = _FORMS[content_form]
             raise _bad_template(f"does not render messages whose content is {form}", hint)
 
-    def _renders_content(self, *, refused: bool) -> bool:
-        # A template for strings writes a list out as Python does, quotes and all. What a template raises (`refused`) is
-        # in the end left to the probe of the reply format, which shows it.
+    def _renders_content(self) -> bool:
+        # A template for strings writes a list out as Python does, quotes and all. What a template raises is left to the
+        # probe of the reply format, which shows it.
         try:
             text = self.render([_turn("user", _USER), _turn("assistant", _REPLY)])
         except TemplateRefusal:
-            return refused
+            return True
         is_python = self.content_as_parts and ("'type'" in text or '"type"' in text)
         return _USER in text and _REPLY in text and not is_python
 

@@ -17,7 +17,6 @@ from tests.data.vision import (
     IMAGE,
     PLACEHOLDER,
     REPLY,
-    STOP_TOKENS,
     literal_template,
     released_template,
     text,
@@ -242,11 +241,18 @@ def test_an_image_that_the_template_leaves_out_is_refused(backend: Tokenizer) ->
 
 
 def test_the_language_part_of_a_vision_checkpoint(backend: Tokenizer) -> None:
-    """D4: without images its template is accepted if asked for, and contents are strings for the caller."""
-    tokenizer = vision_tokenizer(backend, released_template())
-    stop_ids = [tokenizer.get_vocab()[token] for token in STOP_TOKENS]
-    encoder = ConversationEncoder(tokenizer, stop_ids, 99, 99, text_as_parts=True)
+    """D4: chat data for a vision checkpoint: its template gets parts, images are refused, no budget is kept for one."""
+    encoder = vision_encoder(backend, count=578, max_input_length=9, max_images=0)
     row = encoded(encoder, [{"role": "user", "content": "hello"}, REPLY])
     assert marked(encoder, row) == "<|user|>|⏎|hello|<|assistant|>|⏎|*my|* friend|*<|user|>"
     with pytest.raises(UserError, match=re.escape("messages[0].content[0]: an image part in chat fine-tuning")):
         encode(encoder, [user(IMAGE), REPLY])
+    with pytest.raises(UserError, match=r"the text holds the image placeholder token <\|begin_of_image\|>"):
+        encode(encoder, [user(text(PLACEHOLDER)), REPLY])
+
+
+def test_a_long_question_for_the_language_part_is_shortened(backend: Tokenizer) -> None:
+    """D4, M2: as in chat fine-tuning."""
+    encoder = vision_encoder(backend, max_input_length=7, max_images=0)
+    row = encoded(encoder, [{"role": "user", "content": "hello" + " there" * 9}, REPLY])
+    assert marked(encoder, row) == "<|user|>|⏎|hello| there| there|<|assistant|>|⏎|*my|* friend|*<|user|>"

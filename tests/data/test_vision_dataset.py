@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from glm_edge_ft.data import cache
@@ -95,6 +96,12 @@ def test_chat_data_has_no_images(make_encoder: EncoderMaker, write_rows: WriteRo
     assert not (dataset.folder / cache.IMAGE_PATHS_FILE).exists()
     checked, notices = ImageCheck(progress=False).of_datasets({"train": dataset})
     assert (checked["train"] is dataset, notices) == (True, [])
+
+
+def test_chat_data_for_a_vision_checkpoint_has_no_images(backend: Tokenizer, write_rows: WriteRows) -> None:
+    """D4: its language part is trained as a chat model is."""
+    dataset = built(backend, write_rows([[{"role": "user", "content": "hello"}, REPLY]]), max_images=0)
+    assert (set(dataset[0]), dataset.has_images) == ({"input_ids", "labels"}, False)
 
 
 def test_a_pickled_data_set_finds_its_images(backend: Tokenizer, path: Path) -> None:
@@ -264,13 +271,18 @@ def test_pixels_are_decoded_in_the_loaders_workers(backend: Tokenizer, path: Pat
 
 
 def test_an_image_that_vanishes_during_training_stops_the_run(backend: Tokenizer, path: Path, tmp_path: Path) -> None:
-    """I3: with its path, from a worker process too."""
+    """I3: with its path; the message outlives the way that a loader's worker passes on exceptions."""
     collator = VisionCollator(PaddedCollator(PAD), image_processor_of(tmp_path))
     dataset = built(backend, path)
     (tmp_path / "red.png").unlink()
-    loader: Any = DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=collator)  # type: ignore[arg-type]
     with pytest.raises(RunStopped, match=r"cannot be read now: .*red.png: there is no such file"):
-        next(iter(loader))
+        collator([dataset[0]])
+    try:
+        collator([dataset[0]])
+    except RunStopped:
+        passed_on = ExceptionWrapper(where="in a worker")
+    with pytest.raises(RunStopped, match=r"cannot be read now: .*red.png: there is no such file"):
+        passed_on.reraise()
 
 
 def test_several_turns_share_the_image(backend: Tokenizer, write_rows: WriteRows, tmp_path: Path) -> None:
