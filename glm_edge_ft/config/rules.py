@@ -12,6 +12,7 @@ from typing import Any
 from glm_edge_ft.config.document import nearest
 from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config.schema import PEFT_TYPES, reporting_integrations
+from glm_edge_ft.config.unsupported import check_generation, check_unsupported_training
 from glm_edge_ft.config.values import shown
 
 # Where the file is silent, this toolkit chooses otherwise than transformers:
@@ -72,6 +73,8 @@ def _check_lora(draft: Draft, peft: dict[str, Any]) -> None:
 def apply_training_rules(draft: Draft) -> None:
     """Hold the rules of `training_args` and fill in what the file leaves to the toolkit."""
     training = draft.training
+    check_unsupported_training(draft)
+    check_generation(draft)
     if training.get("remove_unused_columns"):
         training["remove_unused_columns"] = False
         draft.notice((*TRAINING, "remove_unused_columns"), "set to false: training needs all columns of this data")
@@ -84,7 +87,7 @@ def apply_training_rules(draft: Draft) -> None:
     evaluates = _settle_evaluation(draft)
     training.setdefault("predict_with_generate", bool(draft.data.get("val_file") or draft.data.get("test_file")))
     _check_best_model(draft, evaluates)
-    for name in ("deepspeed", "fsdp_config", "accelerator_config"):
+    for name in ("deepspeed", "accelerator_config"):
         _resolve_json_file(draft, name)
 
 
@@ -202,9 +205,9 @@ def _check_best_model(draft: Draft, evaluates: bool | None) -> None:
         hint = f"did you mean {close}? " if close else ""
         draft.refuse(path, f"there is no metric {shown(metric)}", f"{hint}write one of {', '.join(METRICS)}")
         return
-    if metric in GENERATED_METRICS and (not training["predict_with_generate"] or training.get("prediction_loss_only")):
-        why = "prediction_loss_only is true" if training["predict_with_generate"] else "predict_with_generate is false"
-        draft.refuse(path, f"{shown(metric)} compares generated replies, but {why}", "change that, or write loss")
+    if metric in GENERATED_METRICS and not training["predict_with_generate"]:
+        what = f"{shown(metric)} compares generated replies, but predict_with_generate is false"
+        draft.refuse(path, what, "change that, or write loss")
     training["metric_for_best_model"] = metric
     greater = training.get("greater_is_better")
     if greater is not None and greater != (metric != "loss"):

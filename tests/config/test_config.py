@@ -129,7 +129,6 @@ def test_old_names_become_todays_with_one_notice_each(tmp_path: Path) -> None:
         ("per_gpu_eval_batch_size: '3'", "per_device_eval_batch_size", 3),
         ("adafactor: true", "optim", "adafactor"),
         ("optim: adamw_hf", "optim", "adamw_torch"),
-        ("include_inputs_for_metrics: true", "include_for_metrics", ["inputs"]),
     ],
 )
 def test_old_name_keeps_its_meaning(tmp_path: Path, old: str, new: str, value: Any) -> None:
@@ -137,6 +136,16 @@ def test_old_name_keeps_its_meaning(tmp_path: Path, old: str, new: str, value: A
     config = load(tmp_path, old)
     assert config.training_args[new] == value
     assert len(config.notices) == 1
+
+
+def test_old_name_of_a_setting_without_effect(tmp_path: Path) -> None:
+    """C2: the old name is read, and today's has no effect: a notice for each."""
+    config = load(tmp_path, "include_inputs_for_metrics: true")
+    assert config.training_args["include_for_metrics"] == ["inputs"]
+    assert notices(config) == [
+        'run.yaml:6: training_args.include_inputs_for_metrics: old name, read as include_for_metrics: ["inputs"]',
+        "run.yaml:6: training_args.include_inputs_for_metrics: has no effect here; scores are taken from the replies",
+    ]
 
 
 def test_old_name_is_a_name_the_library_no_longer_documents() -> None:
@@ -195,7 +204,7 @@ def test_old_name_only_the_user_can_rewrite_is_refused(tmp_path: Path) -> None:
         Problem(
             "run.yaml:6: training_args.fsdp_min_num_params",
             "`fsdp_min_num_params` is no longer a key",
-            "write it inside fsdp_config, as min_num_params",
+            "leave it out; use deepspeed to share a model between GPUs",
         ),
     )
 

@@ -45,7 +45,7 @@ from tests.config.files import LORA, load, refused
         ("debug: underflow_overflow", "debug", ["underflow_overflow"]),
         ("deepspeed: {zero_optimization: {stage: 2}}", "deepspeed", {"zero_optimization": {"stage": 2}}),
         ("include_num_input_tokens_seen: no", "include_num_input_tokens_seen", False),
-        ("fsdp: true", "fsdp", True),
+        ("fsdp: false", "fsdp", False),
         ("trackio_static_space_id: false", "trackio_static_space_id", False),
         ("optim_target_modules: attn", "optim_target_modules", "attn"),
     ],
