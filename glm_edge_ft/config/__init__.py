@@ -4,12 +4,13 @@ The keys are those of the fine-tuning guide: `data_config`, `max_input_length`, 
 `training_args` (what `Seq2SeqTrainingArguments` takes, with `generation_config` inside), `peft_config` (what PEFT's
 LORA and PREFIX_TUNING take), and `on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at once.
 
-    yaml_file  file and --set → values with their lines
-    schema     what the installed libraries accept
-    names      old and mistyped names
-    values     value → declared type
-    ranges     numbers that make sense
-    rules      defaults, impossible combinations
+    yaml_file    file and --set → values with their lines
+    schema       what the installed libraries accept
+    names        old and mistyped names
+    values       value → declared type
+    ranges       numbers that make sense
+    unsupported  what the libraries know and this toolkit does not use
+    rules        defaults, impossible combinations
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from glm_edge_ft.config.rules import apply_training_rules, check_peft, check_pef
 from glm_edge_ft.config.schema import PEFT_TYPES, Field, generation_fields, peft_fields, training_fields
 from glm_edge_ft.config.values import Mismatch, coerce, shown
 from glm_edge_ft.config.yaml_file import read_document
-from glm_edge_ft.errors import Problem
+from glm_edge_ft.errors import Problem, UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -111,6 +112,35 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: everything that is wrong, each with file and line or `--set` option, value, and what to write.
     """
+    draft = _checked_draft(path, overrides)
+    draft.raise_if_any()
+    return _finish(draft, path)
+
+
+def peek(path: Path, overrides: Sequence[str] = ()) -> tuple[DataConfig | None, Path | None]:
+    """Return what can be read of a config that may hold mistakes, so that the files it names can be checked as well.
+
+    Args:
+        path, overrides: as for `load_config`, whose error lists the mistakes.
+
+    Returns:
+        The data files and the output folder (`~` expanded, perhaps not there yet), each None where it cannot be
+        read. A mistyped `val_file`, `test_file` or `num_proc` is as if it were not written. Nothing is raised.
+    """
+    try:
+        draft = _checked_draft(path, overrides)
+    except UserError:
+        return None, None
+    data = _set_values(draft.data)
+    output_dir = draft.training.get("output_dir")
+    return (
+        DataConfig(**data) if "train_file" in data else None,
+        Path(output_dir).expanduser() if output_dir else None,
+    )
+
+
+def _checked_draft(path: Path, overrides: Sequence[str]) -> Draft:
+    """Read a config and hold every rule, mistakes noted in the draft; raise UserError where the file is no mapping."""
     draft = Draft(read_document(path, overrides))
     translate_old_names(draft)
     values = draft.document.values
@@ -126,20 +156,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     check_ranges(draft)
     check_peft(draft)
     apply_training_rules(draft)
-    draft.raise_if_any()
-    return _finish(draft, path)
+    return draft
 
 
-def check_data_files(config: RunConfig, data_dir: Path) -> list[Problem]:
-    """Return what is wrong with the data files that a config names: missing, a folder, or of an unknown format."""
+def check_data_files(config: RunConfig | DataConfig | None, data_dir: Path) -> list[Problem]:
+    """Return what is wrong with the data files that a config names: missing, a folder, or of an unknown format.
+
+    Of a config that holds mistakes, what `peek` could read is enough; with None the folder alone is checked.
+    """
     where = str(data_dir)
     if not data_dir.exists():
         return [Problem(where, "no such data folder", "DATA_DIR is the folder that holds data_config.train_file")]
     if not data_dir.is_dir():
         return [Problem(where, "this is a file, not a folder", f"write {data_dir.parent} as DATA_DIR")]
+    data_config = config.data_config if isinstance(config, RunConfig) else config
     problems = []
     for key in ("train_file", "val_file", "test_file"):
-        name = getattr(config.data_config, key)
+        name = getattr(data_config, key, None)
         if name is not None:
             problems += _check_data_file(data_dir, f"data_config.{key}", name)
     return problems
@@ -214,19 +247,20 @@ def _read_peft(draft: Draft) -> None:
     draft.peft = {"peft_type": kind, **typed} if kind else typed
 
 
-def _finish(draft: Draft, path: Path) -> RunConfig:
-    def set_values(section: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in section.items() if value is not None}
+def _set_values(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if value is not None}
 
-    top = set_values(draft.top)
+
+def _finish(draft: Draft, path: Path) -> RunConfig:
+    top = _set_values(draft.top)
     return RunConfig(
         path=path,
-        data_config=DataConfig(**set_values(draft.data)),
+        data_config=DataConfig(**_set_values(draft.data)),
         max_input_length=top.get("max_input_length", 512),
         max_output_length=top.get("max_output_length", 512),
         freezeV=top.get("freezeV", False),
         training_args=draft.training,
-        generation_config=set_values(draft.generation),
+        generation_config=_set_values(draft.generation),
         peft_config=draft.peft,
         on_nonfinite_loss=top.get("on_nonfinite_loss", "stop"),
         notices=tuple(draft.notices),

@@ -102,8 +102,10 @@ def _check_output_dir(draft: Draft) -> None:
         return
     try:
         if Path(output_dir).expanduser().is_file():
+            del draft.training["output_dir"]
             draft.refuse(path, f"{shown(output_dir)} is a file", "name a folder, which is created where it is missing")
     except (OSError, ValueError, RuntimeError):
+        del draft.training["output_dir"]
         draft.refuse(path, f"{shown(output_dir)} cannot be the path of a folder", fix)
 
 
