@@ -7,13 +7,17 @@ real model before the weights are touched. `load_weights` reads them.
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.hub import read_cached_first
 from glm_edge_ft.model.nano import EMBEDDED_MODELS, resolve_embedded
+from glm_edge_ft.model.weight_files import name_first
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +30,7 @@ class ModelLocation:
 
     Attributes:
         name: the MODEL argument as written.
-        source: a folder, or a hub id when `is_local` is false.
+        source: an absolute path of a folder, or a hub id when `is_local` is false.
         is_local: whether `source` is a folder on this machine.
     """
 
@@ -64,6 +68,9 @@ def locate_model(name: str) -> ModelLocation:
     known = ", ".join(sorted(EMBEDDED_MODELS))
     if folder.is_file():
         raise UserError.single(f"MODEL {name}", "is a file, not a folder", "give the folder that holds config.json")
+    close = difflib.get_close_matches(name.lower(), EMBEDDED_MODELS, n=1, cutoff=0.85)
+    if close and "/" not in name:  # with a slash it may well be a hub id
+        raise UserError.single(f"MODEL {name}", "there is no such folder", f"did you mean {close[0]}?")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != 1:
         raise UserError.single(
             f"MODEL {name}",
@@ -74,6 +81,7 @@ def locate_model(name: str) -> ModelLocation:
 
 
 def _check_folder(name: str, folder: Path) -> ModelLocation:
+    folder = folder.absolute()  # a saved adapter names its base model by it, and is used from other folders
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         what = "holds an adapter, not a model" if adapter else "holds no config.json"
@@ -83,8 +91,16 @@ def _check_folder(name: str, folder: Path) -> ModelLocation:
             else "give a model folder"
         )
         raise UserError.single(f"MODEL {name}", f"the folder {what}", fix)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError.single(
+            f"MODEL {name}",
+            "the folder holds a model and an adapter (adapter_config.json), and which of them is meant is not clear",
+            "merge the adapter into the model, or give the base model's folder",
+        )
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, not an object")
     except (OSError, ValueError) as error:
         raise UserError.single(
             f"{folder / 'config.json'}", f"cannot be read as JSON: {error}", "download the model again"
@@ -95,21 +111,27 @@ def _check_folder(name: str, folder: Path) -> ModelLocation:
 def read_checkpoint(location: ModelLocation) -> Checkpoint:
     """Read config, tokenizer and stop ids of a model; no weights.
 
-    Raises UserError when the model cannot be found (for a hub id: neither cached nor reachable), has no fast
-    tokenizer or no chat template, is a vision model, or is of a class that transformers does not know.
+    A tokenizer without pad token takes the config's `pad_token_id`, or else the end of sequence. Raises UserError when
+    the model cannot be found (for a hub id: neither cached nor reachable), has no fast tokenizer, no chat template, no
+    token to pad with, is a vision model, or is of a class that is no causal language model.
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
     where = f"MODEL {location.name}"
     try:
-        config = AutoConfig.from_pretrained(location.source, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(location.source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        config = _read(location, AutoConfig.from_pretrained, trust_remote_code=False)
+    except Exception as error:  # a broken file shows in many ways, and each is the file's
         raise UserError.single(where, _why_unreadable(location, error), _what_to_do(location)) from error
     if getattr(config, "vision_config", None) is not None:
         raise UserError.single(
             where, "is a vision model (its config has vision_config); this script trains chat models", ""
         )
+    _check_is_causal(where, config)
+    try:
+        tokenizer = _read(location, AutoTokenizer.from_pretrained, trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises plain Exception
+        what = _why_unreadable(location, error, "its tokenizer ")
+        raise UserError.single(where, what, _what_to_do(location)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError.single(
             where,
@@ -120,22 +142,60 @@ def read_checkpoint(location: ModelLocation) -> Checkpoint:
         raise UserError.single(
             where, "its tokenizer has no chat template", "use a chat model, or add chat_template.jinja"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     stop_ids = _read_stop_ids(location, config, tokenizer)
+    _set_pad_token(where, config, tokenizer, stop_ids)
     return Checkpoint(location=location, config=config, tokenizer=tokenizer, stop_ids=stop_ids)
 
 
-def _why_unreadable(location: ModelLocation, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _read(location: ModelLocation, from_pretrained: Callable[..., Any], **options: Any) -> Any:
+    """Call a `from_pretrained` for the location; for a hub id the cache is asked before the network."""
     if location.is_local:
-        return f"cannot be read: {first_line}"
+        return from_pretrained(location.source, local_files_only=True, **options)
+
+    def read(cached: bool) -> Any:
+        return from_pretrained(location.source, local_files_only=cached, **options)
+
+    return read_cached_first(read)
+
+
+def _check_is_causal(where: str, config: PretrainedConfig) -> None:
+    from transformers import AutoModelForCausalLM
+
+    names = getattr(config, "architectures", None) or []
+    unfit = type(config) not in AutoModelForCausalLM._model_mapping
+    unfit = unfit or any(not name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    if unfit or config.model_type in ("bert", "roberta"):  # these have a causal class, for decoders of two-part models
+        shown = f"{config.model_type}: {', '.join(names)}" if names else config.model_type
+        raise UserError.single(where, f"is no causal language model ({shown})", "give a chat model, e.g. GLM-Edge")
+
+
+def _set_pad_token(
+    where: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, stop_ids: tuple[int, ...]
+) -> None:
+    if tokenizer.pad_token_id is not None:
+        return
+    pad, eos = getattr(config, "pad_token_id", None), tokenizer.eos_token_id
+    for token_id in (pad, eos, *stop_ids):
+        if isinstance(token_id, int) and 0 <= token_id < len(tokenizer):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token_id)
+            return
+    raise UserError.single(
+        where,
+        "neither its tokenizer nor its config says which token pads and which ends a text",
+        'download tokenizer_config.json again, or write "pad_token_id" and "eos_token_id" into config.json',
+    )
+
+
+def _why_unreadable(location: ModelLocation, error: Exception, part: str = "") -> str:
+    first_line = _first_line(error)
+    if location.is_local:
+        return f"{part}cannot be read: {first_line}"
     return f"is neither a folder, nor cached on this machine, nor reachable on the hub ({first_line})"
 
 
 def _what_to_do(location: ModelLocation) -> str:
     if location.is_local:
-        return "the folder needs config.json, tokenizer.json and the weights as *.safetensors"
+        return "the folder needs config.json, tokenizer.json, tokenizer_config.json and the weights as *.safetensors"
     return "download the model where there is a network and give its folder as MODEL"
 
 
@@ -145,7 +205,7 @@ def _read_stop_ids(
     from transformers import GenerationConfig
 
     try:
-        generation_eos = GenerationConfig.from_pretrained(location.source).eos_token_id
+        generation_eos = _read(location, GenerationConfig.from_pretrained).eos_token_id
     except OSError:  # the file is optional
         generation_eos = None
     ids: set[int] = set()
@@ -175,18 +235,21 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """Load the weights in `dtype`, with the stop ids written into the generation config.
 
     Weights are read from safetensors only. A checkpoint in which weights of the model are missing is refused, since
-    transformers would fill them with random numbers. Raises UserError for both.
+    transformers would fill them with random numbers, and so is one with weights left over, since it would drop them.
+    Raises UserError for each.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     where = f"MODEL {checkpoint.location.name}"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.location.source,
+        loaded = _read(
+            checkpoint.location,
+            AutoModelForCausalLM.from_pretrained,
             config=checkpoint.config,
             dtype=dtype,
             use_safetensors=True,
+            adapter_kwargs={"local_files_only": True},  # the look for an adapter asks the hub otherwise
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -195,12 +258,13 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             where, f"its weights cannot be read: {_first_line(error)}", "download the model again"
         ) from error
     model, info = loaded
-    missing = sorted(info["missing_keys"])
+    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise UserError.single(
-            where, f"{len(missing)} weights are missing from its files: {shown}", "download the model again"
-        )
+        what = f"{len(missing)} weights are missing from its files: {name_first(missing)}"
+        raise UserError.single(where, what, "download the model again")
+    if surplus:
+        what = f"its files hold {len(surplus)} weights that config.json has no place for: {name_first(surplus)}"
+        raise UserError.single(where, what, "take config.json and the weights from one download")
     carry_stop_ids(model, checkpoint)
     return model
 

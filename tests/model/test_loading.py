@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.hub import is_hub_reachable
 from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
+from glm_edge_ft.model.weight_files import check_weights
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
 
@@ -125,6 +129,114 @@ def test_a_tokenizer_without_template_is_refused(folder: Path) -> None:
     """A base model instead of a chat model."""
     (folder / "chat_template.jinja").unlink()
     assert "no chat template" in refusal(str(folder))
+
+
+def test_a_name_close_to_an_embedded_model_gets_that_name() -> None:
+    """A capital, a letter too few."""
+    for name in ("GLM-edge-nano", "glm-edge-nan"):
+        assert refusal(name).endswith("did you mean glm-edge-nano?")
+
+
+def test_a_folder_with_model_and_adapter_is_refused(folder: Path) -> None:
+    """Transformers would load the adapter without a word."""
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert "holds a model and an adapter (adapter_config.json)" in refusal(str(folder))
+
+
+def test_a_config_that_is_no_object_is_refused(folder: Path) -> None:
+    """A list is JSON, but no config."""
+    (folder / "config.json").write_text("[]", encoding="utf-8")
+    assert "it holds a list, not an object" in refusal(str(folder))
+
+
+def test_a_local_source_is_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved adapter names its base model by it, and must be loadable from another folder."""
+    monkeypatch.chdir(folder.parent)
+    checkpoint = read_checkpoint(locate_model("model"))
+    assert checkpoint.location.name == "model"
+    assert load_weights(checkpoint, torch.float32).name_or_path == str(folder)
+
+
+def test_a_missing_pad_token_comes_from_the_config(folder: Path) -> None:
+    """tokenizer_config.json knows neither pad nor end; the config does, or nothing does."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = {key: value for key, value in settings.items() if key not in ("pad_token", "eos_token")}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    checkpoint = read_checkpoint(locate_model(str(folder)))
+    assert checkpoint.tokenizer.pad_token_id == checkpoint.config.pad_token_id
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"pad_token_id": None, "eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "neither its tokenizer nor its config says which token pads" in refusal(str(folder))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "{", '{"model": 1}'])
+def test_a_broken_tokenizer_file_is_a_plain_refusal_or_harmless(folder: Path, name: str, content: str) -> None:
+    """No file's content ends in a traceback; a usable tokenizer has a token to pad with."""
+    (folder / name).write_text(content, encoding="utf-8")
+    try:
+        assert read_checkpoint(locate_model(str(folder))).tokenizer.pad_token_id is not None
+    except UserError as error:
+        assert "its tokenizer" in str(error)
+
+
+def test_a_model_that_is_no_causal_one_is_refused_by_name(folder: Path) -> None:
+    """An encoder for classification."""
+    config = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 30, "hidden_size": 12}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "is no causal language model (bert: BertForMaskedLM)" in refusal(str(folder))
+
+
+def put_in_cache(cache: Path, folder: Path) -> None:
+    """Lay the folder into a cache of huggingface_hub as someone/tiny."""
+    repository = cache / "models--someone--tiny"
+    shutil.copytree(folder, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc", encoding="utf-8")
+
+
+def use_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[str]:
+    """Let huggingface_hub use the cache and a hub at which nobody listens; return the list of connections tried."""
+    tried: list[str] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+    is_hub_reachable.cache_clear()
+
+    def refuse(address: Any, *_: Any, **__: Any) -> None:
+        tried.append(str(address))
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    return tried
+
+
+def test_a_cached_hub_id_is_read_without_a_connection(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Config, tokenizer, generation config and weights."""
+    put_in_cache(tmp_path / "cache", folder)
+    tried = use_cache(monkeypatch, tmp_path / "cache")
+    checkpoint = read_checkpoint(locate_model("someone/tiny"))
+    check_weights(checkpoint, build_meta_model(checkpoint))
+    load_weights(checkpoint, torch.float32)
+    assert len(tried) <= 1  # huggingface_hub asks once per process for a list of its own
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No six attempts for each file, and one message."""
+    tried = use_cache(monkeypatch, tmp_path)
+    for _ in range(2):
+        assert "nor reachable on the hub" in refusal("someone/tiny")
+    assert len(tried) <= 2  # ours, and the one for huggingface_hub's own list
+    assert "Retry" not in caplog.text
 
 
 def test_a_hub_id_that_cannot_be_had_gets_one_clear_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
