@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.errors import UserError
+from glm_edge_ft.errors import Problem, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# What PEFT raises at settings that it cannot use: ImportError where a package for them is not installed.
+_REFUSALS = (TypeError, ValueError, KeyError, IndexError, RuntimeError, ImportError, AttributeError, AssertionError)
 
 
 def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel) -> PeftConfig:
@@ -21,7 +23,7 @@ def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel) -> Pe
     LORA without `target_modules` gets the attention projections where PEFT knows no default for the model's type (it
     knows none for `glm`). Raises UserError when PEFT refuses the combination of settings.
     """
-    from peft import LoraConfig, PrefixTuningConfig
+    from peft import LoraConfig, LoraRuntimeConfig, PrefixTuningConfig
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     arguments = {key: value for key, value in settings.items() if key not in ("peft_type", "task_type")}
@@ -29,33 +31,83 @@ def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel) -> Pe
     no_target = arguments.get("target_modules") is None and arguments.get("target_parameters") is None
     if is_lora and no_target and model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         arguments["target_modules"] = list(ATTENTION_PROJECTIONS)
+    if not is_lora:
+        _check_prefix(settings, model)
     try:
+        if isinstance(arguments.get("runtime_config"), Mapping):
+            arguments["runtime_config"] = LoraRuntimeConfig(**arguments["runtime_config"])
         return (LoraConfig if is_lora else PrefixTuningConfig)(task_type="CAUSAL_LM", **arguments)
-    except (TypeError, ValueError) as error:
+    except _REFUSALS as error:
         raise UserError.single("peft_config", f"PEFT refuses these settings: {error}") from error
+
+
+def _check_prefix(settings: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuse a prefix of another shape than the model's keys and values, and one that fills every position.
+
+    PEFT takes these sizes from the model where they are not set, and fails in the middle of the first step, or trains
+    a prefix that is never seen whole, where they are set to something else.
+    """
+    config = model.config
+    heads = config.num_attention_heads
+    of_the_model = {
+        "num_layers": (config.num_hidden_layers,),
+        "num_transformer_submodules": (1,),
+        "token_dim": (config.hidden_size,),
+        "num_attention_heads": (heads,),
+    }
+    problems = [
+        Problem(
+            f"peft_config.{key}",
+            f"is {settings[key]}, the model has {values[0]}",
+            "leave it out: PEFT takes it from the model",
+        )
+        for key, values in of_the_model.items()
+        if settings.get(key) is not None and settings[key] not in values
+    ]
+    width = settings.get("encoder_hidden_size")
+    if width not in (None, config.hidden_size) and not settings.get("prefix_projection"):
+        fix = "leave it out, or set prefix_projection: true"
+        problems.append(
+            Problem("peft_config.encoder_hidden_size", f"is {width}, but only a prefix projection has it", fix)
+        )
+    limit, tokens = getattr(config, "max_position_embeddings", None), settings.get("num_virtual_tokens")
+    if isinstance(limit, int) and isinstance(tokens, int) and tokens >= limit:
+        what = f"is {tokens}, but the model has only {limit} positions for prefix and text together"
+        problems.append(Problem("peft_config.num_virtual_tokens", what, "a usual value is 8 to 128"))
+    if problems:
+        raise UserError(problems)
 
 
 def check_adapter(settings: Mapping[str, Any], meta_model: PreTrainedModel) -> int:
     """Wrap the model's meta twin to see that the adapter fits; return the number of trainable parameters.
 
-    Raises UserError when a named module does not exist in the model (with the names that do), or when PEFT refuses.
+    Raises UserError when a named module does not exist in the model or cannot carry LoRA matrices (with the names that
+    can), or when PEFT refuses.
     """
     from peft import get_peft_model
 
     if settings["peft_type"] == "LORA":
+        _check_initialisation(settings)
         _check_module_names(settings, meta_model)
     config = build_peft_config(settings, meta_model)
     try:
         wrapped = get_peft_model(meta_model, config, low_cpu_mem_usage=True)
-    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+    except _REFUSALS as error:
         raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
     return count_parameters(wrapped)[0]
 
 
-def _check_module_names(settings: Mapping[str, Any], model: PreTrainedModel) -> None:
-    """Refuse names in `target_modules`, `modules_to_save` and `exclude_modules` that match no module."""
-    from glm_edge_ft.errors import Problem
+def _check_initialisation(settings: Mapping[str, Any]) -> None:
+    if settings.get("init_lora_weights") == "eva":
+        raise UserError.single(
+            "peft_config.init_lora_weights",
+            "is eva, which needs a pass over the data before training; this script makes none",
+            "leave it out, or write true, gaussian, pissa or olora",
+        )
 
+
+def _check_module_names(settings: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuse names that match no module, and targets all of whose modules are no layers that LoRA can adapt."""
     names = [name for name, _ in model.named_modules() if name]
     adaptable = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _can_be_adapted(module)})
     problems = []
@@ -68,8 +120,34 @@ def _check_module_names(settings: Mapping[str, Any], model: PreTrainedModel) -> 
             Problem(f"peft_config.{key}", f"the model has no module named {entry!r}", f"it has: {', '.join(adaptable)}")
             for entry in missing
         ]
+        if key == "target_modules":
+            problems += [
+                Problem(
+                    f"peft_config.{key}", f"{entry!r} is no layer that LoRA can adapt", f"{_INSIDE}{_inside(found)}"
+                )
+                for entry in value
+                if (found := _find(model, entry)) and not all(_can_be_adapted(module) for module in found)
+            ]
     if problems:
         raise UserError(problems)
+
+
+_INSIDE = "name the layers themselves: "
+
+
+def _find(model: PreTrainedModel, entry: str) -> list[torch.nn.Module]:
+    return [module for name, module in model.named_modules() if name == entry or name.endswith(f".{entry}")]
+
+
+def _inside(modules: list[torch.nn.Module]) -> str:
+    """Return the names of the layers below `modules` that can be adapted, or the usual ones where there are none."""
+    below = {
+        name.rsplit(".", 1)[-1]
+        for module in modules
+        for name, part in module.named_modules()
+        if name and _can_be_adapted(part)
+    }
+    return ", ".join(sorted(below or ATTENTION_PROJECTIONS))
 
 
 def _can_be_adapted(module: torch.nn.Module) -> bool:
@@ -81,14 +159,18 @@ def _can_be_adapted(module: torch.nn.Module) -> bool:
 def apply_adapter(model: PreTrainedModel, settings: Mapping[str, Any] | None) -> PreTrainedModel | PeftModel:
     """Return `model` wrapped by PEFT, or as it is, all parameters trainable, when `settings` is None.
 
-    Adapter weights are kept in float32 whatever the base model's format (PEFT's `autocast_adapter_dtype`).
+    Adapter weights are kept in float32 whatever the base model's format (PEFT's `autocast_adapter_dtype`). Raises
+    UserError when PEFT refuses: some ways to initialise read the weights, so that only now it shows.
     """
     from peft import get_peft_model
 
     if settings is None:
         model.requires_grad_(True)
         return model
-    return get_peft_model(model, build_peft_config(settings, model))
+    try:
+        return get_peft_model(model, build_peft_config(settings, model))
+    except _REFUSALS as error:
+        raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

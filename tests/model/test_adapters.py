@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.adapters import apply_adapter, build_peft_config, check_adapter, count_parameters, generate
 from tests.model_folders import tiny_model
 
+HAS_SCIPY = importlib.util.find_spec("scipy") is not None
 LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4}
 PREFIX = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
 
@@ -82,6 +84,67 @@ def test_settings_that_peft_refuses_are_the_users_problem() -> None:
     """Not a traceback out of PEFT."""
     with pytest.raises(UserError, match="PEFT refuses these settings"):
         check_adapter({**LORA, "target_modules": "all-linear", "layers_to_transform": [0]}, meta_model())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"init_lora_weights": "loftq"}, marks=pytest.mark.skipif(HAS_SCIPY, reason="loftq can be used")),
+        {"arrow_config": {}},
+        {"runtime_config": {"nothing": 1}},
+    ],
+)
+def test_what_peft_cannot_use_here_is_no_traceback(settings: dict[str, Any]) -> None:
+    """A package that is not installed, a mapping where PEFT wants an object, a key that it does not know."""
+    with pytest.raises(UserError, match=r"^peft_config: (PEFT refuses these settings|this adapter does not fit)"):
+        check_adapter({**LORA, **settings}, meta_model())
+
+
+def test_a_runtime_config_is_given_as_a_mapping() -> None:
+    """YAML has no other way."""
+    config: Any = build_peft_config({**LORA, "runtime_config": {"ephemeral_gpu_offload": True}}, tiny_model())
+    assert config.runtime_config.ephemeral_gpu_offload is True
+
+
+def test_eva_is_refused_for_its_pass_over_the_data() -> None:
+    """Without the pass the matrices would keep meaningless values."""
+    with pytest.raises(UserError, match="is eva, which needs a pass over the data before training"):
+        check_adapter({**LORA, "init_lora_weights": "eva"}, meta_model())
+
+
+def test_a_module_that_cannot_be_adapted_is_refused_with_the_layers_inside() -> None:
+    """A whole attention block as target."""
+    with pytest.raises(UserError) as caught:
+        check_adapter({**LORA, "target_modules": ["self_attn", "q_proj"]}, meta_model())
+    assert str(caught.value) == (
+        "peft_config.target_modules: 'self_attn' is no layer that LoRA can adapt\n"
+        "    -> name the layers themselves: k_proj, o_proj, q_proj, v_proj"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"),
+    [("num_layers", 3, 2), ("num_transformer_submodules", 2, 1), ("token_dim", 32, 64), ("num_attention_heads", 8, 4)],
+)
+def test_sizes_of_a_prefix_that_contradict_the_model_are_refused(key: str, wrong: int, right: int) -> None:
+    """PEFT takes them from the model; what the model says too is let through."""
+    with pytest.raises(UserError) as caught:
+        check_adapter({**PREFIX, key: wrong}, meta_model())
+    assert str(caught.value).startswith(f"peft_config.{key}: is {wrong}, the model has {right}\n")
+    assert check_adapter({**PREFIX, key: right}, meta_model()) == check_adapter(PREFIX, meta_model())
+
+
+def test_the_width_of_a_projection_needs_the_projection() -> None:
+    """It has no effect otherwise."""
+    with pytest.raises(UserError, match="is 32, but only a prefix projection has it"):
+        check_adapter({**PREFIX, "encoder_hidden_size": 32}, meta_model())
+    check_adapter({**PREFIX, "encoder_hidden_size": 32, "prefix_projection": True}, meta_model())
+
+
+def test_a_prefix_leaves_positions_for_text() -> None:
+    """The tiny model has 8192."""
+    with pytest.raises(UserError, match="is 8192, but the model has only 8192 positions"):
+        check_adapter({**PREFIX, "num_virtual_tokens": 8192}, meta_model())
 
 
 @pytest.mark.parametrize("settings", [LORA, PREFIX])
