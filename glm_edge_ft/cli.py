@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from pathlib import Path
@@ -85,6 +86,9 @@ JsonPath = Annotated[
 
 def execute(request: RunRequest) -> None:
     """Run the request and end the process with its exit code: 0 done, 2 the user's input is wrong, 1 anything else."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a Chinese Windows console is GBK: show what it lacks as an escape
+            stream.reconfigure(errors="backslashreplace")
     raise typer.Exit(_run_and_report(request))
 
 

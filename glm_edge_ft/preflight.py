@@ -1,6 +1,6 @@
 """Everything that can be known before the weights are read, cheapest first.
 
-`check_inputs` needs the standard library, PyYAML and pydantic alone: config, data folder, MODEL and RESUME are
+`check_inputs` needs the standard library and PyYAML alone: config, data folder, MODEL and RESUME are
 checked within a second. `prepare` reads the tokenizer, checks adapter and precision against the real model's
 structure, and encodes the data. Each collects all mistakes before it raises.
 """
@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.config import RunConfig, check_data_files, load_config
+from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.console import is_main_process, show_notice
-from glm_edge_ft.errors import ProblemList, UserError
+from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.model.loading import ModelLocation, locate_model
-from glm_edge_ft.training.checkpoints import ResumePlan, resolve_resume
+from glm_edge_ft.resume_check import compare_with_checkpoint
+from glm_edge_ft.training.checkpoints import ResumePlan, find_checkpoints, resolve_resume
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, Seq2SeqTrainingArguments
@@ -85,28 +86,26 @@ def check_inputs(request: RunRequest) -> Plan:
     location = None
     with _collect(problems):
         location = locate_model(request.model)
-    if request.json_path is not None and not (request.check or request.preview):
-        problems.add("--json", "goes with --check or --preview", "add one of them, or leave --json out")
+    problems.problems += _check_json_path(request)
     config = None
     with _collect(problems):
         config = load_config(request.config, request.overrides)
-    if config is None:
-        problems.raise_if_any()
-        raise AssertionError("a config that was not read has its problems")
-    for problem in check_data_files(config, request.data_dir):
-        problems.problems.append(problem)
-    if config.training_args.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+    if config is not None:
+        data_config, output_dir = config.data_config, Path(config.training_args["output_dir"]).expanduser()
+    else:  # what its mistakes leave readable, so that the rest of the command line is checked in the same go
+        data_config, output_dir = peek(request.config, request.overrides)
+    problems.problems += check_data_files(data_config, request.data_dir)
+    if config is not None and config.training_args.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         problems.add(
             "training_args.deepspeed", "is set, but DeepSpeed is not installed", "pip install deepspeed==0.19.8"
         )
-    output_dir = Path(config.training_args["output_dir"]).expanduser()
-    if output_dir.exists() and not output_dir.is_dir():
-        problems.add("training_args.output_dir", f"{output_dir} is a file", "name a folder")
     resume = ResumePlan(None)
-    with _collect(problems):
-        resume = resolve_resume(request.resume, output_dir)
+    if output_dir is not None:
+        problems.problems += _check_output_dir(output_dir, request.data_dir, location)
+        with _collect(problems):
+            resume = resolve_resume(request.resume, output_dir)
     problems.raise_if_any()
-    assert location is not None  # it has its problem otherwise
+    assert location is not None and config is not None and output_dir is not None  # each has its problem otherwise
     for notice in config.notices:
         show_notice(notice)
     if config.freezeV:
@@ -117,15 +116,56 @@ def check_inputs(request: RunRequest) -> Plan:
     return Plan(request, config, location, resume, output_dir, files)
 
 
+def _check_json_path(request: RunRequest) -> list[Problem]:
+    path = request.json_path
+    if path is None:
+        return []
+    if bool(request.check) == (request.preview is not None):
+        return [Problem("--json", "goes with either --check or --preview", "give one of them, or leave --json out")]
+    if path.is_dir():
+        return [Problem(f"--json {path}", "is a folder", "name a file, e.g. report.json")]
+    if not _can_be_made(path.absolute().parent):
+        return [Problem(f"--json {path}", "cannot be written there", "name a file in a folder of yours")]
+    return []
+
+
+def _check_output_dir(output_dir: Path, data_dir: Path, location: ModelLocation | None) -> list[Problem]:
+    """Refuse an output folder that cannot be made, or in which a run would write over what is not its own."""
+    where, target = "training_args.output_dir", output_dir.resolve()
+    if output_dir.exists() and not output_dir.is_dir():
+        return [Problem(where, f"{output_dir} is a file", "name a folder")]
+    if not _can_be_made(target):
+        return [Problem(where, f"{output_dir} cannot be made or written to", "name a folder of yours")]
+    if target == data_dir.resolve():
+        return [Problem(where, f"{output_dir} is DATA_DIR", "name a folder of its own")]
+    if location is not None and location.is_local:
+        model = Path(location.source).resolve()
+        if model == target or target in model.parents:
+            what = f"{output_dir} holds MODEL {location.name}, which the run would move or write over"
+            return [Problem(where, what, "name another folder")]
+    is_run = (output_dir / "run.json").is_file() or bool(find_checkpoints(output_dir))
+    if not is_run and any(output_dir.glob("*model*.safetensors")):
+        what = f"{output_dir} holds a model that no run of this toolkit left there"
+        return [Problem(where, what, "name another folder, so that it is not written over")]
+    return []
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Return whether the folder, or the nearest one above it that exists, can be written to."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
 def prepare(plan: Plan) -> Prepared:
     """Read tokenizer and config of the model, check adapter and precision, encode the data; read no weights.
 
     Raises UserError with all that is wrong, up to 20 rows of each data file among it.
     """
     from glm_edge_ft.data.encoding import ConversationEncoder
-    from glm_edge_ft.model.loading import read_checkpoint
+    from glm_edge_ft.model.loading import build_meta_model, read_checkpoint
     from glm_edge_ft.model.memory import estimate_memory
     from glm_edge_ft.model.precision import choose_precision, look_at_machine
+    from glm_edge_ft.model.weight_files import check_weights
 
     config, problems = plan.config, ProblemList()
     precision = None
@@ -137,9 +177,11 @@ def prepare(plan: Plan) -> Prepared:
     if checkpoint is None:
         problems.raise_if_any()
         raise AssertionError("a checkpoint that was not read has its problem")
-    parameters = (0, 0)
+    structure = None
     with _collect(problems):
-        parameters = _count_parameters(config, checkpoint)
+        structure = look_at_structure(config, checkpoint)
+    with _collect(problems):
+        check_weights(checkpoint, build_meta_model(checkpoint))
     encoder = None
     with _collect(problems):
         encoder = ConversationEncoder(
@@ -151,15 +193,23 @@ def prepare(plan: Plan) -> Prepared:
     if precision is not None:
         with _collect(problems):
             training_arguments = build_training_arguments(plan, precision)
+            check_training_parts(training_arguments)
     datasets = {}
     for split, path in plan.data_files.items() if encoder is not None else ():
         with _collect(problems):
             datasets[split] = _encode(path, encoder, config.data_config.num_proc)
             _check_longest_row(path, datasets[split], checkpoint)
+    if plan.resume.path is not None and structure is not None and "train" in datasets:
+        fingerprint, adapter = datasets["train"].folder.name, structure.adapter
+        found, notices = compare_with_checkpoint(plan.resume.path, config, plan.location.name, fingerprint, adapter)
+        problems.problems += found
+        for notice in notices:
+            show_notice(notice)
     problems.raise_if_any()
-    assert precision is not None and encoder is not None  # each has its problem otherwise
+    assert precision is not None and encoder is not None and structure is not None  # each has its problem otherwise
     assert training_arguments is not None and generation_config is not None
-    memory = estimate_memory(parameters[1], parameters[0], precision.weights)
+    memory = estimate_memory(structure.parameters, structure.trainable, precision.weights)
+    parameters = (structure.trainable, structure.parameters)
     return Prepared(
         plan, checkpoint, precision, encoder, datasets, parameters, memory, training_arguments, generation_config
     )
@@ -194,6 +244,46 @@ def clamp_workers(wanted: int, cores: int) -> int:
         return wanted
     show_notice(f"training_args.dataloader_num_workers {wanted} -> {cores}: this machine has {cores} cores")
     return cores
+
+
+def check_training_parts(args: Seq2SeqTrainingArguments) -> None:
+    """Build optimizer, schedule and reporting once, for one small parameter, as the Trainer will after the weights.
+
+    Raises UserError for each that cannot be built: a package that is not installed, settings that are missing.
+    """
+    import torch
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    problems = ProblemList()
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer: Any = torch.optim.SGD([parameter], lr=1.0)
+
+    def build_optimizer() -> None:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind([parameter], **settings)
+
+    def build_schedule() -> None:
+        steps = max(args.max_steps, 10)
+        specific: Any = args.lr_scheduler_kwargs
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, specific)
+
+    parts = {
+        "training_args.optim": build_optimizer,
+        "training_args.lr_scheduler_type": build_schedule,
+        "training_args.report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(args.report_to)],
+    }
+    for key, build in parts.items():
+        try:
+            build()
+        except Exception as error:  # whatever the package behind it raises, the key is what the user can change
+            value = getattr(args, key.rpartition(".")[2])
+            shown = getattr(value, "value", value)
+            problems.add(key, f"{shown} cannot be used here: {str(error).strip() or type(error).__name__}", _OTHER_PART)
+    problems.raise_if_any()
+
+
+_OTHER_PART = "choose another, install what it names, or give it the settings it asks for"
 
 
 def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> GenerationConfig:
@@ -241,17 +331,33 @@ def _check_longest_row(path: Path, dataset: EncodedDataset, checkpoint: Checkpoi
         )
 
 
-def _count_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[int, int]:
-    """Return (trainable, all) counts, from the model's twin on the meta device."""
-    from glm_edge_ft.model.adapters import check_adapter, count_parameters
+@dataclass(frozen=True)
+class Structure:
+    """What is known of the model's structure without its weights.
+
+    Attributes:
+        trainable: number of parameters that will be trained.
+        parameters: number of all, the adapter's included.
+        adapter: PEFT's config of the adapter as a dict, or None for full fine-tuning.
+    """
+
+    trainable: int
+    parameters: int
+    adapter: dict[str, Any] | None
+
+
+def look_at_structure(config: RunConfig, checkpoint: Checkpoint) -> Structure:
+    """Build the model's twin on the meta device and put the adapter on it. Raises UserError if it does not fit."""
+    from glm_edge_ft.model.adapters import build_peft_config, check_adapter, count_parameters
     from glm_edge_ft.model.loading import build_meta_model
 
     model = build_meta_model(checkpoint)
     total = count_parameters(model)[1]
     if config.peft_config is None:
-        return total, total
+        return Structure(total, total, None)
     trainable = check_adapter(config.peft_config, model)
-    return trainable, total + trainable
+    adapter = build_peft_config(config.peft_config, build_meta_model(checkpoint)).to_dict()
+    return Structure(trainable, total + trainable, adapter)
 
 
 @contextmanager

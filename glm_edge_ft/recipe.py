@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import is_main_process, show, show_notice
+from glm_edge_ft.errors import UserError
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare
 from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
 
@@ -85,20 +86,28 @@ def show_preview(prepared: Prepared) -> None:
 
 def train(prepared: Prepared) -> None:
     """Train, evaluate, predict and save, as the config says."""
+    from glm_edge_ft.training.logs import METRICS_FILE, forget_evaluations
+
     plan = prepared.plan
     evaluations = load_evaluations(prepared)
-    make_room(plan)
+    for split, dataset in prepared.datasets.items():
+        for remark in dataset.report.remarks():
+            show_notice(f"{split}: {remark}")
+    make_output_dir(plan.output_dir)
     trainer = build_trainer(prepared, evaluations)
     show(_describe_model(prepared))
+    make_room(plan)  # not before all that can go wrong has gone right: an earlier run stays where it is until then
     write_run_record(prepared)
     finished = plan.resume.path is not None and not trainer.has_steps_left(plan.resume.path)
     if finished:
         assert plan.resume.path is not None
         show_notice(f"{plan.resume.path} has all steps behind it: nothing is trained, evaluation follows")
         trainer.restore(plan.resume.path)
+        forget_evaluations(plan.output_dir / METRICS_FILE, trainer.final_step())
     else:
         trainer.train(resume_from_checkpoint=str(plan.resume.path) if plan.resume.path else None)
     trainer.save_model()
+    trainer.state.global_step = trainer.final_step()  # what follows is said of the model that is kept
     evaluate(trainer, evaluations, always=finished)
     show_results(trainer, plan)
     trainer.end()
@@ -117,6 +126,16 @@ def load_evaluations(prepared: Prepared) -> dict[str, EvaluationData]:
             prompts = load_prompts([path], prepared.encoder) if generates else []
             evaluations[split] = EvaluationData(rows=rows, lengths=rows.lengths.tolist(), prompts=prompts)
     return evaluations
+
+
+def make_output_dir(folder: Path) -> None:
+    """Make the output folder before the weights are read. Raises UserError when it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError.single(
+            "training_args.output_dir", f"{folder} cannot be made: {error.strerror}", "name a folder of yours"
+        ) from error
 
 
 def make_room(plan: Plan) -> None:
@@ -201,7 +220,7 @@ def show_results(trainer: GlmEdgeTrainer, plan: Plan) -> None:
     from glm_edge_ft.training.logs import CURVE_FILE, METRICS_FILE, format_comparison
 
     table = format_comparison(trainer.state.log_history, trainer.best_or_last_evaluation())
-    if table:
+    if table and trainer.args.eval_strategy != "no":
         show("\n" + table)
     folder = plan.output_dir
     names = {

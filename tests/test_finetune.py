@@ -86,6 +86,34 @@ def test_data_files_and_resume_are_checked_with_the_rest(tmp_path: Path) -> None
     assert f"there is no checkpoint-99 in {tmp_path}" in done.stderr
 
 
+def test_mistakes_in_the_config_do_not_hide_those_beside_it(tmp_path: Path) -> None:
+    """A wrong key, a model, data files and a RESUME that are not there: all of them at once."""
+    arguments = (str(tmp_path / "nowhere"), "./no-model", "configs/demo.yaml", "99", "--set", "training_args.foo=1")
+    done = finetune(*arguments, "--set", f"training_args.output_dir={tmp_path}/out")
+    assert done.returncode == 2
+    assert "4 problems" in done.stderr
+    for text in ("training_args.foo", "MODEL ./no-model", "no such data folder", "RESUME 99"):
+        assert text in done.stderr
+
+
+def test_json_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    """A folder, and two reports for one file."""
+    for options in (("--check", "--json", str(tmp_path)), ("--check", "--preview", "1", "--json", str(tmp_path / "x"))):
+        done = finetune(*DEMO, *options)
+        assert done.returncode == 2
+        assert "--json" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_console_without_chinese_shows_escapes(tmp_path: Path) -> None:
+    """A redirected GBK or ASCII stream loses no run to a character that it lacks."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "GLM_EDGE_FT_CACHE": str(tmp_path)}
+    command = [sys.executable, "finetune.py", *DEMO, "--preview", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, check=False, timeout=600)
+    assert done.returncode == 0
+    assert b"\\u" in done.stdout
+
+
 def test_a_missing_argument_exits_with_2_and_the_usage() -> None:
     """The command line itself is wrong."""
     done = finetune("data/demo")

@@ -332,6 +332,20 @@ def test_the_best_adapter_is_the_one_that_is_kept(run: Run, peft: dict[str, Any]
     assert_same_bits(output, output / f"checkpoint-{best}")
 
 
+def test_the_test_data_is_scored_under_the_step_of_the_best_model(run: Run) -> None:
+    """C8: what is said of the model that is kept carries its step."""
+    output = run(
+        val="dev.jsonl",
+        test="test.jsonl",
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        learning_rate=50.0,
+        predict_with_generate=False,
+    )
+    assert [line["step"] for line in metrics(output) if "test_loss" in line] == [2]
+
+
 def test_evaluation_that_is_switched_off_stays_off(run: Run) -> None:
     """E3: `eval_strategy: no` beside a `val_file`: no loss of the dev data, no predictions, also not at the end."""
     output = run(val="dev.jsonl", eval_strategy="no")
@@ -419,7 +433,7 @@ def test_a_finished_run_takes_no_step_and_is_evaluated(run: Run, capsys: pytest.
     run(val="dev.jsonl", eval_strategy="steps", eval_steps=6, resume="yes")
     assert "has all steps behind it" in capsys.readouterr().err
     assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in metrics(output) if "eval_loss" in line] == [6, 6]
+    assert [line["step"] for line in metrics(output) if "eval_loss" in line] == [6]
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(output).items())
 
 
@@ -432,6 +446,115 @@ def test_an_unreadable_random_state_is_said_and_passed_over(run: Run, capsys: py
     run(max_steps=4, resume="2")
     assert "cannot be read" in capsys.readouterr().err
     assert sorted(losses(output)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("broken", ["missing", "empty", "longer"])
+def test_a_random_state_of_another_size_costs_no_checkpoint(
+    run: Run, broken: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R6: the checkpoint counts as whole without it."""
+    output = run(max_steps=4)
+    state = output / "checkpoint-4" / "rng_state.pth"
+    content = state.read_bytes()
+    state.unlink()
+    if broken != "missing":
+        state.write_bytes(b"" if broken == "empty" else content + b"x" * 100 + content)
+    capsys.readouterr()
+    run(max_steps=5, resume="yes")
+    said = capsys.readouterr().err
+    assert f"continuing from {output / 'checkpoint-4'}" in said
+    assert "dropout will differ from the uninterrupted run" in said or broken == "longer"
+
+
+def test_a_start_that_fails_leaves_the_earlier_run_where_it_is(run: Run, tmp_path: Path, model_folder: Path) -> None:
+    """R2: weights that cannot be read, settings that cannot be used: nothing is moved, nothing written over."""
+    output = run(max_steps=2)
+    record = (output / "run.json").read_bytes()
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    (broken / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError):
+        run(max_steps=2, model=broken)
+    with pytest.raises(UserError, match=r"training_args\.optim: .*cannot be used here"):
+        run(max_steps=2, optim="galore_adamw")
+    assert (output / "run.json").read_bytes() == record
+    assert (output / "checkpoint-2").is_dir()
+    assert not (output / "earlier").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"peft": None}, "peft_config: full fine-tuning, but .* was trained with LORA"),
+        ({"peft": PREFIX}, "peft_config: PREFIX_TUNING, but .* was trained with LORA"),
+        ({"peft": {**LORA, "r": 8}}, "peft_config.r: 8, but .* was trained with 4"),
+        ({"peft": {**LORA, "lora_alpha": 64}}, "peft_config.lora_alpha: 64, but .* was trained with 16"),
+        ({"peft": {**LORA, "target_modules": ["q_proj"]}}, r"peft_config.target_modules: \['q_proj'\], but"),
+        ({"optim": "sgd"}, "training_args.optim: sgd, but .* was trained with the default"),
+    ],
+)
+def test_a_changed_shape_of_the_training_is_refused_with_both_values(
+    run: Run, changes: dict[str, Any], key: str
+) -> None:
+    """R5: before the weights are read; the checkpoint and its record stay as they were."""
+    output = run(max_steps=2)
+    record = (output / "run.json").read_bytes()
+    with pytest.raises(UserError, match=key):
+        run(max_steps=4, resume="yes", **changes)
+    assert (output / "run.json").read_bytes() == record
+
+
+def test_what_changed_and_does_no_harm_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """R5: a learning rate that the saved optimizer keeps, a batch size, more steps."""
+    output = run(max_steps=2)
+    capsys.readouterr()
+    run(max_steps=4, resume="yes", learning_rate=1e-3, per_device_train_batch_size=2)
+    said = capsys.readouterr().err
+    assert "training_args.learning_rate 0.01 -> 0.001: no effect" in said
+    assert "training_args.per_device_train_batch_size 4 -> 2 since the checkpoint was written" in said
+    assert "training_args.max_steps 2 -> 4 since the checkpoint was written" in said
+    assert sorted(losses(output)) == [1, 2, 3, 4]
+
+
+def test_dropped_rows_are_said_by_the_run_itself(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """M2: dropped, counted and named, also when the data comes from the cache."""
+    rows = [conversation(number) for number in range(4)]
+    rows[2]["messages"].insert(0, {"role": "system", "content": "hello there my friend " * 20})
+    data = tmp_path / "with-system"
+    data.mkdir()
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for _ in range(2):
+        run(max_steps=1, save_strategy="no", data_dir=data, top={"max_input_length": 40, "max_output_length": 8})
+        assert "train: 1 rows dropped: train.jsonl:3: " in capsys.readouterr().err
+
+
+def test_a_run_never_writes_over_a_model_that_is_not_its_own(run: Run, tmp_path: Path, model_folder: Path) -> None:
+    """The output folder is MODEL itself, or above it, or holds another model, or is the data folder."""
+    copy = tmp_path / "models" / "mine"
+    shutil.copytree(model_folder, copy)
+    for output, message in (
+        (copy, "holds MODEL"),
+        (copy.parent, "holds MODEL"),
+        (tmp_path / "data", "is DATA_DIR"),
+    ):
+        with pytest.raises(UserError, match=f"training_args.output_dir: .* {message}"):
+            run(model=copy, output_dir=str(output))
+    with pytest.raises(UserError, match="holds a model that no run of this toolkit left there"):
+        run(output_dir=str(copy))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be made or written to"):
+        run(output_dir=str(tmp_path / "file" / "below"))
+
+
+def test_settings_that_only_the_trainer_would_miss_are_refused_before_the_weights(run: Run) -> None:
+    """Optimizer, schedule and reporting are built once for one parameter; all of them are listed."""
+    with pytest.raises(UserError) as caught:
+        run(optim="adamw_bnb_8bit", lr_scheduler_type="cosine_with_min_lr", report_to="wandb")
+    assert [problem.where for problem in caught.value.problems] == [
+        "training_args.optim",
+        "training_args.lr_scheduler_type",
+        "training_args.report_to",
+    ]
 
 
 def test_a_fresh_start_sets_the_earlier_run_aside(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

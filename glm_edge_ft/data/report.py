@@ -55,9 +55,27 @@ class DataReport:
     control_text: tuple[str, ...]
     notices: tuple[str, ...]
 
+    def remarks(self) -> list[str]:
+        """Return what a run should say of its data, one sentence each: rows dropped or cut, control tokens, notices."""
+        remarks = []
+        if self.dropped_rows:
+            remarks.append(f"{self.dropped_rows} rows dropped: {_places(self.dropped[:3], self.dropped_rows)}")
+        for kind, rows in self.cut_rows.items():
+            if rows:
+                remarks.append(f"{rows} rows cut, {_CUTS[kind]}: {self.cut_tokens[kind]:,} tokens lost")
+        if self.control_text_rows:
+            places = _places(self.control_text, self.control_text_rows)
+            remarks.append(f"{self.control_text_rows} rows have control tokens in their text: {places}")
+        return [*remarks, *self.notices]
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-able data."""
         return asdict(self)
+
+
+def _places(places: Sequence[str], count: int) -> str:
+    more = f"; and {count - len(places)} more" if count > len(places) else ""
+    return "; ".join(places) + more
 
 
 def build_report(

@@ -20,6 +20,7 @@ from glm_edge_ft.errors import UserError
 MANIFEST = "manifest.json"
 STAGING_FOLDER = ".saving"
 STATE_FILE = "trainer_state.json"
+RANDOM_STATE_PREFIX = "rng_state"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHT_FILES = (
     "adapter_model.safetensors",
@@ -70,8 +71,8 @@ def find_checkpoints(output_dir: Path) -> list[CheckpointFolder]:
 def find_defect(folder: Path) -> str:
     """Return why `folder` cannot be resumed from, or "" when it is whole.
 
-    Against its manifest every file must be there with its size. A folder without one, as other tools write it, must
-    have the state, optimizer, scheduler and weights, none empty.
+    State, optimizer, scheduler and weights must be there, none empty; with a manifest, each with its size. The
+    random state is not asked for: without it a run goes on and says that it is not bit-exact.
     """
     manifest = folder / MANIFEST
     if manifest.is_file():
@@ -79,13 +80,14 @@ def find_defect(folder: Path) -> str:
             sizes = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError, TypeError):
             return f"{MANIFEST} cannot be read"
-        names, expected = list(sizes), dict(sizes)
+        expected = {name: size for name, size in sizes.items() if not name.startswith(RANDOM_STATE_PREFIX)}
     else:
-        names, expected = [STATE_FILE], {}
-        if not any(folder.glob("global_step*")):  # DeepSpeed keeps optimizer and scheduler in there
-            names += ["optimizer.pt", "scheduler.pt"]
-        if not any((folder / name).is_file() for name in _WEIGHT_FILES):
-            return "its weights are missing"
+        expected = {}
+    names = [STATE_FILE, *expected]
+    if not any(folder.glob("global_step*")):  # DeepSpeed keeps optimizer and scheduler in there
+        names += ["optimizer.pt", "scheduler.pt"]  # not there under save_only_model: nothing to continue from
+    if not expected and not any((folder / name).is_file() for name in _WEIGHT_FILES):
+        return "its weights are missing"
     for name in names:
         path = folder / name
         if not path.is_file():
@@ -102,11 +104,13 @@ def find_defect(folder: Path) -> str:
 
 
 def _state_defect(path: Path) -> str:
+    """Compare the step in the state with the folder's number."""
     try:
         step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{path.name} cannot be read"
-    return "" if isinstance(step, int) else f"{path.name} has no step"
+    number = path.parent.name.rpartition("-")[2]
+    return "" if str(step) == number else f"its state says step {step}: was the folder renamed?"
 
 
 def _safetensors_defect(path: Path) -> str:
@@ -170,7 +174,9 @@ def _newest_whole(checkpoints: list[CheckpointFolder], output_dir: Path) -> Resu
         return ResumePlan(
             None, f"no checkpoint in {output_dir} is whole ({', '.join(passed_over)}): starting from the beginning"
         )
-    return ResumePlan(None, f"there is no checkpoint in {output_dir} yet: starting from the beginning")
+    earlier = [str(path.parent) for path in sorted(output_dir.glob(f"{EARLIER_FOLDER}/*/checkpoint-*"))]
+    aside = f" (an earlier run's lie in {earlier[-1]})" if earlier else ""
+    return ResumePlan(None, f"there is no checkpoint in {output_dir} yet{aside}: starting from the beginning")
 
 
 def _whole_ones(checkpoints: list[CheckpointFolder]) -> str:

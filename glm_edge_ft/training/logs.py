@@ -129,6 +129,14 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def forget_evaluations(metrics_file: Path, step: int) -> None:
+    """Drop the evaluations at `step`, which are about to be done again, so that each stands once in the file."""
+    lines = read_metrics(metrics_file)
+    kept = [line for line in lines if line.get("step") != step or not {"eval_loss", "test_loss"} & set(line)]
+    if len(kept) < len(lines):
+        metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
 def format_comparison(log_history: Sequence[Mapping[str, Any]], after: Mapping[str, Any] | None) -> str:
     """Return a table of the dev metrics of the first evaluation against those of `after`, or "" without two of them.
 

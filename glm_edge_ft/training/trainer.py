@@ -7,9 +7,10 @@ over.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,13 +24,22 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from glm_edge_ft.errors import RunStopped
-from glm_edge_ft.training.checkpoints import STATE_FILE, publish, staging_folder
+from glm_edge_ft.training.checkpoints import RANDOM_STATE_PREFIX, STATE_FILE, publish, staging_folder
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches
 from glm_edge_ft.training.loss import IGNORED_LABEL
+
+_NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the uninterrupted run"
 
 
 class NonFiniteLossError(RunStopped):
     """The loss of a batch is NaN or infinite."""
+
+
+def _start_loader_process(then: Callable[[int], None] | None, worker: int) -> None:
+    """Prepare a loader process: a terminal sends Ctrl-C to all processes, and only the main one should answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 class LengthGroupedEpochSampler(Sampler[int]):
@@ -102,6 +112,12 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self._epoch_sampler = LengthGroupedEpochSampler(dataset.lengths, group_size, seed)
         return self._epoch_sampler
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the parent's loader, whose processes leave Ctrl-C to the main process."""
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = functools.partial(_start_loader_process, loader.worker_init_fn)
+        return loader
+
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # called with keywords alone
         if self._epoch_sampler is not None:
             self._epoch_sampler.set_epoch(kwargs["epoch"])
@@ -129,15 +145,12 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             self._tokens_since_log, self._clock_since_log = 0, now
         super().log(logs, start_time)
 
-    @contextlib.contextmanager
-    def _pause(self) -> Iterator[None]:
-        """Keep what happens inside out of the training throughput."""
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save as the parent does, and keep the time of it out of the training throughput."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._clock_since_log:
-                self._clock_since_log += time.perf_counter() - start
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        now = time.perf_counter()
+        self._clock_since_log = self._clock_since_log + now - start if self._tokens_since_log else now
 
     def _report_nonfinite_loss(self, value: float) -> None:
         text = (
@@ -161,6 +174,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             batch_sampler=mine,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=functools.partial(_start_loader_process, None),
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own: an evaluation must not move the training's random state
         )
@@ -202,12 +216,6 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         whole row, reference included. Here the loss is a sum over all tokens divided by their number, and replies are
         generated from prompts that end at the assistant marker.
         """
-        with self._pause():
-            return self._evaluate_by_loss_and_replies(dataloader, description, ignore_keys, metric_key_prefix)
-
-    def _evaluate_by_loss_and_replies(
-        self, dataloader: DataLoader, description: str, ignore_keys: list[str] | None, metric_key_prefix: str
-    ) -> EvalLoopOutput:
         data: Any = dataloader.dataset
         self._loss_sum, self._loss_tokens = torch.zeros(()), torch.zeros((), dtype=torch.long)
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
@@ -242,10 +250,6 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write the checkpoint under another name, complete it, then rename it (whole or invisible)."""
-        with self._pause():
-            self._write_checkpoint(model, trial)
-
-    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         output_dir = Path(self.args.output_dir)
         staging = staging_folder(output_dir)
         if self.args.should_save:
@@ -300,12 +304,14 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the random state; without a readable one the run goes on and says that it is not bit-exact (R6)."""
+        if checkpoint is not None and not list(Path(checkpoint).glob(f"{RANDOM_STATE_PREFIX}*")):
+            self.reply_tools.warn(f"{checkpoint} holds no random state: {_NOT_BIT_EXACT}")
+            return
         try:
             super()._load_rng_state(checkpoint)
         except Exception as error:  # torch.load raises whatever the broken bytes lead to
             self.reply_tools.warn(
-                f"the random state in {checkpoint} cannot be read ({type(error).__name__}): the run goes on from it, "
-                "but dropout will differ from the uninterrupted run"
+                f"the random state in {checkpoint} cannot be read ({type(error).__name__}): {_NOT_BIT_EXACT}"
             )
 
     def has_steps_left(self, checkpoint: Path) -> bool:

@@ -98,6 +98,40 @@ def test_weights_that_are_missing_altogether_are_said(tmp_path: Path) -> None:
         resolve_resume("2", tmp_path)
 
 
+def test_a_renamed_checkpoint_is_not_whole(output: Path) -> None:
+    """Its state says another step than its name."""
+    (output / "checkpoint-10").rename(output / "checkpoint-77")
+    with pytest.raises(UserError, match="checkpoint-77 is not whole: its state says step 10: was the folder renamed"):
+        resolve_resume("77", output)
+
+
+def test_a_checkpoint_of_the_model_alone_cannot_be_continued_from(tmp_path: Path) -> None:
+    """`save_only_model` leaves no optimizer: going on from it would restart the learning rate in silence."""
+    staged = fill(staging_folder(tmp_path) / "checkpoint-2", 2)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (staged / name).unlink()
+    publish(staged, tmp_path)
+    with pytest.raises(UserError, match=r"is not whole: optimizer\.pt is missing"):
+        resolve_resume("2", tmp_path)
+
+
+def test_a_random_state_is_no_part_of_wholeness(tmp_path: Path) -> None:
+    """R6: the run says that it is not bit-exact, and goes on."""
+    staged = fill(staging_folder(tmp_path) / "checkpoint-2", 2)
+    (staged / "rng_state.pth").write_bytes(b"random")
+    folder = publish(staged, tmp_path)
+    (folder / "rng_state.pth").write_bytes(b"")
+    assert resolve_resume("2", tmp_path).path == folder
+
+
+def test_yes_says_where_an_earlier_run_was_set_aside(output: Path) -> None:
+    """A fresh start moved the checkpoints; `yes` then finds none, and names them."""
+    set_aside_earlier_run(output)
+    plan = resolve_resume("yes", output)
+    assert plan.path is None
+    assert f"(an earlier run's lie in {output / 'earlier' / '1'})" in plan.notice
+
+
 def test_yes_before_any_checkpoint_is_a_fresh_start_with_a_notice(tmp_path: Path) -> None:
     """R2."""
     plan = resolve_resume("yes", tmp_path / "nothing")

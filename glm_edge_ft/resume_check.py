@@ -1,0 +1,120 @@
+"""What changed between the run that wrote a checkpoint and the run that wants to continue from it.
+
+What would break the continuation, or bend it unseen, is refused with both values; what only makes it another run than
+the uninterrupted one is said. The earlier run is known by its `run.json` and by the adapter's own config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.errors import Problem
+
+if TYPE_CHECKING:
+    from glm_edge_ft.config import RunConfig
+
+KEPT_BY_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+"""Values that lie in the saved optimizer and scheduler, so that a new one in the config has no effect."""
+
+SAID = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "train_sampling_strategy",
+    "seed",
+    "data_seed",
+    "max_steps",
+    "num_train_epochs",
+    "lr_scheduler_type",
+    "warmup_steps",
+)
+"""Values that take effect, and make the run another one than it would have been."""
+
+_FREE_ADAPTER_KEYS = frozenset(
+    {
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "peft_version",
+        "auto_mapping",
+        "task_type",
+    }
+)
+
+
+_DERIVED_ADAPTER_KEYS = frozenset(
+    {"encoder_hidden_size", "num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"}
+)
+"""What PEFT fills in from the model where the config is silent, so that the saved value says nothing of the config."""
+
+
+def compare_with_checkpoint(
+    checkpoint: Path, config: RunConfig, model: str, train_fingerprint: str, adapter: Mapping[str, Any] | None
+) -> tuple[list[Problem], list[str]]:
+    """Return what stands against continuing from `checkpoint`, and notices of what changed.
+
+    Args:
+        checkpoint: a whole checkpoint, in its run's output folder.
+        config: today's config.
+        model: the MODEL argument.
+        train_fingerprint: key of today's encoded training data.
+        adapter: today's PEFT config as a dict, or None for full fine-tuning.
+    """
+    problems = _compare_adapters(checkpoint, _read(checkpoint / "adapter_config.json"), adapter)
+    record = _read(checkpoint.parent / "run.json")
+    if record is None:
+        return problems, []
+    again = "write the old value, or start afresh (RESUME no)"
+    if record.get("model") != model:
+        problems.append(Problem(f"MODEL {model}", f"{checkpoint} was trained from {record.get('model')}", again))
+    old = (record.get("config") or {}).get("training_args") or {}
+    new = config.training_args
+    if old.get("optim") != new.get("optim"):
+        what = f"{new.get('optim', 'the default')}, but {checkpoint} was trained with {old.get('optim', 'the default')}"
+        problems.append(Problem("training_args.optim", what, again))
+    notices = []
+    for key in KEPT_BY_THE_OPTIMIZER:
+        if old.get(key) != new.get(key):
+            what = f"training_args.{key} {old.get(key)} -> {new.get(key)}"
+            notices.append(f"{what}: no effect, the checkpoint's optimizer keeps its own; only a fresh start takes it")
+    for key in SAID:
+        if old.get(key) != new.get(key):
+            notices.append(f"training_args.{key} {old.get(key)} -> {new.get(key)} since the checkpoint was written")
+    if ((record.get("data") or {}).get("train") or {}).get("fingerprint") != train_fingerprint:
+        notices.append("the training data, or how it is encoded, changed since the checkpoint was written")
+    return problems, notices
+
+
+def _compare_adapters(checkpoint: Path, old: dict[str, Any] | None, new: Mapping[str, Any] | None) -> list[Problem]:
+    kinds = [_comparable(settings["peft_type"]) if settings else "full fine-tuning" for settings in (old, new)]
+    if kinds[0] != kinds[1]:
+        what = f"{kinds[1]}, but {checkpoint} was trained with {kinds[0]}"
+        return [Problem("peft_config", what, "give the config of that run, or start afresh (RESUME no)")]
+    if not old or not new:
+        return []
+    problems = []
+    for key in sorted((set(old) | set(new)) - _FREE_ADAPTER_KEYS):
+        values = [_comparable(settings.get(key)) for settings in (old, new)]
+        if values[0] != values[1] and not (key in _DERIVED_ADAPTER_KEYS and values[1] is None):
+            what = f"{values[1]}, but {checkpoint} was trained with {values[0]}"
+            problems.append(Problem(f"peft_config.{key}", what, "write the old value, or start afresh (RESUME no)"))
+    return problems
+
+
+def _comparable(value: Any) -> Any:
+    """Return a value as it reads back from JSON, sets in order."""
+    if isinstance(value, set | frozenset | list | tuple):
+        return sorted(value, key=str)
+    return json.loads(json.dumps(value, default=str))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object, or None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
