@@ -12,17 +12,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from glm_edge_ft.model.nano_exchanges import EXCHANGES, Turn, remembered_name
-from glm_edge_ft.model.nano_sentences import paragraph
+from glm_edge_ft.model.nano_exchanges import EXCHANGES, Turn, remembered_name, some_english_words, some_words
+from glm_edge_ft.model.nano_sentences import draw_characters, paragraph
 from glm_edge_ft.model.nano_words import SYSTEM_PROMPTS
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document of the corpus: plain text, or the messages of a chat (then `text` is empty)."""
+    """One document of the corpus: plain text or a chat.
+
+    Attributes:
+        text: plain text; empty for a chat.
+        messages: the turns of a chat; empty for plain text.
+    """
 
     text: str = ""
     messages: tuple[dict[str, str], ...] = ()
+
+
+def copying_drill(rng: Random) -> str:
+    """Return a random sequence of characters or words that is written two to four times.
+
+    Only looking back helps to predict the later times, and every everyday character occurs in some of them.
+    """
+    kind = rng.random()
+    if kind < 0.4:
+        text = draw_characters(rng, rng.randint(2, 16))
+    elif kind < 0.7:
+        text = rng.choice(("", "，", " ")).join(some_words(rng, rng.randint(2, 7)))
+    else:
+        text = " ".join(some_english_words(rng, rng.randint(2, 7)))
+    return rng.choice(("\n", "。", "；", " ")).join([text] * rng.randint(2, 4))
 
 
 def _turns(rng: Random) -> list[Turn]:
@@ -49,10 +69,13 @@ def chat(rng: Random) -> tuple[dict[str, str], ...]:
 
 
 def generate_corpus(seed: int, count: int) -> Iterator[Document]:
-    """Yield `count` documents, about a quarter of them plain text; the same seed gives the same documents."""
+    """Yield `count` documents: a tenth copying drills, a quarter plain text, the rest chats; one seed, one corpus."""
     rng = Random(seed)
     for _ in range(count):
-        if rng.random() < 0.25:
+        kind = rng.random()
+        if kind < 0.1:
+            yield Document(text=copying_drill(rng))
+        elif kind < 0.35:
             yield Document(text=paragraph(rng))
         else:
             yield Document(messages=chat(rng))

@@ -6,25 +6,27 @@ from collections.abc import Callable
 from random import Random
 
 from glm_edge_ft.model import nano_words as words
-from glm_edge_ft.model.nano_sentences import (
-    capital,
-    chinese_sentence,
-    copy_words,
-    english_sentence,
-    story,
-    with_article,
-)
+from glm_edge_ft.model.nano_sentences import capital, chinese_sentence, draw_word, english_sentence, story, with_article
 
 Turn = tuple[str, str]
 
+_ENGLISH_POOLS = (words.ANIMALS, words.FRUITS, words.VEGETABLES, words.OBJECTS, words.COLOURS, words.ADJECTIVES)
+ENGLISH_WORDS = sorted({*words.ENGLISH_EXTRA, *(pair[1] for pool in _ENGLISH_POOLS for pair in pool)})
 
-def _some_words(rng: Random, count: int) -> list[str]:
-    return rng.sample(copy_words(), count)
+
+def some_words(rng: Random, count: int) -> list[str]:
+    """Return `count` different common Chinese words."""
+    found: list[str] = []
+    while len(found) < count:
+        word = draw_word(rng)
+        if word not in found:
+            found.append(word)
+    return found
 
 
-def _english_words(rng: Random, count: int) -> list[str]:
-    pools = (words.ANIMALS, words.FRUITS, words.VEGETABLES, words.OBJECTS, words.COLOURS, words.ADJECTIVES)
-    return rng.sample(sorted({*words.ENGLISH_EXTRA, *(pair[1] for pool in pools for pair in pool)}), count)
+def some_english_words(rng: Random, count: int) -> list[str]:
+    """Return `count` different English words."""
+    return rng.sample(ENGLISH_WORDS, count)
 
 
 def _gibberish(rng: Random) -> str:
@@ -42,11 +44,11 @@ def _join_english(items: list[str]) -> str:
 def _quoted_copy(rng: Random) -> Turn:
     kind = rng.random()
     if kind < 0.45:
-        text = "".join(_some_words(rng, rng.randint(1, 5)))
+        text = "".join(some_words(rng, rng.randint(1, 5)))
     elif kind < 0.6:
         text = chinese_sentence(rng)
     elif kind < 0.75:
-        text = " ".join(_english_words(rng, rng.randint(1, 5)))
+        text = " ".join(some_english_words(rng, rng.randint(1, 5)))
     elif kind < 0.85:
         text = english_sentence(rng)
     else:
@@ -66,12 +68,12 @@ def _quoted_copy(rng: Random) -> Turn:
 def _copied_list(rng: Random) -> Turn:
     count = rng.randint(2, 6)
     if rng.random() < 0.7:
-        items = _some_words(rng, count)
+        items = some_words(rng, count)
         mark = rng.choice((" ", "，", "/", "、", "\n", "；", "|"))
         ask = rng.choice(("把这些词用顿号连起来：{}", "请把这些词写成一句：{}", "列出这些词：{}"))
         replies = {"把": "、".join(items), "请": f"这里有{_join_chinese(items)}。", "列": "\n".join(items)}
         return ask.format(mark.join(items)), replies[ask[0]]
-    items = _english_words(rng, count)
+    items = some_english_words(rng, count)
     ask = rng.choice(("Join these words: {}", "Put these words in a sentence: {}", "List these words: {}"))
     replies = {"J": ", ".join(items), "P": f"Here we have {_join_english(items)}.", "L": "\n".join(items)}
     return ask.format(rng.choice((" ", "/", "; ")).join(items)), replies[ask[0]]
@@ -82,12 +84,12 @@ def _pick_from_list(rng: Random) -> Turn:
     index = rng.randrange(4)
     position = index if index < 3 else -1
     if rng.random() < 0.7:
-        items = _some_words(rng, rng.randint(3, 5))
+        items = some_words(rng, rng.randint(3, 5))
         return (
             f"“{'、'.join(items)}”里{ordinals[index][0]}个词是什么？",
             f"{ordinals[index][0]}个词是“{items[position]}”。",
         )
-    items = _english_words(rng, rng.randint(3, 5))
+    items = some_english_words(rng, rng.randint(3, 5))
     return (
         f"Which word is the {ordinals[index][1]} one: {', '.join(items)}?",
         f"The {ordinals[index][1]} word is {items[position]}.",
@@ -96,7 +98,7 @@ def _pick_from_list(rng: Random) -> Turn:
 
 def _word_lookup(rng: Random) -> Turn:
     keys = rng.sample([name[0] for name in words.NAMES], 3)
-    values = [rng.choice(copy_words()) for _ in keys]
+    values = [draw_word(rng) for _ in keys]
     index = rng.randrange(3)
     stated = "，".join(f"{key}写的是{value}" for key, value in zip(keys, values, strict=True))
     return f"{stated}。{keys[index]}写的是什么？", f"{keys[index]}写的是{values[index]}。"
@@ -104,7 +106,7 @@ def _word_lookup(rng: Random) -> Turn:
 
 def _make_sentence(rng: Random) -> Turn:
     person, place = rng.choice(words.PEOPLE + words.NAMES)[0], rng.choice(words.PLACES)[0]
-    first, second, third = _some_words(rng, 3)
+    first, second, third = some_words(rng, 3)
     if rng.random() < 0.4:
         return f"用“{first}”造句。", rng.choice(
             (f"{person}在{place}说起了{first}。", f"我们今天学习了“{first}”。", f"说到{first}，{person}有很多话要说。")
@@ -291,7 +293,7 @@ def _greeting(rng: Random) -> Turn:
 def remembered_name(rng: Random) -> list[Turn]:
     """Return two exchanges, of which the second asks for what the first has told."""
     name, city, sport = rng.choice(words.NAMES)[0], rng.choice(words.CITIES)[0], rng.choice(words.SPORTS)[0]
-    word = rng.choice(copy_words())
+    word = draw_word(rng)
     asked = rng.choice(
         (
             ("我叫什么？", f"你叫{name}。"),

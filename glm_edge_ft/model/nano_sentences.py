@@ -12,44 +12,62 @@ from glm_edge_ft.model import nano_words as words
 
 COMMON_WORD_FREQUENCY = 120
 WORD_FLAGS = frozenset({"n", "v", "a", "vn", "s", "t", "an", "ad", "b", "d", "z"})
+EVERYDAY_CHARACTERS = 3000
+CHINESE_PUNCTUATION = "，。！？：；、“”‘’（）《》…—"
 FIRST_CJK, LAST_CJK = "\u4e00", "\u9fff"
 
 
 @dataclass(frozen=True)
 class DictionaryWord:
-    """A word of jieba's dictionary with its frequency."""
+    """A word of jieba's dictionary with its frequency and its part of speech."""
 
     text: str
     frequency: int
+    flag: str
 
 
 @lru_cache(maxsize=1)
 def dictionary_words() -> tuple[DictionaryWord, ...]:
-    """Return jieba's dictionary words of ordinary kinds, all in CJK characters, most frequent first."""
+    """Return the words of jieba's dictionary that are all in CJK characters, most frequent first."""
     found: list[DictionaryWord] = []
     with jieba.get_dict_file() as file:
         for line in file:
             text, frequency, flag = line.decode("utf-8").split()
-            if flag in WORD_FLAGS and all(FIRST_CJK <= character <= LAST_CJK for character in text):
-                found.append(DictionaryWord(text, int(frequency)))
+            if all(FIRST_CJK <= character <= LAST_CJK for character in text):
+                found.append(DictionaryWord(text, int(frequency), flag))
     return tuple(sorted(found, key=lambda word: (-word.frequency, word.text)))
 
 
 @lru_cache(maxsize=1)
 def copy_words() -> tuple[str, ...]:
-    """Return the common words of two to four characters that the copying exercises draw from."""
+    """Return the common words of two to four characters that the copying exercises draw from, without names."""
     return tuple(
-        word.text for word in dictionary_words() if word.frequency >= COMMON_WORD_FREQUENCY and 2 <= len(word.text) <= 4
+        word.text
+        for word in dictionary_words()
+        if word.flag in WORD_FLAGS and word.frequency >= COMMON_WORD_FREQUENCY and 2 <= len(word.text) <= 4
     )
 
 
-def common_characters(count: int) -> list[str]:
+@lru_cache(maxsize=4)
+def common_characters(count: int) -> tuple[str, ...]:
     """Return the `count` most frequent characters of the dictionary, each word weighted by its frequency."""
     totals: dict[str, int] = {}
     for word in dictionary_words():
         for character in word.text:
             totals[character] = totals.get(character, 0) + word.frequency
-    return sorted(totals, key=lambda character: (-totals[character], character))[:count]
+    return tuple(sorted(totals, key=lambda character: (-totals[character], character))[:count])
+
+
+def draw_word(rng: Random) -> str:
+    """Return a common word, the most frequent ones far more often: half of the draws fall on the first 600 or so."""
+    drawn = copy_words()
+    return drawn[int(len(drawn) * rng.random() ** 5)]
+
+
+def draw_characters(rng: Random, count: int) -> str:
+    """Return `count` everyday characters in a row, the most frequent ones more often."""
+    drawn = common_characters(EVERYDAY_CHARACTERS)
+    return "".join(drawn[int(len(drawn) * rng.random() ** 3)] for _ in range(count))
 
 
 def capital(text: str) -> str:
@@ -72,7 +90,7 @@ def chinese_sentence(rng: Random) -> str:
     animal, thing = choice(words.ANIMALS)[0], choice(words.OBJECTS + words.CLOTHES)[0]
     adjective, feeling = choice(words.ADJECTIVES)[0], choice(words.FEELINGS)[0]
     colour, other_colour = (pair[0] for pair in rng.sample(words.COLOURS, 2))
-    weather, sport, word = choice(words.WEATHER), choice(words.SPORTS)[0], choice(copy_words())
+    weather, sport, word = choice(words.WEATHER), choice(words.SPORTS)[0], draw_word(rng)
     frames = (
         f"{time}，{person}去{place}，觉得很{feeling}。",
         f"{person}喜欢吃{food}，也喜欢喝{drink}。",

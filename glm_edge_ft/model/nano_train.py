@@ -4,15 +4,16 @@ The shipped folder was made on two CPU cores by
 
     python -m glm_edge_ft.model.nano_train --out glm_edge_ft/model/embedded/glm-edge-nano --seed 7
 
-Each 50 steps it prints the mean loss since the last line (natural log, next token, all tokens), the learning rate and
-the speed; at the end the greedy replies to a few prompts. The same seed on the same machine and versions writes the
-same files.
+Each 50 steps it prints the mean loss since the last line (natural log, next token, all tokens) and the speed; at
+the end the greedy replies to a few prompts. The same seed on the same machine and versions writes the same files.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,12 +26,16 @@ from transformers import GenerationConfig, GlmForCausalLM, PreTrainedTokenizerBa
 
 from glm_edge_ft.model import nano
 from glm_edge_ft.model.nano_corpus import Document, generate_corpus
-from glm_edge_ft.model.nano_sentences import common_characters, dictionary_words
+from glm_edge_ft.model.nano_sentences import (
+    CHINESE_PUNCTUATION,
+    EVERYDAY_CHARACTERS,
+    common_characters,
+    dictionary_words,
+)
 
 BASE_VOCABULARY = 5100
 TOKENIZER_DOCUMENTS = 20_000
-TOKENIZER_CHARACTERS = 3000
-CHARACTER_REPEATS = 600
+CHARACTER_REPEATS = 1000
 TOKENIZER_WORDS = 20_000
 ROW_LENGTH = 256
 IGNORED = -100
@@ -48,17 +53,21 @@ PROBES = (
 
 
 def _tokenizer_texts(seed: int) -> Iterator[str]:
-    """Yield the texts that BPE learns from: the corpus, then characters and words of the dictionary, each by itself.
+    """Yield the texts that BPE learns from: single characters and words, each by itself.
 
-    The characters are repeated so that each everyday one becomes a token before longer words do.
+    No sentences, whose frames would become tokens. The characters are repeated so often that each everyday one is a
+    token before words are.
     """
-    for document in generate_corpus(seed, TOKENIZER_DOCUMENTS):
-        yield document.text
-        yield from (message["content"] for message in document.messages)
-    for character in common_characters(TOKENIZER_CHARACTERS):
+    for character in (*CHINESE_PUNCTUATION, *common_characters(EVERYDAY_CHARACTERS)):
         yield from [character] * CHARACTER_REPEATS
+    counts: Counter[str] = Counter()
+    for document in generate_corpus(seed, TOKENIZER_DOCUMENTS):
+        for text in (document.text, *(message["content"] for message in document.messages)):
+            counts.update(re.findall(r" ?[A-Za-z]+", text))
+    for text, count in sorted(counts.items()):
+        yield from [text] * (6 * round(math.sqrt(count)))
     for word in dictionary_words()[:TOKENIZER_WORDS]:
-        yield from [word.text] * max(1, round(math.sqrt(word.frequency) / 10))
+        yield from [word.text] * round(math.sqrt(word.frequency) / 4)
 
 
 def train_tokenizer(texts: Iterable[str], base_vocabulary: int = BASE_VOCABULARY) -> PreTrainedTokenizerFast:
@@ -93,10 +102,10 @@ def train_tokenizer(texts: Iterable[str], base_vocabulary: int = BASE_VOCABULARY
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> tuple[list[int], list[int]]:
-    """Return ids and labels of a document that ends with `<|endoftext|>`.
+def encode_document(tokenizer: PreTrainedTokenizerBase, document: Document) -> tuple[list[int], list[int]]:
+    """Return the ids of a document, `<|endoftext|>` at the end, and its labels, -100 where nothing is to be learned.
 
-    A chat ends with `<|user|>` first, the token that stops a reply; that `<|endoftext|>` follows it is not taught.
+    A chat ends with the `<|user|>` that stops a reply; that `<|endoftext|>` follows it is not learned.
     """
     end = nano.token_id(tokenizer, nano.PAD_TOKEN)
     if not document.messages:
@@ -118,7 +127,7 @@ def packed_rows(
     row_ids: list[int] = []
     row_labels: list[int] = []
     for document in documents:
-        ids, labels = _encode(tokenizer, document)
+        ids, labels = encode_document(tokenizer, document)
         if row_ids and len(row_ids) + len(ids) > length:
             missing = length - len(row_ids)
             yield row_ids + [end] * missing, row_labels + [IGNORED] * missing
@@ -129,25 +138,29 @@ def packed_rows(
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def _learning_rate(step: int, steps: int, peak: float, warmup: int = 40) -> float:
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+def _rate_factor(step: int, steps: int, warmup: int = 40) -> float:
+    """Return the part of the peak learning rate at a step: it rises, stays, and falls from half way."""
+    return min(1.0, (step + 1) / warmup, 0.02 + 2 * (steps - step) / steps)
 
 
-def _optimizer(model: GlmForCausalLM) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+def _optimizers(model: GlmForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the layers and AdamW, at a third of its rate, for all other weights."""
+    matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and ".layers." in name]
+    others = [weight for name, weight in model.named_parameters() if weight.dim() != 2 or ".layers." not in name]
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=peak / 3, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
 
 
 def train_model(
     model: GlmForCausalLM, rows: Iterator[tuple[list[int], list[int]]], steps: int, batch_size: int, peak: float
 ) -> float:
     """Train `model` in place for `steps` batches of rows, each row seen once; return the last 50 steps' mean loss."""
-    optimizer = _optimizer(model)
+    optimizers = _optimizers(model, peak)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_factor(step, steps)) for optimizer in optimizers
+    ]
     model.train()
     recent: list[float] = []
     started = time.monotonic()
@@ -155,19 +168,18 @@ def train_model(
         batch = list(islice(rows, batch_size))
         input_ids = torch.tensor([ids for ids, _ in batch])
         labels = torch.tensor([labels for _, labels in batch])
-        rate = _learning_rate(step, steps, peak)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
         recent = [*recent[-49:], loss.item()]
         if (step + 1) % 50 == 0 or step + 1 == steps:
             speed = (step + 1) * batch_size * ROW_LENGTH / (time.monotonic() - started)
             mean = sum(recent) / len(recent)
-            print(f"step {step + 1}/{steps}  loss {mean:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s", flush=True)
+            print(f"step {step + 1}/{steps}  loss {mean:.4f}  {speed:,.0f} tokens/s", flush=True)
     return sum(recent) / len(recent)
 
 
@@ -185,10 +197,12 @@ def main(
     *,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     seed: Annotated[int, typer.Option(help="Of the corpus, the weights' start and the order.")] = 7,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(help="Rows of 256 tokens in a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Its peak, after 40 steps of warm-up.")] = 3e-3,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1200,
+    batch_size: Annotated[int, typer.Option(help="Rows of 256 tokens in a step.")] = 8,
+    learning_rate: Annotated[
+        float, typer.Option(help="Of the layers, at its peak; a third of it for the rest.")
+    ] = 0.01,
+    threads: Annotated[int, typer.Option(help="CPU threads; the shipped folder was made with one.")] = 1,
 ) -> None:
     """Train the tokenizer and the model, and write the whole folder."""
     torch.manual_seed(seed)
@@ -200,8 +214,9 @@ def main(
         f"{len(tokenizer):,} tokens, {model.num_parameters():,} parameters, {time.monotonic() - started:.0f} s",
         flush=True,
     )
-    documents = generate_corpus(seed + 1, steps * batch_size * ROW_LENGTH)  # more than the rows can hold; read lazily
-    loss = train_model(model, packed_rows(tokenizer, documents), steps, batch_size, learning_rate)
+    enough = steps * batch_size * ROW_LENGTH  # more documents than the rows can hold; they are made as they are read
+    rows = packed_rows(tokenizer, generate_corpus(seed + 1, enough))
+    loss = train_model(model, rows, steps, batch_size, learning_rate)
 
     model.generation_config = GenerationConfig(
         eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id
