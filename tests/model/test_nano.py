@@ -19,6 +19,7 @@ from glm_edge_ft.model.nano_corpus import Document, generate_corpus
 from glm_edge_ft.model.nano_sentences import common_characters
 from glm_edge_ft.model.nano_train import IGNORED, encode_document, packed_rows, train_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = EMBEDDED_MODELS["glm-edge-nano"]
 CONVERSATION = [
     {"role": "system", "content": "你是助手。"},
@@ -64,7 +65,7 @@ def test_resolving_a_name_loads_nothing_heavy() -> None:
         "import sys; from glm_edge_ft.model.nano import resolve_embedded; resolve_embedded('glm-edge-nano'); "
         "print([name for name in ('torch', 'transformers', 'jieba') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
