@@ -164,6 +164,8 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
     config, checkpoint, args = prepared.plan.config, prepared.checkpoint, prepared.training_arguments
+    if not args.deepspeed:
+        keep_deepspeed_out()
     base = load_weights(checkpoint, getattr(torch, prepared.precision.weights))
     install_supervised_loss(base)
     torch.manual_seed(args.seed)  # the adapter's first values
@@ -182,6 +184,17 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def keep_deepspeed_out() -> None:
+    """Keep accelerate from importing DeepSpeed where a run does not use it.
+
+    accelerate 1.15 imports it wherever it is installed, to ask whether a model is wrapped in its engine. That takes
+    seconds, prints warnings, and fails on machines where DeepSpeed was built for other libraries.
+    """
+    import accelerate.utils.other
+
+    accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
 def build_reply_tools(prepared: Prepared) -> ReplyTools:

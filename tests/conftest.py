@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+# The models of the tests are so small that a second thread only waits, and on a busy machine it waits long. Set before
+# torch is imported, here and in the processes that the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings

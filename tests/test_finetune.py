@@ -78,12 +78,12 @@ def test_data_files_and_resume_are_checked_with_the_rest(tmp_path: Path) -> None
     """Exit 2: missing data files by name, and RESUME that names no checkpoint, in one message."""
     (tmp_path / "trian.jsonl").write_text("", encoding="utf-8")
     done = finetune(
-        str(tmp_path), "glm-edge-nano", "configs/demo.yaml", "99", "--set", f"training_args.output_dir={tmp_path}"
+        str(tmp_path), "glm-edge-nano", "configs/demo.yaml", "99", "--set", f"training_args.output_dir={tmp_path}/out"
     )
     assert done.returncode == 2
     assert "4 problems" in done.stderr
     assert "did you mean trian.jsonl" in done.stderr
-    assert f"there is no checkpoint-99 in {tmp_path}" in done.stderr
+    assert f"there is no checkpoint-99 in {tmp_path}/out" in done.stderr
 
 
 def test_mistakes_in_the_config_do_not_hide_those_beside_it(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_json_without_check_or_preview_is_refused() -> None:
     """There would be nothing to write."""
     done = finetune(*DEMO, "--json", "x.json")
     assert done.returncode == 2
-    assert "--json: goes with --check or --preview" in done.stderr
+    assert "--json: goes with either --check or --preview" in done.stderr
 
 
 def test_resume_behaves_as_the_guide_says(tmp_path: Path) -> None:
