@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -89,6 +90,9 @@ def execute(request: RunRequest) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Chinese Windows console is GBK: show what it lacks as an escape
             stream.reconfigure(errors="backslashreplace")
+    # Read when torch is imported. Threads that wait busily for one another slow a CPU run tenfold and more as soon as
+    # anything else wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     raise typer.Exit(_run_and_report(request))
 
 
