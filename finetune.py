@@ -15,29 +15,9 @@ Continue from the newest checkpoint, or from checkpoint 600:
     python finetune.py data/demo glm-edge-nano configs/demo.yaml 600
 """
 
-import typer
-
 from glm_edge_ft import cli
-from glm_edge_ft.preflight import RunRequest
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-@app.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-def main(
-    data_dir: cli.DataDir,
-    model: cli.Model,
-    config: cli.Config,
-    resume: cli.Resume = None,
-    overrides: cli.Overrides = None,
-    check: cli.Check = False,
-    preview: cli.Preview = None,
-    json_path: cli.JsonPath = None,
-) -> None:
-    """Hand the command line to the recipe."""
-    request = RunRequest(data_dir, model, config, resume, tuple(overrides or ()), check, preview, json_path)
-    cli.execute(request)
-
+app = cli.make_app(__doc__, takes_images=False)
 
 if __name__ == "__main__":
     app()

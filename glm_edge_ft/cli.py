@@ -28,7 +28,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Folder of a model, a hub id such as THUDM/glm-edge-1.5b-chat, or the embedded model glm-edge-nano.",
+        help="Folder of a model, a hub id such as THUDM/glm-edge-1.5b-chat or THUDM/glm-edge-v-2b, or an embedded "
+        "model: glm-edge-nano, glm-edge-v-nano.",
         show_default=False,
     ),
 ]
@@ -83,6 +84,33 @@ JsonPath = Annotated[
         show_default=False,
     ),
 ]
+
+
+def make_app(help_text: str, takes_images: bool) -> typer.Typer:
+    """Return a script's command: its arguments and options, handed to the recipe.
+
+    Args:
+        help_text: what `--help` shows; each block after a line with a backslash and a b keeps its lines.
+        takes_images: whether it trains vision models.
+    """
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+    @app.command(help=help_text, context_settings={"help_option_names": ["-h", "--help"]})
+    def main(
+        data_dir: DataDir,
+        model: Model,
+        config: Config,
+        resume: Resume = None,
+        overrides: Overrides = None,
+        check: Check = False,
+        preview: Preview = None,
+        json_path: JsonPath = None,
+    ) -> None:
+        """Hand the command line to the recipe."""
+        overridden = tuple(overrides or ())
+        execute(RunRequest(data_dir, model, config, resume, overridden, check, preview, json_path, takes_images))
+
+    return app
 
 
 def execute(request: RunRequest) -> None:

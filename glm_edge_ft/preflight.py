@@ -21,12 +21,15 @@ from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.model.loading import ModelLocation, locate_model
 from glm_edge_ft.resume_check import compare_with_checkpoint
 from glm_edge_ft.training.checkpoints import ResumePlan, find_checkpoints, resolve_resume
+from glm_edge_ft.vision_check import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, Seq2SeqTrainingArguments
 
     from glm_edge_ft.data.dataset import EncodedDataset
     from glm_edge_ft.data.encoding import ConversationEncoder
+    from glm_edge_ft.data.image_check import ImageCheck
+    from glm_edge_ft.data.placeholders import ImageSettings
     from glm_edge_ft.model.loading import Checkpoint
     from glm_edge_ft.model.memory import MemoryEstimate
     from glm_edge_ft.model.precision import Precision
@@ -36,7 +39,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One command line, as given."""
+    """One command line, as given; `takes_images` tells finetune_vision.py from finetune.py."""
 
     data_dir: Path
     model: str
@@ -46,6 +49,7 @@ class RunRequest:
     check: bool = False
     preview: int | None = None
     json_path: Path | None = None
+    takes_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class Prepared:
     Attributes:
         datasets: encoded rows by split, `train` and, where the config names them, `val` and `test`.
         parameters: (trainable, all) parameter counts with the adapter in place.
+        keeps_vision: whether the model has a vision part that is not trained.
+        image_processor: of a vision model, for runs that take images; else None.
+        image_check: what is known of the images; None where there are none or they were not opened.
     """
 
     plan: Plan
@@ -78,6 +85,9 @@ class Prepared:
     memory: MemoryEstimate
     training_arguments: Seq2SeqTrainingArguments
     generation_config: GenerationConfig
+    keeps_vision: bool
+    image_processor: Any
+    image_check: ImageCheck | None
 
 
 def check_inputs(request: RunRequest) -> Plan:
@@ -108,8 +118,6 @@ def check_inputs(request: RunRequest) -> Plan:
     assert location is not None and config is not None and output_dir is not None  # each has its problem otherwise
     for notice in config.notices:
         show_notice(notice)
-    if config.freezeV:
-        show_notice("freezeV: true has no meaning here: a chat model has no vision tower")
     data = config.data_config
     named = zip(SPLITS, (data.train_file, data.val_file, data.test_file), strict=True)
     files = {split: request.data_dir / name for split, name in named if name is not None}
@@ -162,31 +170,30 @@ def prepare(plan: Plan) -> Prepared:
     Raises UserError with all that is wrong, up to 20 rows of each data file among it.
     """
     from glm_edge_ft.data.encoding import ConversationEncoder
-    from glm_edge_ft.model.loading import build_meta_model, read_checkpoint
+    from glm_edge_ft.model.loading import load_image_processor, read_checkpoint
     from glm_edge_ft.model.memory import estimate_memory
     from glm_edge_ft.model.precision import choose_precision, look_at_machine
-    from glm_edge_ft.model.weight_files import check_weights
 
-    config, problems = plan.config, ProblemList()
-    precision = None
+    config, problems, takes_images = plan.config, ProblemList(), plan.request.takes_images
+    precision = checkpoint = None
     with _collect(problems):
         precision = choose_precision(config.training_args, config.peft_config is not None, look_at_machine())
-    checkpoint = None
     with _collect(problems):
         checkpoint = read_checkpoint(plan.location)
-    if checkpoint is None:
+        check_kind_of_model(checkpoint, config, takes_images)
+    if checkpoint is None or problems.problems:
         problems.raise_if_any()
         raise AssertionError("a checkpoint that was not read has its problem")
-    structure = None
+    keep_vision = keeps_vision(checkpoint, config, takes_images)
+    images = image_settings(checkpoint, config, takes_images)
+    structure = _check_model(config, checkpoint, images, keep_vision, problems)
+    encoder = image_processor = None
     with _collect(problems):
-        structure = look_at_structure(config, checkpoint)
-    with _collect(problems):
-        check_weights(checkpoint, build_meta_model(checkpoint))
-    encoder = None
-    with _collect(problems):
-        encoder = ConversationEncoder(
-            checkpoint.tokenizer, frozenset(checkpoint.stop_ids), config.max_input_length, config.max_output_length
-        )
+        budgets = config.max_input_length, config.max_output_length
+        encoder = ConversationEncoder(checkpoint.tokenizer, frozenset(checkpoint.stop_ids), *budgets, images)
+    if takes_images:
+        with _collect(problems):
+            image_processor = load_image_processor(plan.location)
     training_arguments = generation_config = None
     with _collect(problems):
         generation_config = build_generation_config(config, checkpoint)
@@ -194,13 +201,9 @@ def prepare(plan: Plan) -> Prepared:
         with _collect(problems):
             training_arguments = build_training_arguments(plan, precision)
             check_training_parts(training_arguments)
-    datasets = {}
-    for split, path in plan.data_files.items() if encoder is not None else ():
-        with _collect(problems):
-            datasets[split] = _encode(path, encoder, config.data_config.num_proc)
-            _check_longest_row(path, datasets[split], checkpoint)
+    datasets, image_check = _read_data(plan, encoder, checkpoint, problems)
     if plan.resume.path is not None and structure is not None and "train" in datasets:
-        fingerprint, adapter = datasets["train"].folder.name, structure.adapter
+        fingerprint, adapter = datasets["train"].fingerprint, structure.adapter
         found, notices = compare_with_checkpoint(plan.resume.path, config, plan.location.name, fingerprint, adapter)
         problems.problems += found
         for notice in notices:
@@ -208,11 +211,60 @@ def prepare(plan: Plan) -> Prepared:
     problems.raise_if_any()
     assert precision is not None and encoder is not None and structure is not None  # each has its problem otherwise
     assert training_arguments is not None and generation_config is not None
-    memory = estimate_memory(structure.parameters, structure.trainable, precision.weights)
-    parameters = (structure.trainable, structure.parameters)
     return Prepared(
-        plan, checkpoint, precision, encoder, datasets, parameters, memory, training_arguments, generation_config
+        plan=plan,
+        checkpoint=checkpoint,
+        precision=precision,
+        encoder=encoder,
+        datasets=datasets,
+        parameters=(structure.trainable, structure.parameters),
+        memory=estimate_memory(structure.parameters, structure.trainable, precision.weights),
+        training_arguments=training_arguments,
+        generation_config=generation_config,
+        keeps_vision=keep_vision,
+        image_processor=image_processor,
+        image_check=image_check,
     )
+
+
+def _check_model(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    images: ImageSettings | None,
+    keep_vision: bool,
+    problems: ProblemList,
+) -> Structure | None:
+    """Check adapter, weight files and image vectors against the model's structure; None where the adapter is wrong."""
+    from glm_edge_ft.model.loading import build_meta_model
+    from glm_edge_ft.model.weight_files import check_weights
+
+    structure = None
+    with _collect(problems):
+        structure = look_at_structure(config, checkpoint, keep_vision)
+    with _collect(problems):
+        check_weights(checkpoint, build_meta_model(checkpoint))
+    if images is not None and images.max_images > 0:
+        with _collect(problems):
+            check_vectors(build_meta_model(checkpoint), checkpoint, images)
+    return structure
+
+
+def _read_data(
+    plan: Plan, encoder: ConversationEncoder | None, checkpoint: Checkpoint, problems: ProblemList
+) -> tuple[dict[str, EncodedDataset], ImageCheck | None]:
+    """Encode the data files and open their images; a preview shows rows alone, and opens none."""
+    datasets: dict[str, EncodedDataset] = {}
+    image_check = None
+    if encoder is None:
+        return datasets, image_check
+    for split, path in plan.data_files.items():
+        with _collect(problems):
+            datasets[split] = _encode(path, encoder, plan.config.data_config.num_proc)
+            _check_longest_row(path, datasets[split], checkpoint)
+    if plan.request.takes_images and plan.request.preview is None:
+        with _collect(problems):
+            datasets, image_check = check_images(datasets, plan.config)
+    return datasets, image_check
 
 
 def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainingArguments:
@@ -346,17 +398,17 @@ class Structure:
     adapter: dict[str, Any] | None
 
 
-def look_at_structure(config: RunConfig, checkpoint: Checkpoint) -> Structure:
+def look_at_structure(config: RunConfig, checkpoint: Checkpoint, keep_vision: bool) -> Structure:
     """Build the model's twin on the meta device and put the adapter on it. Raises UserError if it does not fit."""
-    from glm_edge_ft.model.adapters import build_peft_config, check_adapter, count_parameters
+    from glm_edge_ft.model.adapters import apply_adapter, build_peft_config, check_adapter, count_parameters
     from glm_edge_ft.model.loading import build_meta_model
 
     model = build_meta_model(checkpoint)
     total = count_parameters(model)[1]
     if config.peft_config is None:
-        return Structure(total, total, None)
-    trainable = check_adapter(config.peft_config, model)
-    adapter = build_peft_config(config.peft_config, build_meta_model(checkpoint)).to_dict()
+        return Structure(count_parameters(apply_adapter(model, None, keep_vision))[0], total, None)
+    trainable = check_adapter(config.peft_config, model, keep_vision)
+    adapter = build_peft_config(config.peft_config, build_meta_model(checkpoint), keep_vision).to_dict()
     return Structure(trainable, total + trainable, adapter)
 
 

@@ -1,18 +1,19 @@
 """The run, read from top to bottom: config, checks, data, model, training, evaluation, saving.
 
-Supports: chat models with a prefix-consistent template; LORA, PREFIX_TUNING and full fine-tuning; one process, or the
-ranks that torchrun starts; resuming; evaluation by loss and by generated replies. Does not support: streaming data,
-preference training, models whose weights are not safetensors.
+Supports: chat models with a prefix-consistent template, and GLM-Edge-V with images; LORA, PREFIX_TUNING and full
+fine-tuning; one process, or the ranks that torchrun starts; resuming; evaluation by loss and by generated replies. Does
+not support: streaming data, preference training, models whose weights are not safetensors.
 
 Nothing heavy is imported before `check_inputs` has found the command line right.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from glm_edge_ft.console import is_main_process, show, show_notice
 from glm_edge_ft.errors import UserError
@@ -22,6 +23,7 @@ from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from glm_edge_ft.data.collator import PaddedCollator, VisionCollator
     from glm_edge_ft.training.evaluation import EvaluationData, ReplyTools
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
@@ -124,6 +126,10 @@ def load_evaluations(prepared: Prepared) -> dict[str, EvaluationData]:
         if split in prepared.datasets:
             rows, path = prepared.datasets[split], prepared.plan.data_files[split]
             prompts = load_prompts([path], prepared.encoder) if generates else []
+            if prepared.image_check is not None:
+                prompts, notices = prepared.image_check.of_prompts(prompts)
+                for notice in notices:
+                    show_notice(f"{split}: {notice}")
             evaluations[split] = EvaluationData(rows=rows, lengths=rows.lengths.tolist(), prompts=prompts)
     return evaluations
 
@@ -156,9 +162,9 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
     import torch
     from transformers import PrinterCallback, ProgressCallback
 
-    from glm_edge_ft.data.collator import PaddedCollator
     from glm_edge_ft.model.adapters import apply_adapter
-    from glm_edge_ft.model.loading import add_fields_of_the_release, load_weights
+    from glm_edge_ft.model.loading import load_weights
+    from glm_edge_ft.model.saved_folder import complete_saved_folder
     from glm_edge_ft.training.logs import RunLog
     from glm_edge_ft.training.loss import install_supervised_loss
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
@@ -170,15 +176,15 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
     install_supervised_loss(base)
     torch.manual_seed(args.seed)  # the adapter's first values
     trainer = GlmEdgeTrainer(
-        model=apply_adapter(base, config.peft_config),
+        model=apply_adapter(base, config.peft_config, prepared.keeps_vision),
         args=args,
         train_dataset=prepared.datasets["train"],
         eval_dataset=evaluations.get("val"),
         processing_class=checkpoint.tokenizer,
-        data_collator=PaddedCollator(checkpoint.tokenizer.pad_token_id, "right"),
+        data_collator=build_collator(prepared, "right"),
         reply_tools=build_reply_tools(prepared),
         on_nonfinite_loss=config.on_nonfinite_loss,
-        complete_saved_folder=add_fields_of_the_release,
+        complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
         callbacks=[RunLog(prepared.plan.output_dir, title=_title(prepared), show=is_main_process())],
     )
     trainer.remove_callback(ProgressCallback)
@@ -197,20 +203,35 @@ def keep_deepspeed_out() -> None:
     accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
+def build_collator(prepared: Prepared, padding_side: Literal["left", "right"]) -> PaddedCollator | VisionCollator:
+    """Return what makes a batch: padded ids, and in vision runs the pixels of its images."""
+    from glm_edge_ft.data.collator import PaddedCollator, VisionCollator
+
+    padded = PaddedCollator(prepared.checkpoint.tokenizer.pad_token_id, padding_side)
+    return padded if prepared.image_processor is None else VisionCollator(padded, prepared.image_processor)
+
+
 def build_reply_tools(prepared: Prepared) -> ReplyTools:
     """Return what evaluation needs to generate: greedy unless the config says otherwise, up to a stop id."""
-    from glm_edge_ft.data.collator import PaddedCollator
+    from glm_edge_ft.data.collator import PromptCollator
     from glm_edge_ft.data.prompts import clean_prediction
     from glm_edge_ft.model.adapters import generate
     from glm_edge_ft.training.evaluation import ReplyTools
 
-    tokenizer = prepared.checkpoint.tokenizer
-    collator = PaddedCollator(tokenizer.pad_token_id, "left")
+    tokenizer, images = prepared.checkpoint.tokenizer, prepared.encoder.images
+
+    def shorten_images(text: str) -> str:  # one placeholder for each image is enough to read
+        if images is None:
+            return text
+        placeholder = str(tokenizer.convert_ids_to_tokens(images.placeholder_id))
+        return text.replace(placeholder * images.placeholders_per_image, placeholder)
+
     return ReplyTools(
         generate=generate,
-        collate=lambda prompts: collator([{"input_ids": prompt} for prompt in prompts]),
+        collate=PromptCollator(build_collator(prepared, "left")),
+        loader_processes=prepared.training_arguments.dataloader_num_workers if prepared.image_processor else 0,
         clean=lambda ids: clean_prediction(prepared.encoder, tokenizer, ids),
-        decode=lambda ids: str(tokenizer.decode(list(ids))),
+        decode=lambda ids: shorten_images(str(tokenizer.decode(list(ids)))),
         warn=show_notice,
         options={"generation_config": prepared.generation_config},
         scoring_processes=prepared.plan.config.data_config.num_proc,
@@ -277,7 +298,7 @@ def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:
     dataset = prepared.datasets[split]
     return {
         "file": str(prepared.plan.data_files[split]),
-        "fingerprint": dataset.folder.name,
+        "fingerprint": dataset.fingerprint,
         "report": dataset.report.to_json(),
     }
 

@@ -2,7 +2,8 @@
 
 The keys are those of the fine-tuning guide: `data_config`, `max_input_length`, `max_output_length`, `freezeV`,
 `training_args` (what `Seq2SeqTrainingArguments` takes, with `generation_config` inside), `peft_config` (what PEFT's
-LORA and PREFIX_TUNING take), and `on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at once.
+LORA and PREFIX_TUNING take); and this toolkit's own: `max_images`, `on_bad_image`, `image_placeholder_tokens`,
+`on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at once.
 
     yaml_file    file and --set → values with their lines
     schema       what the installed libraries accept
@@ -60,7 +61,10 @@ class RunConfig:
         data_config: the data files.
         max_input_length: tokens of a prompt that are kept.
         max_output_length: tokens of a reply that are kept.
-        freezeV: whether the vision tower stays as it is; without meaning for a chat model.
+        freezeV: whether tower and adapter of a vision model stay as they are; without meaning for a chat model.
+        max_images: most images of a conversation; the released vision models take one.
+        on_bad_image: what a row does whose image cannot be opened: stop the run, or be left out.
+        image_placeholder_tokens: placeholder tokens of an image, where it is not what the checkpoint's geometry says.
         training_args: keyword arguments of `Seq2SeqTrainingArguments` under today's names, without
             `generation_config`; bf16 and fp16 are absent unless the file sets them.
         generation_config: keyword arguments of `GenerationConfig`; empty when nothing is set.
@@ -77,6 +81,9 @@ class RunConfig:
     training_args: dict[str, Any]
     generation_config: dict[str, Any] = field(default_factory=dict)
     peft_config: dict[str, Any] | None = None
+    max_images: int = 1
+    on_bad_image: Literal["error", "skip"] = "error"
+    image_placeholder_tokens: int | None = None
     on_nonfinite_loss: Literal["stop", "warn"] = "stop"
     notices: tuple[str, ...] = ()
 
@@ -93,6 +100,9 @@ class RunConfig:
             "max_input_length": self.max_input_length,
             "max_output_length": self.max_output_length,
             "freezeV": self.freezeV,
+            "max_images": self.max_images,
+            "on_bad_image": self.on_bad_image,
+            "image_placeholder_tokens": self.image_placeholder_tokens,
             "on_nonfinite_loss": self.on_nonfinite_loss,
             "training_args": {**training, "generation_config": copy.deepcopy(self.generation_config)},
             "peft_config": copy.deepcopy(self.peft_config),
@@ -259,6 +269,9 @@ def _finish(draft: Draft, path: Path) -> RunConfig:
         max_input_length=top.get("max_input_length", 512),
         max_output_length=top.get("max_output_length", 512),
         freezeV=top.get("freezeV", False),
+        max_images=top.get("max_images", 1),
+        on_bad_image=top.get("on_bad_image", "error"),
+        image_placeholder_tokens=top.get("image_placeholder_tokens"),
         training_args=draft.training,
         generation_config=_set_values(draft.generation),
         peft_config=draft.peft,

@@ -103,6 +103,9 @@ TOP_FIELDS: Mapping[str, Field] = {
     "max_input_length": make_field("max_input_length", "int | None", "512"),
     "max_output_length": make_field("max_output_length", "int | None", "512"),
     "freezeV": make_field("freezeV", "bool | None", "False"),
+    "max_images": make_field("max_images", "int | None", "1"),
+    "on_bad_image": make_field("on_bad_image", "Literal['error', 'skip'] | None", "'error'"),
+    "image_placeholder_tokens": make_field("image_placeholder_tokens", "int | None", "None"),
     "on_nonfinite_loss": make_field("on_nonfinite_loss", "Literal['stop', 'warn'] | None", "'stop'"),
 }
 DATA_FIELDS: Mapping[str, Field] = {

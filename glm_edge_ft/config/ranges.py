@@ -60,7 +60,7 @@ class Range:
 _POSITIVE, _COUNT, _STEPS = Range(above=0), Range(low=1), Range(above=0, steps=True)
 _NOT_NEGATIVE, _SHARE, _SEED = Range(low=0), Range(low=0, below=1), Range(low=0, high=2**32 - 1)
 RANGES: Mapping[KeyPath, Mapping[str, Range]] = {
-    (): {"max_input_length": _COUNT, "max_output_length": _COUNT},
+    (): dict.fromkeys(("max_input_length", "max_output_length", "max_images", "image_placeholder_tokens"), _COUNT),
     ("data_config",): {"num_proc": _COUNT},
     TRAINING: {
         "per_device_train_batch_size": _COUNT,

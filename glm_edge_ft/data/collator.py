@@ -60,7 +60,7 @@ class VisionCollator:
 
     Attributes:
         padded: pads ids and labels.
-        image_processor: of the checkpoint (`images.load_image_processor`).
+        image_processor: of the checkpoint (`model.loading.load_image_processor`).
     """
 
     padded: PaddedCollator
@@ -84,3 +84,18 @@ class VisionCollator:
         if paths:
             batch["pixel_values"] = torch.from_numpy(np.stack([pixels[path] for path in paths]))
         return batch
+
+
+@dataclass(frozen=True)
+class PromptCollator:
+    """Evaluation samples (`prompts.PromptSample`) to a batch that generation can continue.
+
+    Attributes:
+        collator: pads on the left.
+    """
+
+    collator: PaddedCollator | VisionCollator
+
+    def __call__(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `attention_mask` and, where the prompts have images, `pixel_values`."""
+        return self.collator([{"input_ids": prompt.prompt_ids, "images": prompt.images} for prompt in prompts])

@@ -7,6 +7,7 @@ with the same files, tokenizer, template, stop tokens and budgets opens that fol
 from __future__ import annotations
 
 import datetime
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
@@ -77,6 +78,13 @@ class EncodedDataset:
         if self.has_images:
             sample["images"] = self.images(index)
         return sample
+
+    @property
+    def fingerprint(self) -> str:
+        """What the rows, and how they are encoded, are known by: the cache key, and which rows are left out of it."""
+        if self._kept is None:
+            return self.folder.name
+        return f"{self.folder.name}-{len(self)}-{hashlib.sha256(self._kept.tobytes()).hexdigest()[:8]}"
 
     @property
     def has_images(self) -> bool:

@@ -152,24 +152,6 @@ def raise_bad_images(places: Mapping[str, Sequence[str]], bad: Mapping[str, str]
         raise UserError(problems)
 
 
-def load_image_processor(source: str | Path) -> Any:
-    """Return the checkpoint's image processor in its Pillow form, which needs no torchvision and is the exact one.
-
-    Args:
-        source: a folder, or a hub id.
-
-    Raises:
-        UserError: the checkpoint has no image processor that can be used.
-    """
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError, ImportError) as error:
-        fix = "use a GLM-Edge-V checkpoint whose folder holds preprocessor_config.json"
-        raise UserError.single(f"MODEL {source}", f"its image processor cannot be used: {error}", fix) from error
-
-
 def preprocess(image: Image.Image, image_processor: Any) -> NDArray[np.float32]:
     """Return the pixels as the model gets them, (3, height, width) float32: (3, 672, 672) for the released models.
 
@@ -178,7 +160,8 @@ def preprocess(image: Image.Image, image_processor: Any) -> NDArray[np.float32]:
 
     Args:
         image: of mode RGB.
-        image_processor: of the checkpoint (`load_image_processor`); what it says of tiles and proportions is left out.
+        image_processor: of the checkpoint (`model.loading.load_image_processor`); what it says of tiles and
+            proportions is left out.
 
     Raises:
         UserError: the processor cuts the image into several tiles.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.model.glm_edge_v_config import VISION_PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -17,11 +19,13 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _REFUSALS = (TypeError, ValueError, KeyError, IndexError, RuntimeError, ImportError, AttributeError, AssertionError)
 
 
-def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel) -> PeftConfig:
+def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel, keep_vision: bool = False) -> PeftConfig:
     """Return the PEFT config for the `peft_config` section of the YAML.
 
     LORA without `target_modules` gets the attention projections where PEFT knows no default for the model's type (it
-    knows none for `glm`). Raises UserError when PEFT refuses the combination of settings.
+    knows none for `glm`). SigLIP calls its projections `q_proj` and so on too: in a vision model the names mean those
+    of the language model, unless one of them names the vision part (`names_vision`). Raises UserError when PEFT refuses
+    the combination of settings, or when the vision part is named although `keep_vision` is set.
     """
     from peft import LoraConfig, LoraRuntimeConfig, PrefixTuningConfig
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -31,7 +35,9 @@ def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel) -> Pe
     no_target = arguments.get("target_modules") is None and arguments.get("target_parameters") is None
     if is_lora and no_target and model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         arguments["target_modules"] = list(ATTENTION_PROJECTIONS)
-    if not is_lora:
+    if is_lora:
+        _spare_vision(arguments, model, keep_vision)
+    else:
         _check_prefix(settings, model)
     try:
         if isinstance(arguments.get("runtime_config"), Mapping):
@@ -39,6 +45,60 @@ def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel) -> Pe
         return (LoraConfig if is_lora else PrefixTuningConfig)(task_type="CAUSAL_LM", **arguments)
     except _REFUSALS as error:
         raise UserError.single("peft_config", f"PEFT refuses these settings: {error}") from error
+
+
+def names_vision(targets: Sequence[str] | str | None, model: torch.nn.Module) -> list[str]:
+    """Return those of `target_modules` that mean the vision part.
+
+    Such an entry, or pattern, has the word `vision` in it, or is a name that modules of the vision part alone have,
+    such as `fc1` or `dense_4h_to_h`.
+    """
+    if targets is None:
+        return []
+    if isinstance(targets, str):
+        return [targets] if "vision" in targets else []
+    vision, text = _module_names(model)
+    return [
+        entry
+        for entry in targets
+        if "vision" in entry or (any(map(_ends_in(entry), vision)) and not any(map(_ends_in(entry), text)))
+    ]
+
+
+def _spare_vision(arguments: dict[str, Any], model: PreTrainedModel, keep_vision: bool) -> None:
+    """Exclude the vision part from LoRA where its modules match `target_modules` without being meant."""
+    targets, key = arguments.get("target_modules"), "peft_config.target_modules"
+    vision, _ = _module_names(model)
+    named = names_vision(targets, model)
+    if named and keep_vision:
+        what = f"{', '.join(map(repr, named))} would train the vision part, which freezeV: true keeps as it is"
+        raise UserError.single(key, what, "name modules of the language model, such as q_proj, or write freezeV: false")
+    if named or targets is None:
+        return
+    if isinstance(targets, str) and targets != "all-linear":
+        try:
+            matches: Any = re.compile(targets).fullmatch
+        except re.error as error:
+            what = f"is no regular expression: {targets!r} ({error})"
+            raise UserError.single(key, what, "write a list of names, such as [q_proj, v_proj]") from error
+    else:
+        matches = _ends_in(*([""] if targets == "all-linear" else targets))
+    if any(map(matches, vision)):  # PEFT warns of an exclusion that excludes nothing
+        own = arguments.get("exclude_modules") or []
+        listed = [own] if isinstance(own, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in own]
+        arguments["exclude_modules"] = "|".join([rf"{re.escape(VISION_PREFIX)}.*", *listed])
+
+
+def _module_names(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Return the names of the modules of the vision part, none in a chat model, and of all others."""
+    names = [name for name, _ in model.named_modules() if name]
+    vision = [name for name in names if name.startswith(VISION_PREFIX)]
+    return vision, [name for name in names if not name.startswith(VISION_PREFIX)]
+
+
+def _ends_in(*entries: str) -> Any:
+    """Return a function that says whether a module is one of those that PEFT finds by `entries`."""
+    return lambda name: any(not entry or name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
 def _check_prefix(settings: Mapping[str, Any], model: PreTrainedModel) -> None:
@@ -78,23 +138,35 @@ def _check_prefix(settings: Mapping[str, Any], model: PreTrainedModel) -> None:
         raise UserError(problems)
 
 
-def check_adapter(settings: Mapping[str, Any], meta_model: PreTrainedModel) -> int:
+def check_adapter(settings: Mapping[str, Any], meta_model: PreTrainedModel, keep_vision: bool = False) -> int:
     """Wrap the model's meta twin to see that the adapter fits; return the number of trainable parameters.
 
     Raises UserError when a named module does not exist in the model or cannot carry LoRA matrices (with the names that
-    can), or when PEFT refuses.
+    can), when PEFT refuses, or when a weight of the vision part would be trained although `keep_vision` is set.
     """
     from peft import get_peft_model
 
     if settings["peft_type"] == "LORA":
         _check_initialisation(settings)
         _check_module_names(settings, meta_model)
-    config = build_peft_config(settings, meta_model)
+    config = build_peft_config(settings, meta_model, keep_vision)
     try:
         wrapped = get_peft_model(meta_model, config, low_cpu_mem_usage=True)
     except _REFUSALS as error:
         raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
+    if keep_vision:
+        _check_vision_is_frozen(settings, wrapped)
     return count_parameters(wrapped)[0]
+
+
+def _check_vision_is_frozen(settings: Mapping[str, Any], wrapped: torch.nn.Module) -> None:
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    trained = [name for name in trained if VISION_PREFIX in name]
+    if trained:
+        keys = [key for key in ("modules_to_save", "target_parameters", "trainable_token_indices") if settings.get(key)]
+        what = f"{len(trained)} weights of the vision part would be trained, which freezeV: true keeps as it is"
+        fix = "name modules of the language model by their whole paths, or write freezeV: false"
+        raise UserError.single(f"peft_config.{keys[0]}" if keys else "peft_config", f"{what}: {trained[0]}...", fix)
 
 
 def _check_initialisation(settings: Mapping[str, Any]) -> None:
@@ -156,21 +228,33 @@ def _can_be_adapted(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding | torch.nn.Conv2d)
 
 
-def apply_adapter(model: PreTrainedModel, settings: Mapping[str, Any] | None) -> PreTrainedModel | PeftModel:
+def apply_adapter(
+    model: PreTrainedModel, settings: Mapping[str, Any] | None, keep_vision: bool = False
+) -> PreTrainedModel | PeftModel:
     """Return `model` wrapped by PEFT, or as it is, all parameters trainable, when `settings` is None.
 
-    Adapter weights are kept in float32 whatever the base model's format (PEFT's `autocast_adapter_dtype`). Raises
-    UserError when PEFT refuses: some ways to initialise read the weights, so that only now it shows.
+    With `keep_vision` nothing of the vision part is trained in either case. Adapter weights are kept in float32
+    whatever the base model's format (PEFT's `autocast_adapter_dtype`). Raises UserError when PEFT refuses: some ways to
+    initialise read the weights, so that only now it shows.
     """
     from peft import get_peft_model
 
     if settings is None:
         model.requires_grad_(True)
+        if keep_vision:
+            freeze_vision(model)
         return model
     try:
-        return get_peft_model(model, build_peft_config(settings, model))
+        return get_peft_model(model, build_peft_config(settings, model, keep_vision))
     except _REFUSALS as error:
         raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
+
+
+def freeze_vision(model: torch.nn.Module) -> None:
+    """Stop tower and adapter of a vision model from being trained; a frozen part is run without building a graph."""
+    for name, parameter in model.named_parameters():
+        if VISION_PREFIX in name:
+            parameter.requires_grad_(False)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

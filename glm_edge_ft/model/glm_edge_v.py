@@ -17,8 +17,6 @@ The released remote code does not run on transformers 5, and no remote code is n
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig, read_glm_edge_v_config
 from glm_edge_ft.model.glm_edge_v_vision import GlmEdgeVAdapter, GlmEdgeVVision
 
-VISION_PREFIX = "model.vision."
 # The tower's pooling head is stored in checkpoints and never computed; the others are counted up anew on every start.
 UNUSED_KEYS = [r"vision_model\.head\.", r"embeddings\.position_ids$", r"rotary_emb\.inv_freq$"]
 NO_SPLIT_MODULES = ["GlmDecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings", "GlmEdgeVAdapter"]
@@ -248,47 +245,3 @@ def load_glm_edge_v(source: str | Path, dtype: torch.dtype) -> GlmEdgeVForCausal
             problems.add(where, f"{len(found)} weights {what}: {shown}", fix)
     problems.raise_if_any()
     return model
-
-
-def freeze_vision(model: nn.Module) -> None:
-    """Stop tower and adapter from being trained; a frozen part is run without building a graph."""
-    for name, parameter in model.named_parameters():
-        if VISION_PREFIX in name:
-            parameter.requires_grad_(False)
-
-
-def text_lora_targets(model: nn.Module, names: Sequence[str] | str) -> str:
-    """Return a `target_modules` pattern for PEFT that matches modules of the language model only.
-
-    SigLIP calls its projections `q_proj`, `k_proj` and `v_proj` too, so a list of names would adapt the tower as well.
-
-    Args:
-        model: the model itself, without PEFT's wrapper.
-        names: last parts of module names, or `"all-linear"`, or a pattern for whole names, as PEFT takes them.
-
-    Raises:
-        UserError: a name, or the pattern, matches no module of the language model, or is no valid pattern.
-    """
-    text = [name for name, _ in model.named_modules() if name and not name.startswith(VISION_PREFIX)]
-    if names == "all-linear":
-        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        names = sorted({name.rsplit(".", 1)[-1] for name in text if name in linear and name != "lm_head"})
-    patterns = [names] if isinstance(names, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in names]
-    key = "peft_config.target_modules"
-    try:
-        matches = [any(re.fullmatch(pattern, name) for name in text) for pattern in patterns]
-        target = re.compile(rf"(?!{re.escape(VISION_PREFIX)})(?:{'|'.join(patterns)})")
-    except re.error as error:
-        raise UserError.single(
-            key, f"is no regular expression: {names!r} ({error})", "write a list of names, such as [q_proj, v_proj]"
-        ) from error
-    problems = ProblemList()
-    for is_found, shown in zip(matches, [names] if isinstance(names, str) else names, strict=True):
-        if not is_found:
-            problems.add(
-                key,
-                f"the language model has no module that matches {shown!r}",
-                "write names of its modules, such as q_proj, or let the adapter reach the vision tower",
-            )
-    problems.raise_if_any()
-    return target.pattern

@@ -26,6 +26,7 @@ CONVOLUTION_STRIDE = 2  # the adapter's convolution turns 2 x 2 patches into one
 BOUNDARY_RANK = 3  # of boi and eoi, (1, 1, hidden), where no checkpoint says otherwise
 BOUNDARY_KEYS = ("model.vision.adapter.boi", "model.vision.adapter.eoi")
 LM_HEAD_KEY = "lm_head.weight"
+VISION_PREFIX = "model.vision."  # of every module and weight of tower and adapter
 
 _REQUIRED_VISION_FIELDS = (
     "hidden_size",
@@ -125,7 +126,7 @@ def read_glm_edge_v_config(source: str | Path, download_weights: bool = False) -
     try:
         if _find_file(str(source), "config.json", download=True) is None:  # transformers would take its defaults
             raise OSError("there is no config.json, neither here nor within reach on the hub")
-        config: Any = GlmEdgeVConfig.from_pretrained(source)
+        config: Any = GlmEdgeVConfig.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise UserError.single(where, f"its config cannot be read: {error}", "download the model again") from error
     if not is_vision_config(config):
@@ -178,10 +179,14 @@ def _stored_shapes(source: str, keys: tuple[str, ...], download: bool) -> dict[s
 
 
 def _find_file(source: str, name: str, download: bool) -> str | None:
-    return cached_file(
-        source,
-        name,
-        local_files_only=not download,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    for local_files_only in (True, False) if download else (True,):  # what is cached is not asked for again
+        path = cached_file(
+            source,
+            name,
+            local_files_only=local_files_only,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is not None:
+            return path
+    return None

@@ -1,4 +1,4 @@
-"""From the MODEL argument to a tokenizer, a config and, last of all, the weights.
+"""From the MODEL argument to a tokenizer, a config, an image processor and, last of all, the weights.
 
 `locate_model` needs nothing but the file system and runs before anything heavy is imported. `read_checkpoint` reads
 what is small (config, tokenizer, generation config), so that data and adapter settings can be checked against the
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.hub import read_cached_first
 from glm_edge_ft.model.nano import EMBEDDED_MODELS, resolve_embedded
-from glm_edge_ft.model.weight_files import name_first
+from glm_edge_ft.model.weight_files import find_cached_folder, name_first
 
 if TYPE_CHECKING:
     import torch
@@ -44,13 +44,21 @@ class Checkpoint:
     """Everything of a model but its weights.
 
     Attributes:
+        config: of a vision model, a `GlmEdgeVConfig`.
         stop_ids: the token ids on which generation stops, as generation config, config and tokenizer say.
+        folder: where its small files lie: the model's folder, or a hub id's folder in the cache.
     """
 
     location: ModelLocation
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     stop_ids: tuple[int, ...]
+    folder: Path
+
+    @property
+    def is_vision(self) -> bool:
+        """Whether this is a GLM-Edge-V."""
+        return getattr(self.config, "vision_config", None) is not None
 
 
 def locate_model(name: str) -> ModelLocation:
@@ -113,20 +121,24 @@ def read_checkpoint(location: ModelLocation) -> Checkpoint:
 
     A tokenizer without pad token takes the config's `pad_token_id`, or else the end of sequence. Raises UserError when
     the model cannot be found (for a hub id: neither cached nor reachable), has no fast tokenizer, no chat template, no
-    token to pad with, is a vision model, or is of a class that is no causal language model.
+    token to pad with, or is of a class that is no causal language model.
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    from glm_edge_ft.model.glm_edge_v_config import is_vision_config, read_glm_edge_v_config
 
     where = f"MODEL {location.name}"
     try:
         config = _read(location, AutoConfig.from_pretrained, trust_remote_code=False)
     except Exception as error:  # a broken file shows in many ways, and each is the file's
         raise UserError.single(where, _why_unreadable(location, error), _what_to_do(location)) from error
-    if getattr(config, "vision_config", None) is not None:
-        raise UserError.single(
-            where, "is a vision model (its config has vision_config); this script trains chat models", ""
-        )
-    _check_is_causal(where, config)
+    folder = Path(str(cached_file(location.source, "config.json", local_files_only=True))).parent
+    if is_vision_config(config) and config.model_type == "glm":
+        config = read_glm_edge_v_config(folder)
+        config._name_or_path = location.source
+    else:
+        _check_is_causal(where, config)
     try:
         tokenizer = _read(location, AutoTokenizer.from_pretrained, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises plain Exception
@@ -144,7 +156,22 @@ def read_checkpoint(location: ModelLocation) -> Checkpoint:
         )
     stop_ids = _read_stop_ids(location, config, tokenizer)
     _set_pad_token(where, config, tokenizer, stop_ids)
-    return Checkpoint(location=location, config=config, tokenizer=tokenizer, stop_ids=stop_ids)
+    return Checkpoint(location=location, config=config, tokenizer=tokenizer, stop_ids=stop_ids, folder=folder)
+
+
+def load_image_processor(location: ModelLocation) -> Any:
+    """Return the checkpoint's image processor in its Pillow form, which needs no torchvision and is the exact one.
+
+    Raises UserError when the checkpoint has no image processor that can be used.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return _read(location, AutoImageProcessor.from_pretrained, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        fix = "use a GLM-Edge-V checkpoint whose folder holds preprocessor_config.json"
+        what = f"its image processor cannot be used: {error}"
+        raise UserError.single(f"MODEL {location.name}", what, fix) from error
 
 
 def _read(location: ModelLocation, from_pretrained: Callable[..., Any], **options: Any) -> Any:
@@ -222,9 +249,12 @@ def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
+
+    config: Any = checkpoint.config
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(checkpoint.config)
+            return GlmEdgeVForCausalLM(config) if checkpoint.is_vision else AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise UserError.single(
             f"MODEL {checkpoint.location.name}", f"is not a causal language model that transformers knows: {error}", ""
@@ -241,6 +271,8 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    if checkpoint.is_vision:
+        return _load_vision_weights(checkpoint, dtype)
     where = f"MODEL {checkpoint.location.name}"
     try:
         loaded = _read(
@@ -269,31 +301,22 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _load_vision_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
+
+    location = checkpoint.location
+    cached = None if location.is_local else find_cached_folder(location.source)
+    model: Any = load_glm_edge_v(cached or location.source, dtype)
+    model.name_or_path = model.config._name_or_path = location.source  # a saved adapter names its base model by it
+    carry_stop_ids(model, checkpoint)
+    return model
+
+
 def carry_stop_ids(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Write stop ids and pad id into the model's generation config, so that every saved folder stops by itself."""
     generation_config: Any = model.generation_config
     generation_config.eos_token_id = list(checkpoint.stop_ids)
     generation_config.pad_token_id = checkpoint.tokenizer.pad_token_id
-
-
-def add_fields_of_the_release(folder: Path) -> None:
-    """Write the fields of 2024 into a saved `config.json` beside today's, where the folder holds one of a GLM.
-
-    transformers 5 keeps rotary settings in `rope_parameters` and the format in `dtype` alone. Tools of the time of the
-    release read `rope_theta`, `partial_rotary_factor` and `torch_dtype`; without the second they rotate half of each
-    head, without a word. Where both are written, transformers 5 takes its own.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters")
-    if config.get("model_type") != "glm" or not isinstance(rope, dict):
-        return
-    old_names = {"rope_theta": rope.get("rope_theta"), "partial_rotary_factor": rope.get("partial_rotary_factor")}
-    old_names["torch_dtype"] = config.get("dtype")
-    config |= {name: value for name, value in old_names.items() if value is not None}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _first_line(error: Exception) -> str:

@@ -35,7 +35,7 @@ def check_weights(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> None:
     UserError for files that are missing or cut, and for weights that are missing, of another shape or left over.
     """
     location = checkpoint.location
-    folder = Path(location.source) if location.is_local else _find_cached_folder(location.source)
+    folder = Path(location.source) if location.is_local else find_cached_folder(location.source)
     if folder is None:
         return
     where = f"MODEL {location.name}"
@@ -47,7 +47,7 @@ def check_weights(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> None:
         raise UserError(problems)
 
 
-def _find_cached_folder(hub_id: str) -> Path | None:
+def find_cached_folder(hub_id: str) -> Path | None:
     """Return the snapshot of a hub id whose weights, or their index, are in the cache of huggingface_hub."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from glm_edge_ft.training.metrics import MAX_SCORED_CHARACTERS, PairScores, summarize
@@ -30,6 +32,8 @@ class Prompt(Protocol):
     def line(self) -> int: ...
     @property
     def turn(self) -> int: ...
+    @property
+    def images(self) -> Sequence[str]: ...  # where its images are
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,14 @@ class ReplyTools:
     """What generation needs from the other rooms.
 
     Attributes:
-        generate: `(model, input_ids, attention_mask, **options)` → new tokens `(batch, new_length)`.
-        collate: prompt ids → `input_ids` and `attention_mask`, `(batch, length)`, left-padded.
+        generate: `(model, **batch, **options)` → new tokens `(batch, new_length)`.
+        collate: prompts → `input_ids` and `attention_mask`, `(batch, length)`, left-padded, and `pixel_values` where
+            the prompts have images.
         clean: new token ids → the reply's text, up to its stop token.
         decode: token ids → text with its special tokens, for the predictions file.
         options: passed to `generate`, among them `generation_config`.
         scoring_processes: worker processes for BLEU and ROUGE.
+        loader_processes: processes that call `collate`; 0: this one. Decoding images is worth some.
         warn: shows one line to the user.
         show_progress: whether to draw a bar.
     """
@@ -75,22 +81,79 @@ class ReplyTools:
     warn: Callable[[str], None]
     options: Mapping[str, Any] = field(default_factory=dict)
     scoring_processes: int = 1
+    loader_processes: int = 0
     show_progress: bool = True
 
 
 def plan_batches(
-    lengths: Sequence[int], batch_size: int, process_index: int, world_size: int
+    lengths: Sequence[int],
+    batch_size: int,
+    process_index: int,
+    world_size: int,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[list[list[int]], int]:
     """Return this rank's batches of indices, longest first, and how many of them count.
 
     All ranks get the same number of batches, since under sharded weights each forward pass is a collective; the surplus
     repeats the last batch and is not counted.
+
+    Args:
+        lengths: tokens of each sample.
+        batch_size: most samples of a batch.
+        process_index, world_size: which rank this is, of how many.
+        groups: what each sample shares with others of its group, such as an image; None: each stands alone. A group
+            lies in one batch, or in as few as it fits.
     """
-    order = sorted(range(len(lengths)), key=lambda index: -int(lengths[index]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    members: dict[Hashable, list[int]] = {}
+    for index in sorted(range(len(lengths)), key=lambda index: -int(lengths[index])):
+        members.setdefault(index if groups is None else groups[index], []).append(index)
+    batches: list[list[int]] = []
+    for group in members.values():
+        parts = [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+        for part in parts:
+            if not batches or len(batches[-1]) + len(part) > batch_size:
+                batches.append([])
+            batches[-1] += part
     mine = batches[process_index::world_size]
     rounds = -(-len(batches) // world_size)
     return mine + [batches[-1]] * (rounds - len(mine)), len(mine)
+
+
+def prompt_batches(
+    prompts: Sequence[Prompt], tools: ReplyTools, batch_size: int, process_index: int, world_size: int
+) -> tuple[list[list[int]], int, DataLoader]:
+    """Return this rank's batches of prompt numbers, how many of them count, and a loader of the batches themselves.
+
+    Prompts with the same images, such as the turns of one conversation, share a batch, so that an image is decoded
+    once. The loader's processes stay away from the random state of the training.
+    """
+    groups = [("image", *prompt.images) if prompt.images else index for index, prompt in enumerate(prompts)]
+    lengths = [len(prompt.prompt_ids) for prompt in prompts]
+    batches, counted = plan_batches(lengths, batch_size, process_index, world_size, groups)
+    loader = DataLoader(
+        _Prompts(prompts),
+        batch_sampler=batches,
+        collate_fn=tools.collate,
+        num_workers=tools.loader_processes,
+        worker_init_fn=functools.partial(start_loader_process, None),
+        generator=torch.Generator(),
+    )
+    return batches, counted, loader
+
+
+@dataclass(frozen=True)
+class _Prompts(Dataset):
+    prompts: Sequence[Prompt]
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+
+def start_loader_process(then: Callable[[int], None] | None, worker: int) -> None:
+    """Prepare a loader process: a terminal sends Ctrl-C to all processes, and only the main one should answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 def generate_and_score(
@@ -113,19 +176,16 @@ def generate_and_score(
     Returns:
         The mean of each metric over all prompts, 0-100; on ranks other than 0 an empty dict.
     """
-    batches, counted = plan_batches(
-        [len(prompt.prompt_ids) for prompt in prompts], batch_size, process_index, world_size
-    )
+    batches, counted, loader = prompt_batches(prompts, tools, batch_size, process_index, world_size)
     is_main = process_index == 0
     replies: dict[int, str] = {}
     with _PredictionsWriter(predictions_file, prompts, tools) if is_main else _NoWriter() as writer:
         bar = tqdm(
             total=len(prompts), desc="replies", unit="reply", disable=not (is_main and tools.show_progress), leave=False
         )
-        for number, batch in enumerate(batches):
-            inputs = tools.collate([prompts[index].prompt_ids for index in batch])
+        for number, (batch, inputs) in enumerate(zip(batches, loader, strict=True)):
             new_tokens = tools.generate(
-                model, inputs["input_ids"].to(device), inputs["attention_mask"].to(device), **tools.options
+                model, **{name: values.to(device) for name, values in inputs.items()}, **tools.options
             )
             if number < counted:
                 texts = {index: tools.clean(ids) for index, ids in zip(batch, new_tokens.tolist(), strict=True)}
@@ -221,6 +281,7 @@ class _PredictionsWriter:
             "file": str(prompt.file),
             "line": prompt.line,
             "turn": prompt.turn,
+            **({"images": list(prompt.images)} if prompt.images else {}),
             "prompt": self.tools.decode(prompt.prompt_ids),
             "reference": prompt.reference,
             "prediction": self.replies[index],

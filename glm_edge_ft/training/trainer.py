@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import RANDOM_STATE_PREFIX, STATE_FILE, publish, staging_folder
-from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches
+from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches, start_loader_process
 from glm_edge_ft.training.loss import IGNORED_LABEL
 
 _NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the uninterrupted run"
@@ -33,13 +32,6 @@ _NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the unin
 
 class NonFiniteLossError(RunStopped):
     """The loss of a batch is NaN or infinite."""
-
-
-def _start_loader_process(then: Callable[[int], None] | None, worker: int) -> None:
-    """Prepare a loader process: a terminal sends Ctrl-C to all processes, and only the main one should answer it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if then is not None:
-        then(worker)
 
 
 class LengthGroupedEpochSampler(Sampler[int]):
@@ -115,7 +107,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the parent's loader, whose processes leave Ctrl-C to the main process."""
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = functools.partial(_start_loader_process, loader.worker_init_fn)
+        loader.worker_init_fn = functools.partial(start_loader_process, loader.worker_init_fn)
         return loader
 
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # called with keywords alone
@@ -174,7 +166,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             batch_sampler=mine,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=functools.partial(_start_loader_process, None),
+            worker_init_fn=functools.partial(start_loader_process, None),
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own: an evaluation must not move the training's random state
         )

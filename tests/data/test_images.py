@@ -19,13 +19,13 @@ from PIL import Image
 from glm_edge_ft.data.images import (
     find_bad_images,
     load_image,
-    load_image_processor,
     preprocess,
     raise_bad_images,
     resolve,
     to_rgb,
 )
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.loading import ModelLocation, load_image_processor
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 PREPROCESSOR = {
@@ -47,7 +47,7 @@ PREPROCESSOR = {
 def image_processor_of(folder: Path, **changes: Any) -> Any:
     """Return the released image processor, read from a folder as a checkpoint's is."""
     (folder / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR, **changes}), encoding="utf-8")
-    return load_image_processor(folder)
+    return load_image_processor(ModelLocation(str(folder), str(folder), is_local=True))
 
 
 def pixels_of(image: Image.Image) -> list[Any]:
@@ -280,4 +280,4 @@ def test_a_folder_without_an_image_processor_is_refused(tmp_path: Path) -> None:
     """I4: a chat model's folder, for instance."""
     (tmp_path / "config.json").write_text('{"model_type": "glm"}', encoding="utf-8")
     with pytest.raises(UserError, match="its image processor cannot be used"):
-        load_image_processor(tmp_path)
+        load_image_processor(ModelLocation(str(tmp_path), str(tmp_path), is_local=True))

@@ -11,14 +11,9 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import GlmForCausalLM
 
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.model.adapters import apply_adapter, generate
-from glm_edge_ft.model.glm_edge_v import (
-    VISION_PREFIX,
-    GlmEdgeVForCausalLM,
-    freeze_vision,
-    load_glm_edge_v,
-    text_lora_targets,
-)
+from glm_edge_ft.model.adapters import apply_adapter, check_adapter, freeze_vision, generate
+from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM, load_glm_edge_v
+from glm_edge_ft.model.glm_edge_v_config import VISION_PREFIX
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.model.vision_fixtures import (
     SMALL_VOCABULARY,
@@ -320,51 +315,77 @@ def test_the_adapter_may_be_trained_on_a_frozen_tower(model: Any) -> None:
     assert set(gradients(model)) == {name for name in model.state_dict() if "vision.vit" in name}
 
 
-@pytest.mark.parametrize("names", [["q_proj", "v_proj", "gate_up_proj"], r".*\.(q_proj|v_proj|gate_up_proj)"])
-def test_lora_adapts_the_language_model_only(model: Any, names: Any) -> None:
-    """I6: the tower has modules of the same names. Its frozen part keeps no graph, and the text part learns."""
-    freeze_vision(model)
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2}
-    wrapped: Any = apply_adapter(model, {**settings, "target_modules": text_lora_targets(model, names)})
+def adapted_parts(wrapped: Any) -> set[str]:
+    """Return the names of the modules that carry LoRA matrices."""
     trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    parts = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trained}
-    assert parts == {
-        f"model.layers.{layer}.{part}"
-        for layer in range(2)
-        for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_up_proj")
-    }
+    return {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trained}
+
+
+LORA: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2}
+TEXT_PROJECTIONS = {
+    f"model.layers.{layer}.{part}"
+    for layer in range(2)
+    for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_up_proj")
+}
+
+
+@pytest.mark.parametrize("keep_vision", [True, False])
+@pytest.mark.parametrize("names", [["q_proj", "v_proj", "gate_up_proj"], r".*\.(q_proj|v_proj|gate_up_proj)"])
+def test_lora_adapts_the_language_model_only(model: Any, names: Any, keep_vision: bool) -> None:
+    """I6: the tower has modules of the same names. Its frozen part keeps no graph, and the text part learns."""
+    wrapped: Any = apply_adapter(model, {**LORA, "target_modules": names}, keep_vision)
+    assert adapted_parts(wrapped) == TEXT_PROJECTIONS
     assert graph_of_layers(wrapped.train().get_base_model(), training_batch()) == [False, False, False]
-    assert len(gradients(wrapped)) == len(trained)
+    assert len(gradients(wrapped)) == 2 * len(TEXT_PROJECTIONS)
+
+
+def test_names_and_layers_of_the_language_model_go_together(model: Any) -> None:
+    """I6: `layers_to_transform` counts its layers, not those of the tower; the user's own exclusion still holds."""
+    settings = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "exclude_modules": ["v_proj"]}
+    assert adapted_parts(apply_adapter(model, {**LORA, **settings}, True)) == {"model.layers.1.self_attn.q_proj"}
 
 
 def test_all_linear_means_the_linear_layers_of_the_text_part(model: Any) -> None:
-    """Without the head, as PEFT has it."""
-    settings = {"peft_type": "LORA", "r": 2, "target_modules": text_lora_targets(model, "all-linear")}
-    wrapped: Any = apply_adapter(model, settings)
-    parts = {name.split(".lora_")[0] for name, p in wrapped.named_parameters() if p.requires_grad}
+    """I6: without the head, as PEFT has it."""
+    parts = adapted_parts(apply_adapter(model, {**LORA, "target_modules": "all-linear"}, True))
     assert len(parts) == 2 * 6
     assert not any("vision" in name or "lm_head" in name for name in parts)
 
 
-def test_lora_names_that_only_the_tower_has_are_refused(model: Any) -> None:
-    """Each of them, with the word that was written."""
+@pytest.mark.parametrize("names", [["q_proj", "fc1", "out_proj"], r"model\.vision\..*q_proj"])
+def test_lora_names_of_a_vision_part_that_stays_as_it_is_are_refused(model: Any, names: Any) -> None:
+    """I6: those that mean the vision part alone, with the word that was written."""
     with pytest.raises(UserError) as caught:
-        text_lora_targets(model, ["q_proj", "fc1", "out_proj"])
+        check_adapter({**LORA, "target_modules": names}, model, keep_vision=True)
+    shown = "'fc1', 'out_proj'" if isinstance(names, list) else repr(names)
     assert [problem.what for problem in caught.value.problems] == [
-        "the language model has no module that matches 'fc1'",
-        "the language model has no module that matches 'out_proj'",
+        f"{shown} would train the vision part, which freezeV: true keeps as it is"
     ]
+
+
+def test_modules_saved_whole_do_not_thaw_a_vision_part_that_stays_as_it_is(model: Any) -> None:
+    """I6: a name that tower and language model share would make a trained copy of the tower's modules."""
+    settings = {**LORA, "target_modules": ["o_proj"], "modules_to_save": ["k_proj"]}
+    with pytest.raises(UserError, match=r"peft_config\.modules_to_save: 4 weights of the vision part would be trained"):
+        check_adapter(settings, model, keep_vision=True)
 
 
 def test_a_lora_pattern_that_is_none_is_refused(model: Any) -> None:
     """Not a traceback out of `re`."""
     with pytest.raises(UserError, match=r"is no regular expression: '\*\.q_proj' \(nothing to repeat"):
-        text_lora_targets(model, "*.q_proj")
+        check_adapter({**LORA, "target_modules": "*.q_proj"}, model)
+
+
+def test_lora_reaches_the_tower_where_the_config_names_it(model: Any) -> None:
+    """I6: `freezeV: false` and a name that only the vision part has."""
+    parts = adapted_parts(apply_adapter(model, {**LORA, "target_modules": ["o_proj", "fc1"]}))
+    assert {name.rsplit(".", 1)[-1] for name in parts if name.startswith(VISION_PREFIX)} == {"fc1"}
+    assert len(parts) == 2 + 2
 
 
 def test_lora_on_the_tower_is_trained_where_it_is_asked_for(model: Any) -> None:
     """`freezeV: false` with names that reach the tower: frozen weights, trained matrices, so a graph is kept."""
-    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    settings = {**LORA, "target_modules": r"model\.(vision|layers)\..*q_proj", "init_lora_weights": False}
     wrapped: Any = apply_adapter(model.train(), settings)
     assert graph_of_layers(wrapped.get_base_model(), training_batch()) == [True, True, True]
     moved = [name for name, gradient in gradients(wrapped).items() if "vision" in name and gradient.abs().max() > 0]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_edge_ft.data.collator import PaddedCollator
+from glm_edge_ft.data.collator import PaddedCollator, PromptCollator
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches
 
 
@@ -25,6 +25,7 @@ class Sample:
     line: int
     file: str = "dev.jsonl"
     turn: int = 1
+    images: tuple[str, ...] = ()
 
 
 SAMPLES = [Sample([10 + number] * length, str(number), number + 1) for number, length in enumerate((3, 30, 90, 5, 7))]
@@ -40,7 +41,7 @@ def tools(generate: Any, said: list[str]) -> ReplyTools:
     collator = PaddedCollator(0, "left")
     return ReplyTools(
         generate=generate,
-        collate=lambda prompts: collator([{"input_ids": prompt} for prompt in prompts]),
+        collate=PromptCollator(collator),
         clean=lambda ids: str(ids[0] - 10),
         decode=lambda ids: f"{len(ids)} tokens",
         warn=said.append,
