@@ -10,19 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glm_edge_ft import recipe
 from glm_edge_ft.errors import RunStopped, UserError
-from glm_edge_ft.preflight import RunRequest
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
+from tests.runs import LORA, PREFIX, assert_same_bits, do_run, losses, metrics, weights
 
-LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 16, "lora_dropout": 0.1}
-PREFIX = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 QUESTIONS = (
     "hello there",
     "how are you",
@@ -75,59 +70,19 @@ def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         top: Mapping[str, Any] | None = None,
         **training_args: Any,
     ) -> Path:
-        settings = {
-            "output_dir": str(tmp_path / output),
-            "max_steps": 6,
-            "save_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-2,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 2,
-            "disable_tqdm": True,
-            "generation_config": {"max_new_tokens": 8},
+        return do_run(
+            tmp_path / output,
+            data_dir,
+            model,
+            peft=peft,
+            resume=resume,
+            val=val,
+            test=test,
+            top=top,
             **training_args,
-        }
-        config = {
-            "data_config": {"train_file": "train.jsonl", "val_file": val, "test_file": test},
-            "max_input_length": 256,
-            "max_output_length": 64,
-            "training_args": settings,
-            "peft_config": None if peft is None else dict(peft),
-            **(top or {}),
-        }
-        path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        recipe.run(RunRequest(data_dir, str(model), path, resume))
-        return tmp_path / output
+        )
 
     return start
-
-
-def metrics(output: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl."""
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def losses(output: Path) -> dict[int, tuple[float, float, float]]:
-    """Return loss, learning rate and gradient norm of each training step."""
-    return {
-        line["step"]: (line["loss"], line["learning_rate"], line["grad_norm"])
-        for line in metrics(output)
-        if "loss" in line
-    }
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the saved weights of an adapter or a model."""
-    (path,) = folder.glob("*model.safetensors")
-    return load_file(path)
-
-
-def assert_same_bits(first: Path, second: Path) -> None:
-    """Fail unless both folders hold the same weights, bit for bit."""
-    one, other = weights(first), weights(second)
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 @pytest.mark.parametrize("peft", [LORA, None, PREFIX], ids=["lora", "full", "prefix"])

@@ -1,0 +1,97 @@
+"""Whole runs in this process, and what they leave on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from glm_edge_ft import recipe
+from glm_edge_ft.preflight import RunRequest
+
+LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 16, "lora_dropout": 0.1}
+PREFIX = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+
+
+def do_run(
+    output: Path,
+    data: Path,
+    model: Path | str,
+    *,
+    peft: Mapping[str, Any] | None = LORA,
+    resume: str | None = None,
+    val: str | None = None,
+    test: str | None = None,
+    top: Mapping[str, Any] | None = None,
+    takes_images: bool = False,
+    check: bool = False,
+    **training_args: Any,
+) -> Path:
+    """Do one run of six steps, unless the arguments say otherwise, and return its output folder.
+
+    Args:
+        output: the output folder; the config file is written beside it.
+        data: DATA_DIR.
+        model: MODEL.
+        peft, resume, val, test: the adapter, RESUME, and the files to evaluate on.
+        top: further keys of the config.
+        takes_images: whether to run as finetune_vision.py does.
+        check: whether to check alone.
+        training_args: laid over those of the run.
+    """
+    settings = {
+        "output_dir": str(output),
+        "max_steps": 6,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "disable_tqdm": True,
+        "generation_config": {"max_new_tokens": 8},
+        **training_args,
+    }
+    config = {
+        "data_config": {"train_file": "train.jsonl", "val_file": val, "test_file": test},
+        "max_input_length": 256,
+        "max_output_length": 64,
+        "training_args": settings,
+        "peft_config": None if peft is None else dict(peft),
+        **(top or {}),
+    }
+    path = output.parent / "run.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    recipe.run(RunRequest(data, str(model), path, resume, check=check, takes_images=takes_images))
+    return output
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(output: Path) -> dict[int, tuple[float, float, float]]:
+    """Return loss, learning rate and gradient norm of each training step."""
+    return {
+        line["step"]: (line["loss"], line["learning_rate"], line["grad_norm"])
+        for line in metrics(output)
+        if "loss" in line
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the saved weights of an adapter or a model."""
+    (path,) = folder.glob("*model.safetensors")
+    return load_file(path)
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """Fail unless both folders hold the same weights, bit for bit."""
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
