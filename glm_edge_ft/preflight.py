@@ -203,8 +203,14 @@ def prepare(plan: Plan) -> Prepared:
             check_training_parts(training_arguments)
     datasets, image_check = _read_data(plan, encoder, checkpoint, problems)
     if plan.resume.path is not None and structure is not None and "train" in datasets:
-        fingerprint, adapter = datasets["train"].fingerprint, structure.adapter
-        found, notices = compare_with_checkpoint(plan.resume.path, config, plan.location.name, fingerprint, adapter)
+        found, notices = compare_with_checkpoint(
+            plan.resume.path,
+            config,
+            plan.location.name,
+            datasets["train"].fingerprint,
+            structure.adapter,
+            structure.trainable,
+        )
         problems.problems += found
         for notice in notices:
             show_notice(notice)

@@ -52,7 +52,12 @@ _DERIVED_ADAPTER_KEYS = frozenset(
 
 
 def compare_with_checkpoint(
-    checkpoint: Path, config: RunConfig, model: str, train_fingerprint: str, adapter: Mapping[str, Any] | None
+    checkpoint: Path,
+    config: RunConfig,
+    model: str,
+    train_fingerprint: str,
+    adapter: Mapping[str, Any] | None,
+    trainable: int,
 ) -> tuple[list[Problem], list[str]]:
     """Return what stands against continuing from `checkpoint`, and notices of what changed.
 
@@ -62,6 +67,7 @@ def compare_with_checkpoint(
         model: the MODEL argument.
         train_fingerprint: key of today's encoded training data.
         adapter: today's PEFT config as a dict, or None for full fine-tuning.
+        trainable: number of parameters that are trained today.
     """
     problems = _compare_adapters(checkpoint, _read(checkpoint / "adapter_config.json"), adapter)
     record = _read(checkpoint.parent / "run.json")
@@ -70,7 +76,12 @@ def compare_with_checkpoint(
     again = "write the old value, or start afresh (RESUME no)"
     if record.get("model") != model:
         problems.append(Problem(f"MODEL {model}", f"{checkpoint} was trained from {record.get('model')}", again))
-    old = (record.get("config") or {}).get("training_args") or {}
+    old_config, old_facts = record.get("config") or {}, record.get("facts") or {}
+    if adapter is None and not problems and old_facts.get("trainable_parameters") not in (None, trainable):
+        before, now = old_config.get("freezeV"), config.freezeV
+        if before != now:
+            problems.append(Problem("freezeV", f"{now}, but {checkpoint} was trained with {before}", again))
+    old = old_config.get("training_args") or {}
     new = config.training_args
     if old.get("optim") != new.get("optim"):
         what = f"{new.get('optim', 'the default')}, but {checkpoint} was trained with {old.get('optim', 'the default')}"

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.hub import is_hub_reachable
 from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
 from glm_edge_ft.model.weight_files import check_weights
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
+from tests.vision_folders import save_vision_folder
 
 
 @pytest.fixture
@@ -118,11 +121,41 @@ def test_paths_that_are_no_model_are_refused(tmp_path: Path, folder: Path) -> No
     assert "cannot be read as JSON" in refusal(str(folder))
 
 
-def test_a_vision_checkpoint_is_refused_by_the_chat_script(folder: Path) -> None:
-    """It would load silently as a text-only model and lose its vision part when saved."""
+def test_a_vision_checkpoint_is_known_by_its_config(tmp_path: Path, backend: Tokenizer) -> None:
+    """AutoModelForCausalLM would load it silently as a text-only model, and lose its vision part when saved."""
+    checkpoint = read_checkpoint(locate_model(str(save_vision_folder(tmp_path, backend))))
+    assert checkpoint.is_vision
+    structure = {name: tensor.shape for name, tensor in build_meta_model(checkpoint).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()} == structure
+    check_weights(checkpoint, build_meta_model(checkpoint))
+    model: Any = load_weights(checkpoint, torch.bfloat16)
+    assert type(model) is GlmEdgeVForCausalLM
+    assert model.generation_config.eos_token_id == list(checkpoint.stop_ids)
+    assert model.name_or_path == str(tmp_path)
+
+
+def test_the_weight_files_of_a_vision_checkpoint_are_checked_by_their_headers(
+    tmp_path: Path, backend: Tokenizer
+) -> None:
+    """The pooling head, which no run uses, may be there; a missing bias of the adapter is named."""
+    folder = save_vision_folder(tmp_path, backend)
+    state = load_file(folder / "model.safetensors")
+    head = "model.vision.vit.model.vision_model.head.probe"
+    save_file(state | {head: torch.zeros(1, 1, 24)}, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = read_checkpoint(locate_model(str(folder)))
+    check_weights(checkpoint, build_meta_model(checkpoint))
+    del state["model.vision.adapter.conv.bias"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing from its files: model\.vision\.adapter\.conv\.bias"):
+        check_weights(checkpoint, build_meta_model(checkpoint))
+
+
+def test_a_vision_config_with_missing_fields_is_refused(folder: Path) -> None:
+    """By name, all at once: transformers would take the sizes of another model."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"vision_config": {"hidden_size": 8}}), encoding="utf-8")
-    assert "is a vision model" in refusal(str(folder))
+    with pytest.raises(UserError, match=r"vision_config\.image_size: must be a whole number, but is None"):
+        read_checkpoint(locate_model(str(folder)))
 
 
 def test_a_tokenizer_without_template_is_refused(folder: Path) -> None:
