@@ -283,7 +283,9 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
 
     settings = dict(plan.config.training_args)
     settings |= {"bf16": precision.bf16, "fp16": precision.fp16, "output_dir": str(plan.output_dir)}
-    settings.setdefault("use_cpu", not torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        settings.setdefault("use_cpu", True)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
     settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
     settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours

@@ -170,8 +170,7 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
     config, checkpoint, args = prepared.plan.config, prepared.checkpoint, prepared.training_arguments
-    if not args.deepspeed:
-        keep_deepspeed_out()
+    start_deepspeed() if args.deepspeed else keep_deepspeed_out()
     base = load_weights(checkpoint, getattr(torch, prepared.precision.weights))
     install_supervised_loss(base)
     torch.manual_seed(args.seed)  # the adapter's first values
@@ -190,6 +189,18 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def start_deepspeed() -> None:
+    """Let DeepSpeed join the process group, over which ZeRO-3 shares the weights while they are read.
+
+    On GPUs accelerate has done so; on the CPU it starts the group and leaves DeepSpeed out of it.
+    """
+    import torch
+    from deepspeed import comm
+
+    if torch.distributed.is_initialized() and not comm.is_initialized():
+        comm.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
 def keep_deepspeed_out() -> None:
