@@ -40,4 +40,4 @@ def test_values_without_sense_are_refused(tmp_path: Path, line: str, what: str) 
     """C4: each with its line."""
     (problem,) = refused(tmp_path, rest=line + "\n")
     assert what in problem.what
-    assert problem.where.startswith(f"run.yaml:7: {line.split(':')[0]}")
+    assert problem.where.startswith(f"run.yaml:7: {line.split(':', maxsplit=1)[0]}")
