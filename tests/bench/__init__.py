@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, run on demand; each prints ratios that hold on any machine."""

@@ -1,0 +1,128 @@
+"""What images cost: bytes of cache and peak memory, against the number of rows and against storing pixels.
+
+    python -m tests.bench.images [--rows 3000] [--steps 20]
+
+Each case is a real run of `finetune_vision.py` in a process of its own, in which every row has a photograph of
+640 x 480 pixels: a tenth of the rows, all rows that share one image file, and all rows with an image file each. Printed
+as JSON: the peak memory of the run (the most that the process held at once), its cache on disk, and what the same
+rows would take as stored float32 pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+PIXEL_BYTES = 3 * 672 * 672 * 4
+CONFIG = {
+    "data_config": {"train_file": "train.jsonl"},
+    "max_input_length": 1024,
+    "max_output_length": 16,
+    "freezeV": True,
+    "training_args": {
+        "learning_rate": 1e-4,
+        "per_device_train_batch_size": 4,
+        "dataloader_num_workers": 0,
+        "save_strategy": "no",
+        "logging_steps": 10,
+    },
+    "peft_config": {"peft_type": "LORA", "r": 4},
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run took.
+
+    Attributes:
+        rows, images: rows of the data, and image files that they name.
+        image_bytes: size of these files.
+        cache_bytes: the encoded data on disk.
+        cache_bytes_per_row: the same for each row.
+        stored_pixels_ratio: how many times as much the rows' pixels would take as float32.
+        peak_bytes: the most memory that the process held.
+    """
+
+    rows: int
+    images: int
+    image_bytes: int
+    cache_bytes: int
+    cache_bytes_per_row: int
+    stored_pixels_ratio: int
+    peak_bytes: int
+
+
+def write_data(folder: Path, rows: int, images: int) -> int:
+    """Write rows that share `images` image files evenly; return the size of these files."""
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(images):
+        coarse = Image.fromarray(generator.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+        coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=85)
+    lines = []
+    for number in range(rows):
+        question = [{"type": "image", "image": f"{number % images}.jpg"}, {"type": "text", "text": f"图 {number}？"}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"第 {number} 张"}]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    return sum(path.stat().st_size for path in folder.glob("*.jpg"))
+
+
+def measure(work: Path, model: str, rows: int, images: int, steps: int) -> Cost:
+    """Run the vision script on such data and return what it took."""
+    image_bytes = write_data(work / "data", rows, images)
+    training = {**CONFIG["training_args"], "output_dir": str(work / "output"), "max_steps": steps}  # type: ignore[dict-item]
+    (work / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"training_args": training}), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "finetune_vision.py"), str(work / "data"), model, str(work / "run.yaml")]
+    environment = os.environ | {"GLM_EDGE_FT_CACHE": str(work / "cache")}
+    process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"the run failed: {' '.join(command)}")
+    cache_bytes = sum(path.stat().st_size for path in (work / "cache").rglob("*") if path.is_file())
+    return Cost(
+        rows=rows,
+        images=images,
+        image_bytes=image_bytes,
+        cache_bytes=cache_bytes,
+        cache_bytes_per_row=cache_bytes // rows,
+        stored_pixels_ratio=rows * PIXEL_BYTES // cache_bytes,
+        peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def main(
+    *,
+    rows: Annotated[int, typer.Option(help="Rows of the large cases.")] = 3000,
+    steps: Annotated[int, typer.Option(help="Training steps of four rows.")] = 20,
+    model: Annotated[str, typer.Option(help="A vision model.")] = "glm-edge-v-nano",
+) -> None:
+    """Measure the three cases and compare them."""
+    costs = {}
+    for name, count, images in (
+        ("a tenth of the rows", rows // 10, rows // 10),
+        ("one image for all rows", rows, 1),
+        ("an image for each row", rows, rows),
+    ):
+        with tempfile.TemporaryDirectory() as work:
+            costs[name] = measure(Path(work), model, count, images, steps)
+    small, _, large = costs.values()
+    report = {name: asdict(cost) for name, cost in costs.items()}
+    ratio = round(large.peak_bytes / small.peak_bytes, 3)
+    print(json.dumps({"cases": report, "peak of all rows / peak of a tenth": ratio}, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
