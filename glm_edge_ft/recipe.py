@@ -112,6 +112,7 @@ def train(prepared: Prepared) -> None:
     trainer.state.global_step = trainer.final_step()  # what follows is said of the model that is kept
     evaluate(trainer, evaluations, always=finished)
     show_results(trainer, plan)
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves the group early can hang, or end with an abort
     trainer.end()
 
 

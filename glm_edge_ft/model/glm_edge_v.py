@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache, GlmForCausalLM, GlmModel
 from transformers import initialization as init
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -77,6 +78,10 @@ class GlmEdgeVModel(GlmModel):
             input_ids = None
         elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
             self.count_images(input_ids, images=0)
+            if self._is_vision_shared():
+                nothing = self._blank_image()  # first, as in merge_images: all processes gather weights in one order
+                inputs_embeds = self.embed_tokens(input_ids) + nothing
+                input_ids = None
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -86,6 +91,25 @@ class GlmEdgeVModel(GlmModel):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _is_vision_shared(self) -> bool:
+        """Whether other processes wait until this one has run its vision part.
+
+        They do where each holds a share of its weights (ZeRO-3), and where its gradients are averaged. A batch without
+        image must then run it all the same.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        if torch.distributed.get_world_size() == 1:
+            return False
+        is_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision.parameters())
+        return is_trained or is_deepspeed_zero3_enabled()
+
+    def _blank_image(self) -> torch.Tensor:
+        """Return 0, computed from a black image: nothing is added, and all gradients of the vision part are 0."""
+        tower: Any = self.vision.vit.model.vision_model.config
+        pixels = torch.zeros(1, tower.num_channels, tower.image_size, tower.image_size, device=self.device)
+        return self.vision(pixels).sum() * 0.0
 
     def merge_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the input embeddings `(batch, length, hidden)` with each image's vectors in its placeholders' place.
@@ -182,6 +206,13 @@ class GlmEdgeVForCausalLM(GlmForCausalLM):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Save as `PreTrainedModel.save_pretrained`, under the names that the modules have: those of the release.
+
+        transformers knows a renaming for SigLIP models of its own, and under ZeRO-3 would apply it to the tower.
+        """
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
