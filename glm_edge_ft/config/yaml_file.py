@@ -129,6 +129,7 @@ class _Builder:
         self.open: list[yaml.Node] = []
 
     def read_top(self, node: yaml.Node | None) -> None:
+        """Read the whole file into the document. Raises UserError where it is empty or holds no mapping."""
         name = self.document.name
         if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "null"):
             raise UserError.single(name, "the config file is empty", "start from one of the files in configs/")

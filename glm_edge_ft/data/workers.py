@@ -85,6 +85,13 @@ def _work(rows: list[RawRow | Problem]) -> EncodedChunk:
 def encode_in_order(
     jobs: Iterator[tuple[int, list[RawRow | Problem]]], encoder: ConversationEncoder, processes: int
 ) -> Iterator[tuple[int, EncodedChunk]]:
+    """Encode chunks of rows, in this process or in several, and yield them in their order.
+
+    Args:
+        jobs: number of the file, and rows of it or what is wrong with them.
+        encoder: encodes a conversation; each process gets a copy.
+        processes: how many encode; 1 is this one alone.
+    """
     if processes == 1:
         for file, rows in jobs:
             yield file, encode_chunk(rows, encoder)
