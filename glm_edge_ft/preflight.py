@@ -19,6 +19,7 @@ from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.console import is_main_process, show_notice
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.model.loading import ModelLocation, locate_model
+from glm_edge_ft.node import is_first_of_node, wait_for
 from glm_edge_ft.resume_check import compare_with_checkpoint
 from glm_edge_ft.training.checkpoints import ResumePlan, find_checkpoints, resolve_resume
 from glm_edge_ft.vision_check import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
@@ -372,8 +373,11 @@ def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> Genera
 
 
 def _encode(path: Path, encoder: ConversationEncoder, num_proc: int) -> EncodedDataset:
-    from glm_edge_ft.data.dataset import build_dataset
+    from glm_edge_ft.data.dataset import build_dataset, dataset_folder, open_if_whole
 
+    if not is_first_of_node():
+        folder = dataset_folder([path], encoder)
+        return wait_for(lambda: open_if_whole(folder))
     dataset, notices = build_dataset([path], encoder, num_proc=num_proc, progress=is_main_process())
     for notice in notices:
         show_notice(notice)

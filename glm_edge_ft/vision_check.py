@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import is_main_process, show_notice
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.node import shared_on_node
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,13 +89,16 @@ def check_vectors(meta_model: PreTrainedModel, checkpoint: Checkpoint, settings:
 def check_images(
     datasets: Mapping[str, EncodedDataset], config: RunConfig
 ) -> tuple[dict[str, EncodedDataset], ImageCheck]:
-    """Open every image once; return the data sets without rows that have bad ones, and what was found.
+    """Open every image once a machine; return the data sets without rows that have bad ones, and what was found.
 
     Raises UserError for bad images where `on_bad_image` is error, or where no row is left without them.
     """
+    from glm_edge_ft.data.cache import default_cache_dir
     from glm_edge_ft.data.image_check import ImageCheck
 
     check = ImageCheck(config.on_bad_image, progress=is_main_process())
+    bad = shared_on_node("images", default_cache_dir() / "checks", lambda: check.find_bad(datasets))
+    check.take_over(datasets, bad)
     kept, notices = check.of_datasets(datasets)
     for notice in notices:
         show_notice(notice)

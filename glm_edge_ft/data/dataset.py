@@ -160,8 +160,7 @@ def build_dataset(
         UserError: rows that cannot be read or are no conversations, up to 20 of each file; or no row is left.
     """
     names = cache.display_names(paths)
-    _check_readable(paths, names)
-    folder = (cache_dir or cache.default_cache_dir()) / dataset_key(paths, names, encoder)
+    folder = dataset_folder(paths, encoder, cache_dir)
     notices: list[str] = []
     if cache.read_meta(folder) is not None:
         return EncodedDataset(folder), [f"{', '.join(names)}: encoded data taken from {folder}"]
@@ -173,6 +172,18 @@ def build_dataset(
         findings.raise_if_unusable(writer.rows)
         writer.finish({**findings.to_meta(), "image_folders": _image_folders(paths, encoder)})
     return EncodedDataset(folder), notices
+
+
+def dataset_folder(paths: Sequence[Path], encoder: ConversationEncoder, cache_dir: Path | None = None) -> Path:
+    """Return where the encoded rows of data files lie, or will lie. Raises UserError for a file that cannot be read."""
+    names = cache.display_names(paths)
+    _check_readable(paths, names)
+    return (cache_dir or cache.default_cache_dir()) / dataset_key(paths, names, encoder)
+
+
+def open_if_whole(folder: Path) -> EncodedDataset | None:
+    """Return the data set in a cache folder, or None as long as it is not there or not whole."""
+    return EncodedDataset(folder) if cache.read_meta(folder) is not None else None
 
 
 def load_prompts(paths: Sequence[Path], encoder: ConversationEncoder, limit: int | None = None) -> list[PromptSample]:

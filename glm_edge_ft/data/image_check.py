@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from glm_edge_ft.data.dataset import EncodedDataset
@@ -20,6 +20,16 @@ class ImageCheck:
         self.progress = progress
         self._reasons: dict[str, str | None] = {}  # of every image opened so far; None: it is good
 
+    def find_bad(self, datasets: Mapping[str, EncodedDataset]) -> dict[str, str]:
+        """Open the images of the data sets; return what is wrong with each bad one."""
+        paths = list(_paths(datasets))
+        self._open(paths)
+        return {path: reason for path in paths if (reason := self._reasons[path]) is not None}
+
+    def take_over(self, datasets: Mapping[str, EncodedDataset], bad: Mapping[str, str]) -> None:
+        """Take what another process found in the same data sets (`find_bad`), and open none of their images."""
+        self._reasons.update({path: bad.get(path) for path in _paths(datasets)})
+
     def of_datasets(self, datasets: Mapping[str, EncodedDataset]) -> tuple[dict[str, EncodedDataset], list[str]]:
         """Return the data sets without the rows that have bad images, and notices for the user.
 
@@ -31,9 +41,7 @@ class ImageCheck:
                 which no row is left.
         """
         vision = {split: dataset for split, dataset in datasets.items() if dataset.has_images}
-        self._open(
-            path for dataset in vision.values() for index in range(len(dataset)) for path in dataset.images(index)
-        )
+        self._open(_paths(vision))
         bad_rows = {split: self._bad_rows(dataset) for split, dataset in vision.items()}
         if self.on_bad_image == "error":
             self._raise((vision[split].place(index), path) for split, rows in bad_rows.items() for index, path in rows)
@@ -85,3 +93,9 @@ class ImageCheck:
         for place, path in found:
             places.setdefault(path, []).append(place)
         raise_bad_images(places, {path: self._reasons[path] or "" for path in places})
+
+
+def _paths(datasets: Mapping[str, EncodedDataset]) -> Iterator[str]:
+    for dataset in datasets.values():
+        if dataset.has_images:
+            yield from (path for index in range(len(dataset)) for path in dataset.images(index))

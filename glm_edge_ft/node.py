@@ -1,0 +1,53 @@
+"""Work that the first process of a machine does for all of its ranks; the others wait outside of any collective.
+
+Encoding a large file can take longer than a collective may (`ddp_timeout`). So the others look for its result on disk
+now and then. Where the first process fails, torchrun ends them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+SECONDS_BETWEEN_LOOKS = 0.5
+_LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+
+
+def is_first_of_node() -> bool:
+    """Return whether this process does what is done once a machine (torchrun sets LOCAL_RANK)."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def wait_for(look: Callable[[], Result | None]) -> Result:
+    """Return what `look` finds, as soon as it finds something."""
+    while (found := look()) is None:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return found
+
+
+def shared_on_node(name: str, folder: Path, work: Callable[[], Any]) -> Any:
+    """Return the result of `work`, which the first process of the machine does and the others read.
+
+    Args:
+        name: tells results of one launch apart.
+        folder: where the result is laid down; the same for all ranks of a machine.
+        work: gives JSON-able data. What it raises is raised in the first process alone.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+        return work()
+    launch = "-".join(os.environ.get(variable, "") for variable in _LAUNCH_VARIABLES)
+    path = folder / f"{name}-{uuid.uuid5(uuid.NAMESPACE_OID, launch).hex}.json"
+    if not is_first_of_node():
+        return wait_for(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+    result = work()
+    folder.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(result), encoding="utf-8")
+    written.replace(path)
+    return result
