@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from glm_edge_ft.console import is_main_process, show, show_notice
+from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare
 from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
@@ -190,29 +191,6 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def start_deepspeed() -> None:
-    """Let DeepSpeed join the process group, over which ZeRO-3 shares the weights while they are read.
-
-    On GPUs accelerate has done so; on the CPU it starts the group and leaves DeepSpeed out of it.
-    """
-    import torch
-    from deepspeed import comm
-
-    if torch.distributed.is_initialized() and not comm.is_initialized():
-        comm.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
-
-
-def keep_deepspeed_out() -> None:
-    """Keep accelerate from importing DeepSpeed where a run does not use it.
-
-    accelerate 1.15 imports it wherever it is installed, to ask whether a model is wrapped in its engine. That takes
-    seconds, prints warnings, and fails on machines where DeepSpeed was built for other libraries.
-    """
-    import accelerate.utils.other
-
-    accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
 def build_collator(prepared: Prepared, padding_side: Literal["left", "right"]) -> PaddedCollator | VisionCollator:

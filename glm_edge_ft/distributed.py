@@ -1,0 +1,51 @@
+"""DeepSpeed: joined where a run uses it, kept out where it does not."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from glm_edge_ft.console import show_notice
+from glm_edge_ft.node import is_first_of_node
+
+SECONDS_TO_COMPILE = 600
+
+
+def start_deepspeed() -> None:
+    """Let DeepSpeed join the process group, over which ZeRO-3 shares the weights while they are read.
+
+    On GPUs accelerate has done so; on the CPU it starts the group and leaves DeepSpeed out of it.
+    """
+    import torch
+
+    remove_stale_locks()
+    from deepspeed import comm
+
+    if torch.distributed.is_initialized() and not comm.is_initialized():
+        comm.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def remove_stale_locks() -> None:
+    """Remove the locks of compilations that were killed: torch waits for such a lock without end and without a word.
+
+    DeepSpeed compiles its small operators at first use, into torch's folder of extensions, within a minute or two.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/lock") if is_first_of_node() else ():
+        if time.time() - lock.stat().st_mtime > SECONDS_TO_COMPILE:
+            lock.unlink(missing_ok=True)
+            show_notice(f"{lock}: removed, a run that was killed had left it and every later one would wait for it")
+
+
+def keep_deepspeed_out() -> None:
+    """Keep accelerate from importing DeepSpeed where a run does not use it.
+
+    accelerate 1.15 imports it wherever it is installed, to ask whether a model is wrapped in its engine. That takes
+    seconds, prints warnings, and fails on machines where DeepSpeed was built for other libraries.
+    """
+    import accelerate.utils.other
+
+    accelerate.utils.other.is_deepspeed_available = lambda: False
