@@ -10,15 +10,15 @@ Nothing heavy is imported before `check_inputs` has found the command line right
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from glm_edge_ft.console import is_main_process, show, show_notice
 from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare
+from glm_edge_ft.run_record import describe_model, model_facts, run_title, write_json, write_run_record
 from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
 
 if TYPE_CHECKING:
@@ -65,15 +65,15 @@ def show_check(prepared: Prepared) -> None:
 
     for split, dataset in prepared.datasets.items():
         show(format_report(dataset.report, f"{split}: {prepared.plan.data_files[split]}"))
-    show(_describe_model(prepared))
+    show(describe_model(prepared))
     if prepared.plan.resume.notice:
         show_notice(prepared.plan.resume.notice)
     report = {
         "data": {split: dataset.report.to_json() for split, dataset in prepared.datasets.items()},
-        "model": _model_facts(prepared),
+        "model": model_facts(prepared),
         "resume_from": str(prepared.plan.resume.path) if prepared.plan.resume.path else None,
     }
-    _write_json(prepared.plan.request.json_path, report)
+    write_json(prepared.plan.request.json_path, report)
     show("check passed: nothing was trained, no weights were read")
 
 
@@ -84,7 +84,7 @@ def show_preview(prepared: Prepared) -> None:
     dataset, tokenizer = prepared.datasets["train"], prepared.checkpoint.tokenizer
     rows = [dataset.row(index) for index in range(min(prepared.plan.request.preview or 0, len(dataset)))]
     show(preview(rows, tokenizer, color=sys.stdout.isatty()))
-    _write_json(prepared.plan.request.json_path, preview_json(rows, tokenizer))
+    write_json(prepared.plan.request.json_path, preview_json(rows, tokenizer))
 
 
 def train(prepared: Prepared) -> None:
@@ -98,7 +98,7 @@ def train(prepared: Prepared) -> None:
             show_notice(f"{split}: {remark}")
     make_output_dir(plan.output_dir)
     trainer = build_trainer(prepared, evaluations)
-    show(_describe_model(prepared))
+    show(describe_model(prepared))
     make_room(plan)  # not before all that can go wrong has gone right: an earlier run stays where it is until then
     write_run_record(prepared)
     finished = plan.resume.path is not None and not trainer.has_steps_left(plan.resume.path)
@@ -186,7 +186,7 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
         reply_tools=build_reply_tools(prepared),
         on_nonfinite_loss=config.on_nonfinite_loss,
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
-        callbacks=[RunLog(prepared.plan.output_dir, title=_title(prepared), show=is_main_process())],
+        callbacks=[RunLog(prepared.plan.output_dir, title=run_title(prepared), show=is_main_process())],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -255,83 +255,3 @@ def show_results(trainer: GlmEdgeTrainer, plan: Plan) -> None:
         "record of the run": folder / "run.json",
     }
     show("\n" + "\n".join(f"{label + ':':<19}{path}" for label, path in names.items() if path.exists()))
-
-
-def write_run_record(prepared: Prepared) -> None:
-    """Write `run.json`: resolved config, command line, versions and data fingerprints."""
-    import importlib.metadata
-    import platform
-
-    plan = prepared.plan
-    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "deepspeed")
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    record = {
-        "model": plan.location.name,
-        "data_dir": str(plan.request.data_dir),
-        "config_file": str(plan.config.path),
-        "overrides": list(plan.request.overrides),
-        "resumed_from": str(plan.resume.path) if plan.resume.path else None,
-        "config": plan.config.resolved(),
-        "facts": _model_facts(prepared),
-        "data": {split: _data_facts(prepared, split) for split in prepared.datasets},
-        "versions": versions,
-    }
-    _write_json(plan.output_dir / "run.json", record)
-
-
-def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:
-    dataset = prepared.datasets[split]
-    return {
-        "file": str(prepared.plan.data_files[split]),
-        "fingerprint": dataset.fingerprint,
-        "report": dataset.report.to_json(),
-    }
-
-
-def _model_facts(prepared: Prepared) -> dict[str, Any]:
-    trainable, total = prepared.parameters
-    memory = prepared.memory
-    return {
-        "parameters": total,
-        "trainable_parameters": trainable,
-        "precision": prepared.precision.reason,
-        "memory_bytes": {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "total": memory.total,
-        },
-    }
-
-
-def _describe_model(prepared: Prepared) -> str:
-    trainable, total = prepared.parameters
-    memory = prepared.memory
-    named = {"weights": memory.weights, "gradients": memory.gradients, "AdamW": memory.optimizer}
-    parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in named.items())
-    return (
-        f"model: {prepared.plan.location.name}, {total:,} parameters, {trainable:,} of them trained "
-        f"({100 * trainable / total:.2f} %), {prepared.precision.reason}\n"
-        f"memory: {_megabytes(memory.total)} for one process ({parts}), and activations"
-    )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def _title(prepared: Prepared) -> str:
-    peft = prepared.plan.config.peft_config
-    return f"{prepared.plan.location.name}, {peft['peft_type'] if peft else 'full fine-tuning'}"
-
-
-def _write_json(path: Path | None, content: Any) -> None:
-    if path is None or not is_main_process():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")

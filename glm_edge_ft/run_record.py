@@ -1,0 +1,96 @@
+"""What a run says and writes about itself: its model in two lines, and `run.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.console import is_main_process
+
+if TYPE_CHECKING:
+    from glm_edge_ft.preflight import Prepared
+
+
+def write_run_record(prepared: Prepared) -> None:
+    """Write `run.json`: resolved config, command line, versions and data fingerprints."""
+    import importlib.metadata
+    import platform
+
+    plan = prepared.plan
+    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "deepspeed")
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    record = {
+        "model": plan.location.name,
+        "data_dir": str(plan.request.data_dir),
+        "config_file": str(plan.config.path),
+        "overrides": list(plan.request.overrides),
+        "resumed_from": str(plan.resume.path) if plan.resume.path else None,
+        "config": plan.config.resolved(),
+        "facts": model_facts(prepared),
+        "data": {split: _data_facts(prepared, split) for split in prepared.datasets},
+        "versions": versions,
+    }
+    write_json(plan.output_dir / "run.json", record)
+
+
+def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:
+    dataset = prepared.datasets[split]
+    return {
+        "file": str(prepared.plan.data_files[split]),
+        "fingerprint": dataset.fingerprint,
+        "report": dataset.report.to_json(),
+    }
+
+
+def model_facts(prepared: Prepared) -> dict[str, Any]:
+    """Return parameters, precision and the estimate of memory, in bytes."""
+    trainable, total = prepared.parameters
+    memory = prepared.memory
+    return {
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "precision": prepared.precision.reason,
+        "memory_bytes": {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "total": memory.total,
+        },
+    }
+
+
+def describe_model(prepared: Prepared) -> str:
+    """Return the two lines that a run shows of its model before it trains."""
+    trainable, total = prepared.parameters
+    memory = prepared.memory
+    named = {"weights": memory.weights, "gradients": memory.gradients, "AdamW": memory.optimizer}
+    parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in named.items())
+    return (
+        f"model: {prepared.plan.location.name}, {total:,} parameters, {trainable:,} of them trained "
+        f"({100 * trainable / total:.2f} %), {prepared.precision.reason}\n"
+        f"memory: {_megabytes(memory.total)} for one process ({parts}), and activations"
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def run_title(prepared: Prepared) -> str:
+    """Return the title of the curve."""
+    peft = prepared.plan.config.peft_config
+    return f"{prepared.plan.location.name}, {peft['peft_type'] if peft else 'full fine-tuning'}"
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """Write JSON on rank 0; with no path, do nothing."""
+    if path is None or not is_main_process():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
