@@ -66,14 +66,15 @@ def model_facts(prepared: Prepared) -> dict[str, Any]:
 
 
 def describe_model(prepared: Prepared) -> str:
-    """Return the two lines that a run shows of its model before it trains."""
+    """Return the two lines that a run shows of its model before it trains: what is trained, and the memory for it."""
     trainable, total = prepared.parameters
     memory = prepared.memory
     named = {"weights": memory.weights, "gradients": memory.gradients, "AdamW": memory.optimizer}
     parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in named.items())
+    frozen = ", the vision part stays as it is" if prepared.keeps_vision else ""
     return (
         f"model: {prepared.plan.location.name}, {total:,} parameters, {trainable:,} of them trained "
-        f"({100 * trainable / total:.2f} %), {prepared.precision.reason}\n"
+        f"({100 * trainable / total:.2f} %{frozen}), {prepared.precision.reason}\n"
         f"memory: {_megabytes(memory.total)} for one process ({parts}), and activations"
     )
 
