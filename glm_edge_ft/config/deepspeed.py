@@ -15,6 +15,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from glm_edge_ft.config.document import nearest
@@ -279,6 +280,7 @@ def _said(draft: Draft, name: str) -> str:
     if draft.training.get(name) is None:
         return f"{name} is {value}, its default"
     where = draft.document.where((*TRAINING, name)).removesuffix(f": training_args.{name}")
+    where = where.replace(draft.document.name, Path(draft.document.name).name)
     return f"{name} is {value} ({where})"
 
 

@@ -1,0 +1,347 @@
+"""DeepSpeed's JSON beside the YAML: what contradicts, what cannot work, what the toolkit fills in (cases C6, T4)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_edge_ft.config.deepspeed import AUTO, ZERO_KEYS, complete_deepspeed, find
+from glm_edge_ft.errors import Problem
+from tests.config.files import load, refused
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHIPPED = ("ds_zero_2.json", "ds_zero_3.json", "ds_zero_2_offload.json", "ds_zero_3_offload.json")
+WHERE = "run.yaml:6: training_args.deepspeed"
+
+
+def contradictions(folder: Path, settings: Any, training: str = "") -> list[tuple[str, str]]:
+    """Return what is wrong with a JSON file, and how to mend it, beside a config with these `training_args`."""
+    (folder / "ds.json").write_text(json.dumps(settings), encoding="utf-8")
+    problems = refused(folder, "deepspeed: ds.json\n" + training)
+    assert {problem.where for problem in problems} == {WHERE}
+    return [(problem.what, problem.fix) for problem in problems]
+
+
+def accepted(folder: Path, settings: Any, training: str = "") -> None:
+    """Load a config that names such a JSON file; it is refused by an error."""
+    (folder / "ds.json").write_text(json.dumps(settings), encoding="utf-8")
+    load(folder, "deepspeed: ds.json\n" + training)
+
+
+# --- the shipped files
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_file_agrees_with_any_yaml(name: str, tmp_path: Path) -> None:
+    """C6: no value of the YAML can contradict a shipped file."""
+    training = "learning_rate: 3e-4\nmax_grad_norm: 0.3\nweight_decay: 0.2\nadam_beta1: 0.8\nadam_epsilon: 1e-6\n"
+    training += "per_device_train_batch_size: 3\ngradient_accumulation_steps: 5\nwarmup_steps: 0.1\nbf16: true"
+    load(tmp_path, f"deepspeed: {CONFIGS / name}\n{training}")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_file_leaves_to_the_yaml_what_it_decides(name: str) -> None:
+    """C6: batch sizes, accumulation, clipping, precision and optimizer numbers are "auto"."""
+    settings = json.loads((CONFIGS / name).read_text(encoding="utf-8"))
+    keys = ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping"]
+    keys += ["bf16.enabled", "fp16.enabled", "zero_optimization.reduce_bucket_size"]
+    if "offload" in name:
+        keys += [f"optimizer.params.{key}" for key in ("lr", "betas", "eps", "weight_decay")]
+    assert {key: find(settings, key) for key in keys} == dict.fromkeys(keys, "auto")
+    assert settings["zero_optimization"]["stage"] == int(name[8])
+
+
+# --- contradictions
+def test_contradiction_names_key_json_value_and_yaml_value(tmp_path: Path) -> None:
+    """C6: a learning rate in both files."""
+    found = contradictions(tmp_path, {"optimizer": {"params": {"lr": 3e-5}}}, "learning_rate: 5e-4")
+    assert found == [
+        (
+            "ds.json: optimizer.params.lr is `3e-05`, but learning_rate is `0.0005` (run.yaml:7)",
+            'write "auto" there, or leave the key out: it then follows learning_rate',
+        )
+    ]
+
+
+def test_value_that_the_yaml_leaves_at_its_default_is_refused_too(tmp_path: Path) -> None:
+    """C6: transformers would end the run over it once the weights are read."""
+    ((what, _),) = contradictions(tmp_path, {"gradient_clipping": 0.5})
+    assert what == "ds.json: gradient_clipping is `0.5`, but max_grad_norm is `1.0`, its default"
+
+
+def test_value_of_an_option_is_named_by_it(tmp_path: Path) -> None:
+    """C6: --set contradicts the JSON as the file does."""
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 1.0}', encoding="utf-8")
+    assert refused(tmp_path, "deepspeed: ds.json", overrides=("training_args.max_grad_norm=2",)) == (
+        Problem(
+            WHERE,
+            "ds.json: gradient_clipping is `1.0`, but max_grad_norm is `2.0` (--set training_args.max_grad_norm)",
+            'write "auto" there, or leave the key out: it then follows max_grad_norm',
+        ),
+    )
+
+
+def test_all_contradictions_are_listed_at_once(tmp_path: Path) -> None:
+    """C6: every key that both files state differently, in one message."""
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "train_batch_size": 64,
+        "gradient_clipping": 2,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1, "betas": [0.8, 0.9], "eps": 1, "weight_decay": 1, "adam_w_mode": False},
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {
+                "warmup_max_lr": 1,
+                "warmup_num_steps": 7,
+                "total_num_steps": 9,
+                "warmup_type": "log",
+            },
+        },
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+    }
+    training = "max_steps: 100\nwarmup_steps: 0.03\nlr_scheduler_type: cosine\nfp16: true\noptim: adamw_torch"
+    found = contradictions(tmp_path, settings, training)
+    assert {what.split()[1] for what, _ in found} == {
+        *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping"),
+        *(f"optimizer.params.{key}" for key in ("lr", "betas", "eps", "weight_decay", "adam_w_mode")),
+        *(f"scheduler.params.{key}" for key in ("warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type")),
+        *("scheduler.type", "bf16.enabled", "fp16.enabled"),
+    }
+
+
+def test_equal_values_are_no_contradiction(tmp_path: Path) -> None:
+    """C6: the same value in both files, and defaults of the YAML."""
+    settings = {
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 4,
+        "train_batch_size": 32,
+        "gradient_clipping": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 5e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0}},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {"total_num_steps": 100, "warmup_num_steps": 3, "warmup_max_lr": 5e-5},
+        },
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+    }
+    accepted(tmp_path, settings, "max_steps: 100\nwarmup_steps: 0.03\ngradient_accumulation_steps: 4\nbf16: true")
+
+
+def test_whole_batch_counts_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C6: 8 rows on each of 4 processes are 32."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    accepted(tmp_path, {"train_batch_size": 32})
+    ((what, _),) = contradictions(tmp_path, {"train_batch_size": 8})
+    assert what == (
+        "ds.json: train_batch_size is `8`, but per_device_train_batch_size is `8`, its default, "
+        "gradient_accumulation_steps is `1`, its default, with 4 processes: 32"
+    )
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_precision_that_the_machine_decides_cannot_stand_in_the_json(name: str, tmp_path: Path) -> None:
+    """C6: the YAML is silent, so that the precision is not known yet."""
+    ((what, fix),) = contradictions(tmp_path, {name: {"enabled": True}})
+    assert what == f"ds.json: {name}.enabled is `true`, but {name} is not set, so that the machine decides"
+    assert fix == f'write "auto" there, or leave the key out: it then follows {name}'
+
+
+def test_length_that_the_data_decides_cannot_stand_in_the_json(tmp_path: Path) -> None:
+    """C6: num_train_epochs makes a number of steps that no file states."""
+    settings = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 100}}}
+    ((what, _),) = contradictions(tmp_path, settings)
+    assert what == (
+        "ds.json: scheduler.params.total_num_steps is `100`, "
+        "but the data and num_train_epochs decide the length of the run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "training", "what", "fix"),
+    [
+        (
+            {"optimizer": {"type": "Lion"}},
+            "",
+            "ds.json: optimizer.type is `Lion`, but optim is AdamW, its default",
+            "leave optimizer out of the JSON: optim then decides",
+        ),
+        (
+            {"optimizer": {"type": "AdamW"}},
+            "optim: adafactor",
+            "ds.json: optimizer.type is `AdamW`, but optim is `adafactor` (run.yaml:7)",
+            "leave optimizer out of the JSON: optim then decides",
+        ),
+        (
+            {"scheduler": {"type": "OneCycle"}},
+            "",
+            "ds.json: scheduler.type is `OneCycle`, but lr_scheduler_type is `linear`, its default",
+            "leave scheduler out of the JSON: lr_scheduler_type then decides",
+        ),
+    ],
+)
+def test_optimizer_or_schedule_that_would_win_in_silence_is_refused(
+    settings: Any, training: str, what: str, fix: str, tmp_path: Path
+) -> None:
+    """C6: transformers takes the JSON's optimizer and schedule without a word about the YAML's."""
+    assert contradictions(tmp_path, settings, training) == [(what, fix)]
+
+
+# --- what cannot work
+@pytest.mark.parametrize(
+    ("settings", "what", "fix"),
+    [
+        (
+            {"zero_optimization": {"stage": 4}},
+            "ds.json: zero_optimization.stage is `4`",
+            "write 0 (off), 1, 2 or 3",
+        ),
+        (
+            {"zero_optimization": {"stage": "3"}},
+            "ds.json: zero_optimization.stage is `3`",
+            "write 0 (off), 1, 2 or 3",
+        ),
+        (
+            {"zero_optimization": {"stage": True}},
+            "ds.json: zero_optimization.stage is `true`",
+            "write 0 (off), 1, 2 or 3",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            "ds.json: unknown key `zero_optimization.overlap_com`",
+            "did you mean overlap_comm?",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "ds.json: zero_optimization.offload_param has no meaning at stage 2",
+            "leave it out, or write stage: 3",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "ds.json: zero_optimization.offload_param.nvme_path: missing",
+            "name a folder of a local disk there",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
+            "ds.json: zero_optimization.offload_optimizer.device is `gpu`",
+            "write cpu, nvme or none",
+        ),
+        (
+            {"zero_optimization": 3},
+            "ds.json: zero_optimization is `3`, no JSON object",
+            'write {"key": value} there',
+        ),
+        ({"zero_optimisation": {}}, "ds.json: unknown key `zero_optimisation`", "did you mean zero_optimization?"),
+        (
+            {"amp": {"enabled": True}},
+            "ds.json: amp is mixed precision by apex; this toolkit uses bf16 or fp16",
+            "leave it out",
+        ),
+    ],
+)
+def test_json_that_cannot_work_is_refused(settings: Any, what: str, fix: str, tmp_path: Path) -> None:
+    """C6: before any weights are read, with what to write instead."""
+    assert contradictions(tmp_path, settings) == [(what, fix)]
+
+
+def test_settings_inside_the_yaml_are_checked_too(tmp_path: Path) -> None:
+    """C6: DeepSpeed's settings may stand in the YAML itself."""
+    (problem,) = refused(tmp_path, "deepspeed: {zero_optimization: {stage: 9}}")
+    assert problem.what == "deepspeed: zero_optimization.stage is `9`"
+
+
+def test_mistyped_value_of_the_yaml_is_not_compared(tmp_path: Path) -> None:
+    """C6: what the YAML means is not known, so that its own mistake is the only one."""
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 0.5}', encoding="utf-8")
+    (problem,) = refused(tmp_path, "deepspeed: ds.json\nmax_grad_norm: high")
+    assert problem.where == "run.yaml:7: training_args.max_grad_norm"
+
+
+def test_known_keys_are_those_of_deepspeed() -> None:
+    """C6: no key that DeepSpeed knows is refused."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    (package,) = importlib.util.find_spec("deepspeed").submodule_search_locations or [""]  # type: ignore[union-attr]
+    source = Path(package, "runtime", "zero", "config.py").read_text(encoding="utf-8")
+    fields = source[source.index("class DeepSpeedZeroConfig") :]
+    names = set(re.findall(r"^    ([a-z_0-9]+): ", fields, re.MULTILINE))
+    by_alias = {alias.removeprefix("stage3_"): alias for alias in re.findall(r'alias="(\w+)"', fields)}
+    assert {by_alias.get(name, name) for name in names} <= set(ZERO_KEYS)
+
+
+# --- what the toolkit fills in
+def completed(settings: dict[str, Any], has_gpu: bool = True, bf16: bool = True) -> dict[str, Any]:
+    """Complete settings, on a GPU with bf16 unless the arguments say otherwise."""
+    return complete_deepspeed(settings, has_gpu=has_gpu, bf16=bf16, fp16=False)
+
+
+def test_missing_keys_follow_the_yaml() -> None:
+    """C6: an empty JSON gets every key whose value the YAML decides."""
+    assert completed({}) == {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "zero_optimization": {},
+    }
+
+
+@pytest.mark.parametrize("written", [{}, {"stage3_gather_16bit_weights_on_model_save": False}])
+def test_weights_are_gathered_for_saving_at_stage_3(written: dict[str, Any]) -> None:
+    """T4: the gather flag is set where the JSON lacks it or switches it off."""
+    zero = completed({"zero_optimization": {"stage": 3, **written}})["zero_optimization"]
+    assert zero == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+
+
+def test_stage_2_gets_no_gather_flag() -> None:
+    """T4: it has a meaning at stage 3 alone."""
+    assert completed({"zero_optimization": {"stage": 2}})["zero_optimization"] == {"stage": 2}
+
+
+def test_settings_given_are_not_changed() -> None:
+    """T4: the JSON's content stays as it was read, for the record of the run."""
+    settings = json.loads((CONFIGS / "ds_zero_3_offload.json").read_text(encoding="utf-8"))
+    before = json.dumps(settings)
+    completed(settings, has_gpu=False)
+    assert json.dumps(settings) == before
+
+
+def test_no_gpu_means_nothing_pinned_or_overlapped() -> None:
+    """C7: the same file serves a machine without a GPU."""
+    settings = json.loads((CONFIGS / "ds_zero_3_offload.json").read_text(encoding="utf-8"))
+    zero = completed(settings, has_gpu=False, bf16=False)["zero_optimization"]
+    assert zero["overlap_comm"] is False
+    assert (zero["offload_optimizer"]["pin_memory"], zero["offload_param"]["pin_memory"]) == (False, False)
+
+
+def test_precision_keeps_the_other_settings_of_its_section() -> None:
+    """C7: a loss scale stays beside the switch that the toolkit sets."""
+    done = complete_deepspeed({"fp16": {"enabled": AUTO, "loss_scale": 128}}, has_gpu=True, bf16=False, fp16=True)
+    assert (done["fp16"], done["bf16"]) == ({"enabled": True, "loss_scale": 128}, {"enabled": False})
+
+
+def test_optimizer_numbers_that_the_json_leaves_out_follow_the_yaml() -> None:
+    """C6: DeepSpeed's own weight decay and betas do not slip in."""
+    done = completed({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}})
+    assert done["optimizer"]["params"] == {"lr": 1e-4, "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+
+
+def test_schedule_rises_along_a_line_as_the_yaml_means_it() -> None:
+    """C6: DeepSpeed's own default is a logarithm."""
+    params = completed({"scheduler": {"type": "WarmupCosineLR"}})["scheduler"]["params"]
+    assert params == {"warmup_num_steps": "auto", "total_num_steps": "auto", "warmup_type": "linear"}
+
+
+def test_offloaded_states_work_without_an_optimizer_in_the_json() -> None:
+    """C6: DeepSpeed would refuse the Trainer's AdamW there."""
+    done = completed({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    assert done["zero_force_ds_cpu_optimizer"] is False
