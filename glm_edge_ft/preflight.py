@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
+from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
 from glm_edge_ft.console import is_main_process, show_notice
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.model.loading import ModelLocation, locate_model
@@ -291,6 +292,13 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
     settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
     settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), os.cpu_count() or 1)
+    if settings.get("deepspeed"):
+        settings["deepspeed"] = complete_deepspeed(
+            read_deepspeed(settings["deepspeed"]),
+            has_gpu=torch.cuda.is_available(),
+            bf16=precision.bf16,
+            fp16=precision.fp16,
+        )
     if plan.resume.path is not None:
         settings["eval_on_start"] = False  # the base model was evaluated when the run began
     try:
