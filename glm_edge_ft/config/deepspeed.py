@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -282,6 +283,13 @@ def _said(draft: Draft, name: str) -> str:
     where = draft.document.where((*TRAINING, name)).removesuffix(f": training_args.{name}")
     where = where.replace(draft.document.name, Path(draft.document.name).name)
     return f"{name} is {value} ({where})"
+
+
+def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings behind a checked `training_args.deepspeed`: the JSON file's, or the mapping itself."""
+    if isinstance(value, str):
+        return dict(json.loads(Path(value).read_text(encoding="utf-8-sig")))
+    return dict(value)
 
 
 def complete_deepspeed(settings: Mapping[str, Any], *, has_gpu: bool, bf16: bool, fp16: bool) -> dict[str, Any]:

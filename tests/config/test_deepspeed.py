@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from glm_edge_ft.config.deepspeed import AUTO, ZERO_KEYS, complete_deepspeed, find
+from glm_edge_ft.config.deepspeed import AUTO, ZERO_KEYS, complete_deepspeed, find, read_deepspeed
 from glm_edge_ft.errors import Problem
 from tests.config.files import load, refused
 
@@ -321,6 +321,19 @@ def test_no_gpu_means_nothing_pinned_or_overlapped() -> None:
     zero = completed(settings, has_gpu=False, bf16=False)["zero_optimization"]
     assert zero["overlap_comm"] is False
     assert (zero["offload_optimizer"]["pin_memory"], zero["offload_param"]["pin_memory"]) == (False, False)
+
+
+def test_settings_are_read_from_a_file_or_taken_as_they_are(tmp_path: Path) -> None:
+    """C6: both ways to write them lead to the same, a byte order mark included."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8-sig")
+    from_file = read_deepspeed(str(tmp_path / "ds.json"))
+    assert from_file == read_deepspeed({"zero_optimization": {"stage": 2}}) == {"zero_optimization": {"stage": 2}}
+
+
+def test_adam_without_a_gpu_needs_no_compiler() -> None:
+    """C7: torch's own AdamW, unless its states are offloaded."""
+    done = completed({"optimizer": {"type": "AdamW"}}, has_gpu=False, bf16=False)
+    assert done["optimizer"]["params"]["torch_adam"] is True
 
 
 def test_precision_keeps_the_other_settings_of_its_section() -> None:
