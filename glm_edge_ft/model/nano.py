@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import GlmConfig, PreTrainedTokenizerBase
 
 EMBEDDED_ROOT = Path(__file__).resolve().parent / "embedded"
-EMBEDDED_MODELS: dict[str, Path] = {"glm-edge-nano": EMBEDDED_ROOT / "glm-edge-nano"}
+EMBEDDED_MODELS: dict[str, Path] = {name: EMBEDDED_ROOT / name for name in ("glm-edge-nano", "glm-edge-v-nano")}
 
 # Order and spelling of the released checkpoints (glm-edge-1.5b-chat and its siblings); they follow the base vocabulary.
 SPECIAL_TOKENS = (

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
+from glm_edge_ft.model.nano_v_exchanges import CHINESE, ENGLISH
 from glm_edge_ft.model.nano_v_pictures import (
     CELL_CLASSES,
     CELLS_PER_SIDE,
@@ -42,6 +44,9 @@ OUTLINE_WEIGHT = 2.0
 SIDES = (128, 144, 168, 192, 224)  # pixels of a stored picture; all are enlarged to 672
 EMPTY_CLASSES = 4  # the first of CELL_CLASSES; three cells of four are empty
 PIXELS_PER_CELL = 28
+VECTOR_SIZE = 0.1  # root mean square of a vector: that of the sum of three embeddings
+LAST_MATRIX = "dense_4h_to_h.weight"
+EMPTY_WORDS = {"plain": "空", "day": "白天 day", "night": "晚上 night", "ground": "地"}
 POSITION_RATES = tuple(2 * math.pi / (8 * 1.5**index) for index in range(8))  # radians a patch
 WAVES = 3  # of each direction in a patch
 IMAGE_SIDE = CELLS_PER_SIDE * PIXELS_PER_CELL
@@ -162,14 +167,56 @@ def _cosine_filters(size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def widen_adapter(model: GlmEdgeVForCausalLM) -> None:
-    """Start the adapter's matrices at one over the square root of their inputs.
+    """Start the adapter's matrices at one over the square root of their inputs, the last one at the size of vectors.
 
     The initializer range of the released models, 0.02, suits wide layers; here its product of small numbers would keep
     the vectors near 0 for hundreds of steps.
     """
-    for weight in model.model.vision.adapter.parameters():
+    for name, weight in model.model.vision.adapter.named_parameters():
         if weight.dim() in {2, 4}:
-            weight.normal_(0.0, weight[0].numel() ** -0.5)
+            size = VECTOR_SIZE if name.endswith(LAST_MATRIX) else 1.0
+            weight.normal_(0.0, size * weight[0].numel() ** -0.5)
+
+
+@torch.no_grad()
+def word_tables(model: GlmEdgeVForCausalLM, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, ...]:
+    """Return the words for each class, colour and zone as vectors of the language part, `(names, hidden)` each.
+
+    A vector is the mean of the input embeddings of the name's tokens, Chinese and English, less the mean of its table,
+    brought to size 1.
+    """
+    classes = [
+        EMPTY_WORDS[name] if name in EMPTY_WORDS else CHINESE.kinds[name] + " " + ENGLISH.kinds[name]
+        for name in CELL_CLASSES
+    ]
+    colours = [f"{CHINESE.colours[name]} {name}" for name in COLOURS]
+    zones = [f"{first} {second}" for first, second in zip(CHINESE.zones, ENGLISH.zones, strict=True)]
+    tables = []
+    for names in (classes, colours, zones):
+        ids = [tokenizer.encode(name, add_special_tokens=False) for name in names]
+        rows = torch.stack([model.model.embed_tokens.weight[of_name].mean(0) for of_name in ids])
+        rows = rows - rows.mean(0)  # what all names share, such as the character for colour, tells nothing
+        tables.append(rows / rows.pow(2).mean(1, keepdim=True).sqrt())
+    return tuple(tables)
+
+
+def word_loss(vectors: torch.Tensor, labels: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return how far the vectors are from the sum of the words of what their cells show.
+
+    So the language part, which knows how to find and repeat words, can read a picture from the start.
+
+    Args:
+        vectors: `(images, cells, hidden)`, brought to size 1.
+        labels: `(images, cells, 4)` of `label_cells`.
+        tables: as `word_tables` returns them.
+    """
+    of_class, colour, zone, _ = labels.flatten(0, 1).unbind(1)
+    on_item = colour >= 0
+    words = tables[0][of_class]
+    words[on_item] = (words[on_item] + tables[1][colour[on_item]] + tables[2][zone[on_item]]) / 3**0.5
+    distances = (vectors.flatten(0, 1) - words).pow(2).mean(1)
+    weights = torch.where(on_item, 1.0, 0.2)
+    return (distances * weights).sum() / weights.sum()
 
 
 def dense_loss(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
@@ -263,7 +310,7 @@ def window_batch(rng: Random, count: int, window: int, crowded: float) -> Window
     )
 
 
-def _rate_factor(step: int, steps: int, warmup: int = 20) -> float:
+def rate_factor(step: int, steps: int, warmup: int = 20) -> float:
     """Return the part of the peak learning rate at a step: it rises, stays, and falls from half way."""
     return min(1.0, (step + 1) / warmup, 0.02 + 2 * (steps - step) / steps)
 
@@ -271,15 +318,23 @@ def _rate_factor(step: int, steps: int, warmup: int = 20) -> float:
 def _optimizers(model: GlmEdgeVForCausalLM, heads: nn.ModuleDict, peak: float) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of layers and adapter, and AdamW, at a fifth of its rate, for all else."""
     trained = list(model.model.vision.named_parameters())
-    matrices = [weight for name, weight in trained if weight.dim() == 2 and "embedding" not in name]
+    last = [weight for name, weight in trained if name.endswith(LAST_MATRIX)]
+    matrices = [
+        weight
+        for name, weight in trained
+        if weight.dim() == 2 and "embedding" not in name and not name.endswith(LAST_MATRIX)
+    ]
     others = [weight for name, weight in trained if weight.dim() != 2 or "embedding" in name]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": last, "lr": VECTOR_SIZE * peak}]
     return [
-        torch.optim.Muon(matrices, lr=peak, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(groups, lr=peak, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([*others, *heads.parameters()], lr=peak / 5, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
 
-def train_tower(model: GlmEdgeVForCausalLM, seed: int, stages: Sequence[TowerStage]) -> None:
+def train_tower(
+    model: GlmEdgeVForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, stages: Sequence[TowerStage]
+) -> None:
     """Train tower and adapter in place, stage after stage; each picture is seen once."""
     seed_tower(model)
     widen_adapter(model)
@@ -288,29 +343,33 @@ def train_tower(model: GlmEdgeVForCausalLM, seed: int, stages: Sequence[TowerSta
     heads = nn.ModuleDict(
         {"cells": nn.Linear(model.config.hidden_size, sum(HEAD_PARTS)), "outlines": nn.Linear(tower_width, WAVES**2)}
     )
+    tables = word_tables(model, tokenizer)
     trained = [*model.model.vision.parameters(), *heads.parameters()]
     started = time.monotonic()
     for stage in stages:
         optimizers = _optimizers(model, heads, stage.peak)
-        factor = partial(_rate_factor, steps=stage.steps)
+        factor = partial(rate_factor, steps=stage.steps)
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
         seen: list[list[float]] = []
         for step in range(stage.steps):
             batch = window_batch(rng, stage.batch_size, stage.window, stage.crowded)
             first, vectors = window_vectors(model, batch.pixels, batch.corners)
+            vectors = vectors / VECTOR_SIZE
             loss, rights = dense_loss(heads["cells"](vectors), batch.labels)
+            words = word_loss(vectors, batch.labels, tables)
             outline = nn.functional.mse_loss(heads["outlines"](first), batch.outlines)
-            (loss + OUTLINE_WEIGHT * outline).backward()
+            (loss + words + OUTLINE_WEIGHT * outline).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
-            seen.append([loss.item(), outline.item(), *rights])
+            seen.append([loss.item(), words.item(), outline.item(), *rights])
             if (step + 1) % 50 == 0 or step + 1 == stage.steps:
                 means = np.nanmean(seen[-50:], axis=0)
                 shown = "  ".join(
-                    f"{name} {mean:.3f}" for name, mean in zip(("loss", "outline", *HEAD_NAMES), means, strict=True)
+                    f"{name} {mean:.3f}"
+                    for name, mean in zip(("loss", "words", "outline", *HEAD_NAMES), means, strict=True)
                 )
                 seconds = time.monotonic() - started
                 print(f"tower {stage.window} {step + 1}/{stage.steps}  {shown}  {seconds:.0f} s", flush=True)
