@@ -38,16 +38,16 @@ SAME_SETTING: Mapping[str, str] = {
     "scheduler.params.warmup_max_lr": "learning_rate",
 }
 BATCH_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
-OPTIMIZER_KEYS = ("lr", "betas", "eps", "weight_decay")
 
-# DeepSpeed's schedules → what the YAML calls the same curve; it has no name for the others.
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+# DeepSpeed's schedules → what the YAML calls the curve most like it; it has no name for the others.
 SCHEDULES: Mapping[str, str] = {
     "WarmupLR": "constant_with_warmup",
     "WarmupDecayLR": "linear",
     "WarmupCosineLR": "cosine",
 }
 SECTIONS = ("zero_optimization", "optimizer", "optimizer.params", "scheduler", "scheduler.params", "bf16", "fp16")
-OFFLOADS = ("offload_optimizer", "offload_param")
 
 # The fields of DeepSpeed 0.19.8's `DeepSpeedZeroConfig`, which forbids others, under the names that a JSON uses.
 ZERO_KEYS = (
@@ -124,6 +124,7 @@ def check_deepspeed(draft: Draft, settings: Mapping[str, Any], name: str, world_
     zero = sections["zero_optimization"]
     if isinstance(zero, dict):
         _check_zero(draft, zero, name)
+    _check_offloaded_optimizer(draft, settings, name)
     for key, expected in expected_values(draft, settings, world_size).items():
         stated = find(settings, key)
         if stated is None or stated == AUTO or (expected.value is not None and _same(stated, expected.value)):
@@ -187,6 +188,15 @@ def _check_zero(draft: Draft, zero: Mapping[str, Any], name: str) -> None:
             draft.refuse(PATH, what, f"leave it out, or write stage: {lowest}")
 
 
+def _check_offloaded_optimizer(draft: Draft, settings: Mapping[str, Any], name: str) -> None:
+    """Refuse an optimizer in whose place accelerate would put DeepSpeed's Adam for the CPU without a word."""
+    device = find(settings, "zero_optimization.offload_optimizer.device")
+    optimizer = draft.training.get("optim")
+    if device in ("cpu", "nvme") and optimizer is not None and optimizer not in ADAMW:
+        what = f"{name}: zero_optimization.offload_optimizer works with AdamW alone, but {_said(draft, 'optim')}"
+        draft.refuse(PATH, what, "write optim: adamw_torch, or leave offload_optimizer out of the JSON")
+
+
 def expected_values(draft: Draft, settings: Mapping[str, Any], world_size: int) -> dict[str, Expected]:
     """Return what the YAML says of each key that a JSON could state as well.
 
@@ -230,7 +240,7 @@ def _expected_optimizer(draft: Draft) -> dict[str, Expected]:
     if not _is_known(draft, "optim"):
         return {}
     optimizer = str(draft.training.get("optim") or "adamw_torch")
-    names = ("adamw", "adam") if optimizer in ("adamw_torch", "adamw_torch_fused") else None
+    names = ("adamw", "adam") if optimizer in ADAMW else None
     said = _said(draft, "optim") if draft.training.get("optim") else "optim is AdamW, its default"
     expected = {"optimizer.type": Expected(names, said, "optim")}
     if names is not None:
@@ -295,12 +305,14 @@ def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
 def complete_deepspeed(settings: Mapping[str, Any], *, has_gpu: bool, bf16: bool, fp16: bool) -> dict[str, Any]:
     """Return a copy of a checked JSON's content with what the YAML, the machine and whole checkpoints need.
 
-    - Batch sizes, accumulation, clipping and the optimizer's numbers become "auto" where they are missing: without
-      them DeepSpeed would use defaults of its own.
+    - Batch sizes, accumulation and clipping become "auto" where they are missing: without them DeepSpeed would use
+      defaults of its own.
+    - `optimizer` and `scheduler` go: they say what the YAML says, and its own do just that, while DeepSpeed's schedule
+      of the same name takes other values, and its optimizer would let biases and norms decay too. Where states are
+      offloaded, accelerate puts DeepSpeed's AdamW for the CPU in place of torch's.
     - `bf16` and `fp16` follow the precision that was chosen.
     - At stage 3 whole weights are gathered for saving; DeepSpeed would leave placeholders in the saved model.
-    - Offloaded optimizer states work with torch's own AdamW too, where the JSON names no optimizer.
-    - Without a GPU nothing is pinned or overlapped, and Adam is torch's, which needs no compiler.
+    - Without a GPU nothing is pinned or overlapped.
 
     Args:
         settings: the JSON's content; not changed.
@@ -309,49 +321,19 @@ def complete_deepspeed(settings: Mapping[str, Any], *, has_gpu: bool, bf16: bool
     """
     completed = copy.deepcopy(dict(settings))
     for key in BATCH_KEYS:
-        _fill(completed, key, AUTO)
+        if completed.get(key) is None:
+            completed[key] = AUTO
+    for key in ("optimizer", "scheduler"):
+        completed.pop(key, None)
     completed["bf16"] = {**(completed.get("bf16") or {}), "enabled": bf16}
     completed["fp16"] = {**(completed.get("fp16") or {}), "enabled": fp16}
     completed["zero_optimization"] = zero = dict(completed.get("zero_optimization") or {})
     if zero.get("stage") == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         zero.pop("stage3_gather_fp16_weights_on_model_save", None)  # the old name of the same switch
-    offloads = [zero[key] for key in OFFLOADS if isinstance(zero.get(key), dict)]
-    offloads_optimizer = find(zero, "offload_optimizer.device") in ("cpu", "nvme")
-    if completed.get("optimizer"):
-        _complete_optimizer(completed["optimizer"], on_plain_cpu=not has_gpu and not offloads_optimizer)
-    elif offloads_optimizer:
-        completed["zero_force_ds_cpu_optimizer"] = False
-    if completed.get("scheduler"):
-        _complete_schedule(completed["scheduler"])
     if not has_gpu:
         zero["overlap_comm"] = False
-        for offload in offloads:
-            offload["pin_memory"] = False
+        for key in ("offload_optimizer", "offload_param"):
+            if zero.get(key):
+                zero[key]["pin_memory"] = False
     return completed
-
-
-def _fill(section: dict[str, Any], key: str, value: Any) -> None:
-    if section.get(key) is None:
-        section[key] = value
-
-
-def _complete_optimizer(optimizer: dict[str, Any], on_plain_cpu: bool) -> None:
-    _fill(optimizer, "type", "AdamW")
-    _fill(optimizer, "params", {})
-    for key in OPTIMIZER_KEYS:
-        _fill(optimizer["params"], key, AUTO)
-    if on_plain_cpu:
-        optimizer["params"]["torch_adam"] = True
-
-
-def _complete_schedule(scheduler: dict[str, Any]) -> None:
-    _fill(scheduler, "params", {})
-    numbers = ["warmup_num_steps"]
-    if scheduler.get("type") != "WarmupCosineLR":
-        numbers += ["warmup_min_lr", "warmup_max_lr"]
-    if scheduler.get("type") != "WarmupLR":
-        numbers.append("total_num_steps")
-    for key in numbers:
-        _fill(scheduler["params"], key, AUTO)
-    _fill(scheduler["params"], "warmup_type", "linear")

@@ -44,12 +44,11 @@ def test_shipped_file_agrees_with_any_yaml(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_file_leaves_to_the_yaml_what_it_decides(name: str) -> None:
-    """C6: batch sizes, accumulation, clipping, precision and optimizer numbers are "auto"."""
+    """C6: batch sizes, accumulation, clipping, and precision are "auto"; no optimizer is named."""
     settings = json.loads((CONFIGS / name).read_text(encoding="utf-8"))
     keys = ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping"]
     keys += ["bf16.enabled", "fp16.enabled", "zero_optimization.reduce_bucket_size"]
-    if "offload" in name:
-        keys += [f"optimizer.params.{key}" for key in ("lr", "betas", "eps", "weight_decay")]
+    assert not {"optimizer", "scheduler"} & set(settings)
     assert {key: find(settings, key) for key in keys} == dict.fromkeys(keys, "auto")
     assert settings["zero_optimization"]["stage"] == int(name[8])
 
@@ -330,31 +329,25 @@ def test_settings_are_read_from_a_file_or_taken_as_they_are(tmp_path: Path) -> N
     assert from_file == read_deepspeed({"zero_optimization": {"stage": 2}}) == {"zero_optimization": {"stage": 2}}
 
 
-def test_adam_without_a_gpu_needs_no_compiler() -> None:
-    """C7: torch's own AdamW, unless its states are offloaded."""
-    done = completed({"optimizer": {"type": "AdamW"}}, has_gpu=False, bf16=False)
-    assert done["optimizer"]["params"]["torch_adam"] is True
-
-
 def test_precision_keeps_the_other_settings_of_its_section() -> None:
     """C7: a loss scale stays beside the switch that the toolkit sets."""
     done = complete_deepspeed({"fp16": {"enabled": AUTO, "loss_scale": 128}}, has_gpu=True, bf16=False, fp16=True)
     assert (done["fp16"], done["bf16"]) == ({"enabled": True, "loss_scale": 128}, {"enabled": False})
 
 
-def test_optimizer_numbers_that_the_json_leaves_out_follow_the_yaml() -> None:
-    """C6: DeepSpeed's own weight decay and betas do not slip in."""
-    done = completed({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}})
-    assert done["optimizer"]["params"] == {"lr": 1e-4, "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+def test_optimizer_and_schedule_are_the_yamls_own() -> None:
+    """C6: what the JSON says of them agrees with the YAML; DeepSpeed's own would take other values."""
+    done = completed({"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupCosineLR"}})
+    assert not {"optimizer", "scheduler"} & set(done)
 
 
-def test_schedule_rises_along_a_line_as_the_yaml_means_it() -> None:
-    """C6: DeepSpeed's own default is a logarithm."""
-    params = completed({"scheduler": {"type": "WarmupCosineLR"}})["scheduler"]["params"]
-    assert params == {"warmup_num_steps": "auto", "total_num_steps": "auto", "warmup_type": "linear"}
-
-
-def test_offloaded_states_work_without_an_optimizer_in_the_json() -> None:
-    """C6: DeepSpeed would refuse the Trainer's AdamW there."""
-    done = completed({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
-    assert done["zero_force_ds_cpu_optimizer"] is False
+def test_offloaded_states_of_another_optimizer_are_refused(tmp_path: Path) -> None:
+    """C6: accelerate would put Adam in its place."""
+    settings = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert contradictions(tmp_path, settings, "optim: adafactor") == [
+        (
+            "ds.json: zero_optimization.offload_optimizer works with AdamW alone, "
+            "but optim is `adafactor` (run.yaml:7)",
+            "write optim: adamw_torch, or leave offload_optimizer out of the JSON",
+        )
+    ]
