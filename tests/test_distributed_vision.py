@@ -75,6 +75,7 @@ def start(folder: Path, name: str, launcher: Sequence[str], top: dict[str, Any],
     return folder / name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [LORA | {"lora_dropout": 0.0}, None], ids=["lora", "full"])
 def test_two_processes_train_the_model_of_one(folder: Path, peft: dict[str, Any] | None) -> None:
     """T5, T3: under ZeRO-3 and with averaged gradients; nothing hangs where one process has no image in its batch."""

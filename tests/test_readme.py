@@ -16,9 +16,11 @@ import torch
 import typer
 import yaml
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig, Seq2SeqTrainingArguments
 
 import finetune
+import finetune_vision
 from glm_edge_ft import recipe
 from glm_edge_ft.config import load_config
 from glm_edge_ft.config.names import DATA_FIELDS, OLD_TOP_NAMES, OLD_TRAINING_NAMES, TOP_FIELDS, Renamed, Retired
@@ -29,17 +31,22 @@ from glm_edge_ft.data.conversation import parse_conversation
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.adapters import build_peft_config, check_adapter, count_parameters
+from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
+from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
 from glm_edge_ft.model.memory import estimate_memory
 from glm_edge_ft.preflight import RunRequest
 from glm_edge_ft.training.checkpoints import resolve_resume
 from tests.conftest import TokenizerMaker
+from tests.model.vision_fixtures import TRUE_2B, TRUE_5B, Shape, released_config
 from tests.model_folders import save_model_folder, tiny_model
+from tests.runs import do_run
+from tests.vision_folders import draw, image_part, save_vision_folder, text_part, turns
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("README.md", "README_zh.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-USERS_FOLDER = "data/AdvertiseGen/"  # stands for the reader's own data
+USERS_FOLDERS = {"data/AdvertiseGen/", "data/CogVLM-311K/"}  # stand for the reader's own data
 TWO_COMMANDS = (
     "pip install -r requirements.txt && python finetune.py data/demo glm-edge-nano configs/demo.yaml",
     "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest",
@@ -121,7 +128,7 @@ def test_both_files_name_the_same_keys_and_messages(first_key: str) -> None:
 def test_the_demo_table_has_its_place(name: str) -> None:
     """The table is filled between two marks."""
     start, end = (TEXTS[name].index(f"<!-- demo-table:{mark} -->") for mark in ("start", "end"))
-    assert TEXTS[name][start:end].count("\n") >= 2
+    assert TEXTS[name][start:end].count("\n") >= 8
 
 
 # ---- paths ----
@@ -141,41 +148,53 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_paths_that_are_mentioned_exist(name: str) -> None:
     """Whatever begins like a file or folder of the repository is one."""
     words = [*inline_codes(name), *(word for line in command_lines(name) for word in shlex.split(line))]
-    tops = re.compile(r"(?:configs|data|glm_edge_ft|tests|\.ci)/\S*|finetune\.py|(?:tests/)?requirements\.txt")
+    tops = re.compile(
+        r"(?:configs|data|glm_edge_ft|tests|\.ci)/\S*|finetune(?:_vision)?\.py|(?:tests/)?requirements\.txt"
+    )
     paths = {word for word in words if tops.fullmatch(word)}
     assert len(paths) > 10
-    assert {path for path in paths if not (ROOT / path).exists()} == {USERS_FOLDER}
+    assert {path for path in paths if not (ROOT / path).exists()} == USERS_FOLDERS
 
 
 # ---- commands ----
 
 
-def finetune_commands(name: str) -> list[list[str]]:
-    """Return the arguments after `finetune.py` of every command line but the synopsis."""
-    lines = [line for line in command_lines(name) if "finetune.py" in line and "[RESUME]" not in line]
-    return [shlex.split(line.partition("finetune.py ")[2]) for line in lines]
+SCRIPTS = {"finetune.py": finetune.app, "finetune_vision.py": finetune_vision.app}
+
+
+def script_commands(name: str) -> list[tuple[str, list[str]]]:
+    """Return script and arguments of every command line but the synopsis."""
+    commands = []
+    for line in command_lines(name):
+        script = re.search(r"finetune(?:_vision)?\.py", line)
+        if script and "[RESUME]" not in line:
+            commands.append((script[0], shlex.split(line[script.end() :])))
+    return commands
 
 
 def test_command_lines_are_understood_and_their_configs_load() -> None:
     """The real command parses each line; its CONFIG loads with its `--set` options."""
-    command = typer.main.get_command(finetune.app)
-    commands = finetune_commands("README.md")
-    assert len(commands) >= 12
-    for arguments in commands:
-        parsed = command.make_context("finetune.py", list(arguments)).params
+    commands = script_commands("README.md")
+    assert len(commands) >= 15
+    assert {script for script, _ in commands} == set(SCRIPTS)
+    for script, arguments in commands:
+        parsed = typer.main.get_command(SCRIPTS[script]).make_context(script, list(arguments)).params
         config = load_config(ROOT / parsed["config"], parsed["overrides"] or ())
-        assert (ROOT / parsed["data_dir"]).is_dir() or f"{parsed['data_dir']}/" == USERS_FOLDER
+        assert (ROOT / parsed["data_dir"]).is_dir() or f"{parsed['data_dir']}/" in USERS_FOLDERS
         if "training_args.learning_rate=2e-5" in arguments:
             assert config.training_args["learning_rate"] == 2e-5
 
 
 def test_the_synopsis_names_every_argument_and_option() -> None:
     """Section 4 shows all that the command takes, and nothing else."""
-    (synopsis,) = (line for line in command_lines("README.md") if "[RESUME]" in line)
-    parameters = typer.main.get_command(finetune.app).params
-    options = {option for parameter in parameters for option in parameter.opts if option.startswith("--")}
-    assert set(re.findall(r"--\w+", synopsis)) == options - {"--help"}
-    assert re.findall(r"(?<![-=\w])\[?([A-Z_]{5,})\b(?!=)", synopsis) == ["DATA_DIR", "MODEL", "CONFIG", "RESUME"]
+    lines = [line for line in command_lines("README.md") if "[RESUME]" in line]
+    for (script, app), synopsis in zip(SCRIPTS.items(), lines, strict=True):
+        assert f"python {script} " in synopsis
+        parameters = typer.main.get_command(app).params
+        options = {option for parameter in parameters for option in parameter.opts if option.startswith("--")}
+        assert set(re.findall(r"--\w+", synopsis)) == options - {"--help"}
+        words = re.findall(r"(?<![-=\w])\[?([A-Z_]{5,})\b(?!=)", synopsis)
+        assert words == ["DATA_DIR", "MODEL", "CONFIG", "RESUME"]
 
 
 @each_readme
@@ -339,13 +358,18 @@ def test_messages_of_the_troubleshooting_table_are_in_the_code() -> None:
 def test_example_rows_are_conversations() -> None:
     """D4: every example of section 3 is accepted, with the reply that is left out left out."""
     rows = [json.loads(block) for block in blocks("README.md", "json")]
+    roles = frozenset({"system", "user", "assistant"})
+    pictures = [1 if '"image"' in json.dumps(row) else None for row in rows]
     parsed = [
-        parse_conversation(RawRow("x", 1, 1, row), frozenset({"system", "user", "assistant"})).messages for row in rows
+        parse_conversation(RawRow("x", 1, 1, row), roles, most).messages
+        for row, most in zip(rows, pictures, strict=True)
     ]
+    assert pictures == [None, None, None, 1]
     assert [[message.supervised for message in messages] for messages in parsed] == [
         [False, True],
         [False, False, False, False, True],
         [False, True],
+        [False, True, False, True],
     ]
 
 
@@ -435,14 +459,23 @@ def meta_model(shape: dict[str, int]) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
+def meta_vision_model(shape: Shape) -> Any:
+    """Return a released vision model's structure without memory."""
+    fields = released_config(shape) | {"tie_word_embeddings": False}
+    with torch.device("meta"):
+        return GlmEdgeVForCausalLM(GlmEdgeVConfig(**fields))
+
+
 @each_readme
-@pytest.mark.parametrize("size", MEMORY_MODELS)
+@pytest.mark.parametrize("size", ["1.5B", "4B", "V 2B", "V 5B"])
 def test_the_memory_table_is_the_estimate(name: str, size: str) -> None:
     """Section 2's table holds what `--check` would print for the released models on a GPU with bfloat16."""
     (row,) = (row for row in table(name, "GLM-Edge 1.5B") if size in row[0])
     expected = []
     for config_name in ("lora.yaml", "prefix.yaml", "sft.yaml"):
-        peft, model = load_config(ROOT / "configs" / config_name).peft_config, meta_model(MEMORY_MODELS[size])
+        peft = load_config(ROOT / "configs" / config_name).peft_config
+        vision = {"V 2B": TRUE_2B, "V 5B": TRUE_5B}.get(size)
+        model = meta_vision_model(vision) if vision else meta_model(MEMORY_MODELS[size])
         total = count_parameters(model)[1]
         trained = check_adapter(peft, model) if peft else total
         memory = estimate_memory(
@@ -526,7 +559,7 @@ def test_the_snippet_answers_as_the_evaluation_did(
 def test_the_output_folder_holds_what_section_8_lists(trained: tuple[str, Path]) -> None:
     """R7: every file of the table is there after a run, each kind of fine-tuning with its own; nothing else is."""
     kind, output = trained
-    rows = table("README.md", "adapter_model.safetensors")
+    rows = [row for row in table("README.md", "adapter_model.safetensors") if "preprocessor_config" not in row[0]]
     adapter, model, *others = ([code.rstrip("/") for code in re.findall(r"`([^`]+)`", row[0])] for row in rows)
     names = (model if kind == "sft" else adapter) + [name for group in others for name in group if name != "earlier"]
     for name in names:
@@ -541,3 +574,25 @@ def test_the_log_has_the_keys_that_section_8_names(trained: tuple[str, Path]) ->
     lines = (trained[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = {key for line in lines for key in json.loads(line)}
     assert {"train_runtime", *re.findall(r"`([^`]+)`", cell)} <= logged
+
+
+def test_the_vision_snippet_answers_as_the_evaluation_did(
+    tmp_path: Path, backend: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R7: adapter, tokenizer and image processor of the output folder, and the base model that it names."""
+    model = save_vision_folder(tmp_path / "model", backend)
+    (snippet,) = (block for block in blocks("README.md", "python") if '"output/vision"' in block)
+    (question,) = re.findall(r'"text": "([^"]+)"', snippet)
+    row = turns([image_part("dog.png"), text_part(question)], "今天天气很好")
+    picture = draw(tmp_path / "data" / "dog.png", 1)
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
+    settings: dict[str, Any] = {"generation_config": {"max_new_tokens": 128}, "learning_rate": 3e-2, "max_steps": 4}
+    output = do_run(tmp_path / "output", tmp_path / "data", model, test="train.jsonl", takes_images=True, **settings)
+    capsys.readouterr()
+    exec(snippet.replace('"output/vision"', repr(str(output))).replace('"images/dog.jpg"', repr(str(picture))), {})
+    (prediction,) = (output / "predictions" / "test-4.jsonl").read_text(encoding="utf-8").splitlines()
+    printed = capsys.readouterr().out.strip()
+    assert printed == json.loads(prediction)["prediction"].strip()
+    assert printed
+    assert {path.name for path in output.iterdir()} >= {"preprocessor_config.json", "adapter_config.json"}
