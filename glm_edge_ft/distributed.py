@@ -31,11 +31,12 @@ def remove_stale_locks() -> None:
 
     DeepSpeed compiles its small operators at first use, into torch's folder of extensions, within a minute or two.
     """
+    from deepspeed.git_version_info import installed_ops
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in root.glob("**/lock") if is_first_of_node() else ():
-        if time.time() - lock.stat().st_mtime > SECONDS_TO_COMPILE:
+        if lock.parent.name in installed_ops and time.time() - lock.stat().st_mtime > SECONDS_TO_COMPILE:
             lock.unlink(missing_ok=True)
             show_notice(f"{lock}: removed, a run that was killed had left it and every later one would wait for it")
 

@@ -7,6 +7,7 @@ structure, and encodes the data. Each collects all mistakes before it raises.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.arguments import build_generation_config, build_training_arguments, check_training_parts
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
-from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
 from glm_edge_ft.console import is_main_process, show_notice
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.model.loading import ModelLocation, locate_model
@@ -26,7 +27,7 @@ from glm_edge_ft.training.checkpoints import ResumePlan, find_checkpoints, resol
 from glm_edge_ft.vision_check import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, Seq2SeqTrainingArguments
+    from transformers import GenerationConfig, PreTrainedModel, Seq2SeqTrainingArguments
 
     from glm_edge_ft.data.dataset import EncodedDataset
     from glm_edge_ft.data.encoding import ConversationEncoder
@@ -181,11 +182,12 @@ def prepare(plan: Plan) -> Prepared:
     with _collect(problems):
         precision = choose_precision(config.training_args, config.peft_config is not None, look_at_machine())
     with _collect(problems):
-        checkpoint = read_checkpoint(plan.location)
-        check_kind_of_model(checkpoint, config, takes_images)
-    if checkpoint is None or problems.problems:
+        found = read_checkpoint(plan.location)
+        check_kind_of_model(found, config, takes_images)
+        checkpoint = found
+    if checkpoint is None:  # nothing further can be checked without it
         problems.raise_if_any()
-        raise AssertionError("a checkpoint that was not read has its problem")
+        raise AssertionError("a checkpoint that cannot be used has its problem")
     keep_vision = keeps_vision(checkpoint, config, takes_images)
     images = image_settings(checkpoint, config, takes_images)
     structure = _check_model(config, checkpoint, images, keep_vision, problems)
@@ -204,18 +206,8 @@ def prepare(plan: Plan) -> Prepared:
             training_arguments = build_training_arguments(plan, precision)
             check_training_parts(training_arguments)
     datasets, image_check = _read_data(plan, encoder, checkpoint, problems)
-    if plan.resume.path is not None and structure is not None and "train" in datasets:
-        found, notices = compare_with_checkpoint(
-            plan.resume.path,
-            config,
-            plan.location.name,
-            datasets["train"].fingerprint,
-            structure.adapter,
-            structure.trainable,
-        )
-        problems.problems += found
-        for notice in notices:
-            show_notice(notice)
+    if structure is not None and "train" in datasets:
+        _check_resume(plan, datasets["train"], structure, problems)
     problems.raise_if_any()
     assert precision is not None and encoder is not None and structure is not None  # each has its problem otherwise
     assert training_arguments is not None and generation_config is not None
@@ -242,19 +234,35 @@ def _check_model(
     keep_vision: bool,
     problems: ProblemList,
 ) -> Structure | None:
-    """Check adapter, weight files and image vectors against the model's structure; None where the adapter is wrong."""
+    """Check adapter, weight files and image vectors against the model's structure; None where it does not fit."""
     from glm_edge_ft.model.loading import build_meta_model
     from glm_edge_ft.model.weight_files import check_weights
 
-    structure = None
+    meta_model = None
     with _collect(problems):
-        structure = look_at_structure(config, checkpoint, keep_vision)
+        meta_model = build_meta_model(checkpoint)
+    if meta_model is None:
+        return None
     with _collect(problems):
-        check_weights(checkpoint, build_meta_model(checkpoint))
+        check_weights(checkpoint, meta_model)
     if images is not None and images.max_images > 0:
         with _collect(problems):
-            check_vectors(build_meta_model(checkpoint), checkpoint, images)
-    return structure
+            check_vectors(meta_model, checkpoint, images)
+    with _collect(problems):
+        return look_at_structure(config, meta_model, keep_vision)
+    return None
+
+
+def _check_resume(plan: Plan, train: EncodedDataset, structure: Structure, problems: ProblemList) -> None:
+    """Compare the run with the checkpoint that it is to continue from."""
+    if plan.resume.path is None:
+        return
+    found, notices = compare_with_checkpoint(
+        plan.resume.path, plan.config, plan.location.name, train.fingerprint, structure.adapter, structure.trainable
+    )
+    problems.problems += found
+    for notice in notices:
+        show_notice(notice)
 
 
 def _read_data(
@@ -273,111 +281,6 @@ def _read_data(
         with _collect(problems):
             datasets, image_check = check_images(datasets, plan.config)
     return datasets, image_check
-
-
-def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainingArguments:
-    """Return the Trainer's arguments: the config's, with the precision that was chosen.
-
-    Raises UserError when transformers refuses a value that the config's own checks let through.
-    """
-    import torch
-    from transformers import Seq2SeqTrainingArguments
-
-    settings = dict(plan.config.training_args)
-    settings |= {"bf16": precision.bf16, "fp16": precision.fp16, "output_dir": str(plan.output_dir)}
-    if not torch.cuda.is_available():
-        settings.setdefault("use_cpu", True)
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
-    settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-    settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
-    settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
-    settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), os.cpu_count() or 1)
-    if settings.get("deepspeed"):
-        settings["deepspeed"] = complete_deepspeed(
-            read_deepspeed(settings["deepspeed"]),
-            has_gpu=torch.cuda.is_available(),
-            bf16=precision.bf16,
-            fp16=precision.fp16,
-        )
-    if plan.resume.path is not None:
-        settings["eval_on_start"] = False  # the base model was evaluated when the run began
-    try:
-        return Seq2SeqTrainingArguments(**settings)
-    except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError.single("training_args", f"transformers refuses these settings: {error}") from error
-
-
-def clamp_workers(wanted: int, cores: int) -> int:
-    """Return the number of loader processes, at most one for each core, with a notice when that is less than wanted."""
-    if wanted <= cores:
-        return wanted
-    show_notice(f"training_args.dataloader_num_workers {wanted} -> {cores}: this machine has {cores} cores")
-    return cores
-
-
-def check_training_parts(args: Seq2SeqTrainingArguments) -> None:
-    """Build optimizer, schedule and reporting once, for one small parameter, as the Trainer will after the weights.
-
-    Raises UserError for each that cannot be built: a package that is not installed, settings that are missing.
-    """
-    import torch
-    from transformers import Trainer, get_scheduler
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    problems = ProblemList()
-    parameter = torch.nn.Parameter(torch.zeros(4, 4))
-    optimizer: Any = torch.optim.SGD([parameter], lr=1.0)
-
-    def build_optimizer() -> None:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-        kind([parameter], **settings)
-
-    def build_schedule() -> None:
-        steps = max(args.max_steps, 10)
-        specific: Any = args.lr_scheduler_kwargs
-        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, specific)
-
-    parts = {
-        "training_args.optim": build_optimizer,
-        "training_args.lr_scheduler_type": build_schedule,
-        "training_args.report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(args.report_to)],
-    }
-    for key, build in parts.items():
-        try:
-            build()
-        except Exception as error:  # whatever the package behind it raises, the key is what the user can change
-            value = getattr(args, key.rpartition(".")[2])
-            shown = getattr(value, "value", value)
-            problems.add(key, f"{shown} cannot be used here: {str(error).strip() or type(error).__name__}", _OTHER_PART)
-    problems.raise_if_any()
-
-
-_OTHER_PART = "choose another, install what it names, or give it the settings it asks for"
-
-
-def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> GenerationConfig:
-    """Return how evaluation generates: greedy unless the config says otherwise, up to a stop id.
-
-    Raises UserError when transformers refuses the combination.
-    """
-    from transformers import GenerationConfig
-
-    settings = {
-        "do_sample": False,
-        "max_new_tokens": config.max_output_length,
-        "eos_token_id": list(checkpoint.stop_ids),
-        "pad_token_id": checkpoint.tokenizer.pad_token_id,
-        "use_cache": True,
-        **config.generation_config,
-    }
-    try:
-        generation_config = GenerationConfig(**settings)
-        generation_config.validate(strict=True)
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError.single(
-            "training_args.generation_config", f"transformers refuses these settings: {error}"
-        ) from error
-    return generation_config
 
 
 def _encode(path: Path, encoder: ConversationEncoder, num_proc: int) -> EncodedDataset:
@@ -418,17 +321,15 @@ class Structure:
     adapter: dict[str, Any] | None
 
 
-def look_at_structure(config: RunConfig, checkpoint: Checkpoint, keep_vision: bool) -> Structure:
-    """Build the model's twin on the meta device and put the adapter on it. Raises UserError if it does not fit."""
+def look_at_structure(config: RunConfig, meta_model: PreTrainedModel, keep_vision: bool) -> Structure:
+    """Put the adapter on the model's twin on the meta device. Raises UserError if it does not fit."""
     from glm_edge_ft.model.adapters import apply_adapter, build_peft_config, check_adapter, count_parameters
-    from glm_edge_ft.model.loading import build_meta_model
 
-    model = build_meta_model(checkpoint)
-    total = count_parameters(model)[1]
+    total = count_parameters(meta_model)[1]
     if config.peft_config is None:
-        return Structure(count_parameters(apply_adapter(model, None, keep_vision))[0], total, None)
-    trainable = check_adapter(config.peft_config, model, keep_vision)
-    adapter = build_peft_config(config.peft_config, build_meta_model(checkpoint), keep_vision).to_dict()
+        return Structure(count_parameters(apply_adapter(meta_model, None, keep_vision))[0], total, None)
+    trainable = check_adapter(config.peft_config, copy.deepcopy(meta_model), keep_vision)  # which it wraps
+    adapter = build_peft_config(config.peft_config, meta_model, keep_vision).to_dict()
     return Structure(trainable, total + trainable, adapter)
 
 

@@ -127,8 +127,9 @@ def test_both_files_name_the_same_keys_and_messages(first_key: str) -> None:
 @each_readme
 def test_the_demo_table_has_its_place(name: str) -> None:
     """The table is filled between two marks."""
-    start, end = (TEXTS[name].index(f"<!-- demo-table:{mark} -->") for mark in ("start", "end"))
-    assert TEXTS[name][start:end].count("\n") >= 8
+    for demo in ("demo", "demo-vision"):
+        start, end = (TEXTS[name].index(f"<!-- {demo}-table:{mark} -->") for mark in ("start", "end"))
+        assert TEXTS[name][start:end].count("\n") >= 8
 
 
 # ---- paths ----

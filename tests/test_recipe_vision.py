@@ -308,12 +308,20 @@ def test_another_number_of_placeholders_than_of_vectors_is_refused(
     assert "the chat template renders 18 times <|begin_of_image|> for an image, the model makes 20 vectors" in text
 
 
-def test_a_checkpoint_without_image_processor_is_refused(run: Run, tmp_path: Path, backend: Tokenizer) -> None:
-    """Together with a bad row, in one go."""
+def test_mistakes_of_model_machine_and_data_are_all_listed(
+    run: Run, rows: Callable[..., Path], tmp_path: Path, backend: Tokenizer
+) -> None:
+    """In one go: no image processor, a precision that no CPU has, a row without reply, a picture that is not there."""
     model = save_vision_folder(tmp_path / "model", backend)
     (model / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match=r"its image processor cannot be used[\s\S]*preprocessor_config\.json"):
-        run(model=model)
+    folder = rows(turns("hello there", "my friend"))
+    (folder / "dev.jsonl").write_text(json.dumps(turns("hello there")), encoding="utf-8")
+    (folder / "train.jsonl").write_text(json.dumps(turns([image_part("none.png")], "red")), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        run(model=model, data_dir=folder, val="dev.jsonl", fp16=True)
+    places = [problem.where for problem in caught.value.problems]
+    assert places == ["training_args.fp16", f"MODEL {model}", "dev.jsonl:1", "train.jsonl:1"]
+    assert "its image processor cannot be used" in str(caught.value)
 
 
 # ---- evaluation and saving ----

@@ -4,6 +4,7 @@
 
 Stage 1 (`nano_v_tower`) trains tower and adapter on what each cell of a picture shows. Stage 2 trains adapter and
 language part, the tower frozen, on descriptions and questions (`nano_v_exchanges`), with text-only chats between.
+The shipped folder is of a first version, whose stages were started one by one: this command's weights differ from it.
 """
 
 from __future__ import annotations

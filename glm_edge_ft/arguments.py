@@ -1,0 +1,123 @@
+"""From the config to the libraries' own settings: the Trainer's arguments and how evaluation generates."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
+from glm_edge_ft.console import show_notice
+from glm_edge_ft.errors import ProblemList, UserError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, Seq2SeqTrainingArguments
+
+    from glm_edge_ft.config import RunConfig
+    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.precision import Precision
+    from glm_edge_ft.preflight import Plan
+
+
+def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainingArguments:
+    """Return the Trainer's arguments: the config's, with the precision that was chosen.
+
+    Raises UserError when transformers refuses a value that the config's own checks let through.
+    """
+    import torch
+    from transformers import Seq2SeqTrainingArguments
+
+    settings = dict(plan.config.training_args)
+    settings |= {"bf16": precision.bf16, "fp16": precision.fp16, "output_dir": str(plan.output_dir)}
+    if not torch.cuda.is_available():
+        settings.setdefault("use_cpu", True)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+    settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
+    settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
+    settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), os.cpu_count() or 1)
+    if settings.get("deepspeed"):
+        settings["deepspeed"] = complete_deepspeed(
+            read_deepspeed(settings["deepspeed"]),
+            has_gpu=torch.cuda.is_available(),
+            bf16=precision.bf16,
+            fp16=precision.fp16,
+        )
+    if plan.resume.path is not None:
+        settings["eval_on_start"] = False  # the base model was evaluated when the run began
+    try:
+        return Seq2SeqTrainingArguments(**settings)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError.single("training_args", f"transformers refuses these settings: {error}") from error
+
+
+def clamp_workers(wanted: int, cores: int) -> int:
+    """Return the number of loader processes, at most one for each core, with a notice when that is less than wanted."""
+    if wanted <= cores:
+        return wanted
+    show_notice(f"training_args.dataloader_num_workers {wanted} -> {cores}: this machine has {cores} cores")
+    return cores
+
+
+def check_training_parts(args: Seq2SeqTrainingArguments) -> None:
+    """Build optimizer, schedule and reporting once, for one small parameter, as the Trainer will after the weights.
+
+    Raises UserError for each that cannot be built: a package that is not installed, settings that are missing.
+    """
+    import torch
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    problems = ProblemList()
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer: Any = torch.optim.SGD([parameter], lr=1.0)
+
+    def build_optimizer() -> None:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        kind([parameter], **settings)
+
+    def build_schedule() -> None:
+        steps = max(args.max_steps, 10)
+        specific: Any = args.lr_scheduler_kwargs
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, specific)
+
+    parts = {
+        "training_args.optim": build_optimizer,
+        "training_args.lr_scheduler_type": build_schedule,
+        "training_args.report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(args.report_to)],
+    }
+    for key, build in parts.items():
+        try:
+            build()
+        except Exception as error:  # whatever the package behind it raises, the key is what the user can change
+            value = getattr(args, key.rpartition(".")[2])
+            shown = getattr(value, "value", value)
+            problems.add(key, f"{shown} cannot be used here: {str(error).strip() or type(error).__name__}", _OTHER_PART)
+    problems.raise_if_any()
+
+
+_OTHER_PART = "choose another, install what it names, or give it the settings it asks for"
+
+
+def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> GenerationConfig:
+    """Return how evaluation generates: greedy unless the config says otherwise, up to a stop id.
+
+    Raises UserError when transformers refuses the combination.
+    """
+    from transformers import GenerationConfig
+
+    settings = {
+        "do_sample": False,
+        "max_new_tokens": config.max_output_length,
+        "eos_token_id": list(checkpoint.stop_ids),
+        "pad_token_id": checkpoint.tokenizer.pad_token_id,
+        "use_cache": True,
+        **config.generation_config,
+    }
+    try:
+        generation_config = GenerationConfig(**settings)
+        generation_config.validate(strict=True)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError.single(
+            "training_args.generation_config", f"transformers refuses these settings: {error}"
+        ) from error
+    return generation_config
