@@ -249,7 +249,7 @@ def picture_exchanges(picture: Picture, rng: Random, count: int, language: str) 
         elif picture.time:
             teller = about_scene
         else:
-            teller = rng.choices((about_shape, count_shapes), weights=(2, 1))[0]
+            teller = rng.choices((about_shape, count_shapes), weights=(4, 1))[0]
         question, reply = teller(picture, rng)
         found.setdefault(question, reply)
     # The description comes last: from its text all other answers could be copied, with no look at the picture.

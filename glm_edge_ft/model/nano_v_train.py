@@ -26,83 +26,16 @@ from transformers import AutoTokenizer, GenerationConfig, GlmForCausalLM, PreTra
 
 from glm_edge_ft.model import nano, nano_v
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
-from glm_edge_ft.model.nano_corpus import generate_corpus
 from glm_edge_ft.model.nano_v_exchanges import picture_exchanges
-from glm_edge_ft.model.nano_v_pictures import Picture, label_cells
+from glm_edge_ft.model.nano_v_pictures import Picture
+from glm_edge_ft.model.nano_v_rows import IGNORED, Batch, Row, View, collate, generate_rows, random_views
 from glm_edge_ft.model.nano_v_tower import SIDES, TowerStage, picture_pixels, random_picture, rate_factor, train_tower
 
-IGNORED = -100
 # Windows of a ninth of a picture first, since attention over a whole one is costly; then whole pictures.
 TOWER_STAGES = (
     TowerStage(window=8, steps=700, batch_size=24, peak=0.01, crowded=0.85),
     TowerStage(window=24, steps=100, batch_size=6, peak=0.004, crowded=0.3),
 )
-TEXT_ROW_EVERY = 8
-MAXIMUM_TEXT = 300  # tokens of a text-only row
-ENGLISH_SHARE = 0.35
-
-
-@dataclass(frozen=True)
-class View:
-    """A picture as the model gets it.
-
-    Attributes:
-        picture: what is drawn.
-        side: its pixels a side before it is enlarged.
-        vectors: what tower and adapter made of it, `(578, hidden)`; None: they are to be run.
-    """
-
-    picture: Picture
-    side: int
-    vectors: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation to learn from.
-
-    Attributes:
-        ids: its tokens.
-        labels: the same where an assistant turn or its stop token is, else -100.
-        view: what its placeholders stand for; None in a row of text.
-    """
-
-    ids: list[int]
-    labels: list[int]
-    view: View | None = None
-
-
-def encode_turns(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], has_image: bool
-) -> tuple[list[int], list[int]]:
-    """Return ids and labels of question and reply pairs; the image, if any, opens the first question.
-
-    Prompt and reply are tokenized apart, as in generation: together, the letter n that ends the prompt of a reply could
-    melt with an English reply.
-    """
-    ids: list[int] = []
-    labels: list[int] = []
-    messages: list[dict[str, Any]] = []
-    rendered = ""
-    for index, (question, reply) in enumerate(turns):
-        image = [{"type": "image"}] if has_image and index == 0 else []
-        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        asked = tokenizer.encode(prompt[len(rendered) :], add_special_tokens=False)
-        said = tokenizer.encode(whole[len(prompt) :] + nano.TURN_END_TOKEN, add_special_tokens=False)
-        opened = index > 0  # the stop token of the last reply opens this turn
-        ids += [*asked[opened:], *said]
-        labels += [IGNORED] * len(asked[opened:]) + said
-        rendered = whole
-    return ids, labels
-
-
-def random_views(rng: Random) -> Iterator[View]:
-    """Yield pictures without end, each another one."""
-    while True:
-        yield View(random_picture(rng), rng.choice(SIDES))
 
 
 @torch.no_grad()
@@ -117,90 +50,48 @@ def computed_views(model: GlmEdgeVForCausalLM, views: Iterator[View], size: int)
     return computed
 
 
-def generate_rows(
-    tokenizer: PreTrainedTokenizerBase, views: Iterator[View], rng: Random, exchanges: int
-) -> Iterator[Row]:
-    """Yield rows without end; every `TEXT_ROW_EVERY`th is a chat of text alone.
-
-    Args:
-        tokenizer: with the vision template.
-        views: what the rows are about.
-        rng: for questions and chats.
-        exchanges: questions about a picture.
-    """
-    chats = (document.messages for document in generate_corpus(rng.randrange(10**6), 10**9) if document.messages)
-    for number in count(1):
-        if number % TEXT_ROW_EVERY:
-            view = next(views)
-            language = "en" if rng.random() < ENGLISH_SHARE else "zh"
-            turns = picture_exchanges(view.picture, rng, exchanges, language)
-            yield Row(*encode_turns(tokenizer, turns, has_image=True), view)
-        else:
-            texts = [message["content"] for message in next(chats) if message["role"] != "system"]
-            ids, labels = encode_turns(tokenizer, list(zip(texts[::2], texts[1::2], strict=True)), has_image=False)
-            yield Row(ids[:MAXIMUM_TEXT], labels[:MAXIMUM_TEXT])
-
-
-def collate(rows: Sequence[Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and labels, `(rows, longest)` each, padded on the right."""
-    length = max(len(row.ids) for row in rows)
-    ids = [row.ids + [pad_id] * (length - len(row.ids)) for row in rows]
-    labels = [row.labels + [IGNORED] * (length - len(row.labels)) for row in rows]
-    return torch.tensor(ids), torch.tensor(labels)
-
-
-def embed(model: GlmEdgeVForCausalLM, rows: Sequence[Row], input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the input embeddings `(rows, length, hidden)` with the pictures in their places."""
+def embed(model: GlmEdgeVForCausalLM, rows: Sequence[Row], batch: Batch) -> torch.Tensor:
+    """Return the input embeddings `(rows, longest, hidden)` with the kept vectors of pictures in their places."""
     views = [row.view for row in rows if row.view is not None]
     known = [view.vectors for view in views if view.vectors is not None]
     if len(known) < len(views):
-        return model.model.merge_images(input_ids, torch.stack([picture_pixels(v.picture, v.side) for v in views]))
-    embeddings = model.model.embed_tokens(input_ids)
-    is_placeholder = input_ids.eq(model.model.placeholder_id).unsqueeze(-1)
-    return embeddings.masked_scatter(is_placeholder, torch.stack(known).to(embeddings))
+        known = list(model.model.vision(torch.stack([picture_pixels(view.picture, view.side) for view in views])))
+    embeddings = model.model.embed_tokens(batch.ids)
+    is_placeholder = batch.ids.eq(model.model.placeholder_id).unsqueeze(-1)
+    kept = torch.cat([vectors[cells] for vectors, cells in zip(known, batch.cells, strict=True)])
+    return embeddings.masked_scatter(is_placeholder, kept.to(embeddings))
 
 
-def supervised_loss(
-    model: GlmEdgeVForCausalLM, embeddings: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor
-) -> torch.Tensor:
+def supervised_loss(model: GlmEdgeVForCausalLM, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return the mean loss of the supervised tokens; only their states reach the vocabulary.
+
+    A token sees the opening of its row and what stands before it in its own exchange:
+
+        opening     1
+        opening     1 1
+        exchange 1  1 1 1
+        exchange 1  1 1 1 1
+        exchange 2  1 1 . . 1
+        exchange 2  1 1 . . 1 1
 
     Args:
         model: its text layers are run.
-        embeddings: `(rows, length, hidden)`.
-        labels: `(rows, length)`, -100 where nothing is learned.
-        kept: which tokens the text layers get, `(rows, length)`. The others are left out, and the positions of those
-            that stay are kept, as if nothing attended to the others.
+        embeddings: `(rows, longest, hidden)`.
+        batch: what they stand for.
     """
-    length = int(kept.sum(1).max())
-    # the kept tokens of each row in their order, then as many others as make the rows equally long
-    places = torch.argsort((~kept).int(), dim=1, stable=True)[:, :length]
+    exchange = batch.exchange
+    seen = exchange[:, None, :].eq(0) | exchange[:, :, None].eq(exchange[:, None, :])
+    seen &= torch.ones(seen.shape[1:], dtype=torch.bool).tril()
     states = model.model(
-        inputs_embeds=embeddings.gather(1, places[:, :, None].expand(-1, -1, embeddings.shape[2])),
-        position_ids=places,
-        attention_mask=torch.ones_like(places),  # without a mask, transformers takes each gap for another row's start
+        inputs_embeds=embeddings,
+        position_ids=batch.positions,
+        attention_mask=torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.bfloat16).min)[:, None],
         use_cache=False,
     ).last_hidden_state
-    targets = torch.full_like(labels, IGNORED)
-    targets[:, :-1] = labels[:, 1:]
-    targets = targets.masked_fill(~kept, IGNORED).gather(1, places)
+    targets = torch.full_like(batch.labels, IGNORED)
+    targets[:, :-1] = batch.labels[:, 1:]
     chosen = targets != IGNORED
     return nn.functional.cross_entropy(model.lm_head(states[chosen]).float(), targets[chosen])
-
-
-def kept_tokens(rows: Sequence[Row], input_ids: torch.Tensor, share: float, placeholder_id: int) -> torch.Tensor:
-    """Return which tokens of a batch to keep, `(rows, length)`: of empty cells the given share, all else.
-
-    Attention over hundreds of cells learns slowly to find the few with an item; among fewer it learns that sooner.
-    """
-    kept = torch.zeros_like(input_ids, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        kept[number, : len(row.ids)] = True
-        if row.view is not None and share < 1.0:
-            has_item = torch.from_numpy(label_cells(row.view.picture)[:, 1] >= 0)
-            start = row.ids.index(placeholder_id) + 1  # after boi
-            kept[number, start : start + len(has_item)] = has_item | (torch.rand(len(has_item)) < share)
-    return kept
 
 
 def _optimizers(model: GlmEdgeVForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
@@ -225,7 +116,6 @@ class LanguageStage:
         exchanges: questions about a picture.
         pool: number of pictures whose vectors are computed once and used again and again; 0: each row has a new
             picture, and the adapter learns too.
-        most_items: most items of a picture of the pool.
         empty_share: share of the empty cells that the text layers get.
     """
 
@@ -234,23 +124,20 @@ class LanguageStage:
     peak: float
     exchanges: int
     pool: int = 0
-    most_items: int = 99
     empty_share: float = 1.0
 
 
 LANGUAGE_STAGES = (
-    LanguageStage(steps=200, batch_size=24, peak=0.01, exchanges=3, pool=400, most_items=1, empty_share=0.05),
-    LanguageStage(steps=1100, batch_size=24, peak=0.01, exchanges=4, pool=3000, empty_share=0.05),
-    LanguageStage(steps=200, batch_size=8, peak=0.004, exchanges=5),
+    LanguageStage(steps=600, batch_size=24, peak=0.01, exchanges=8, pool=3000, empty_share=0.05),
+    LanguageStage(steps=150, batch_size=8, peak=0.004, exchanges=8),
 )
 
 
 def stage_views(model: GlmEdgeVForCausalLM, stage: LanguageStage, rng: Random) -> Iterator[View]:
     """Yield the pictures of a stage without end."""
-    views = (view for view in random_views(rng) if len(view.picture.items) <= stage.most_items)
     if not stage.pool:
-        return views
-    pool = computed_views(model, views, stage.pool)
+        return random_views(rng)
+    pool = computed_views(model, random_views(rng), stage.pool)
     return (rng.choice(pool) for _ in count())
 
 
@@ -271,10 +158,9 @@ def train_language(
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
         for step in range(stage.steps):
             drawn = list(islice(rows, stage.batch_size))
-            input_ids, labels = collate(drawn, int(model.config.pad_token_id or 0))
-            kept = kept_tokens(drawn, input_ids, stage.empty_share, model.model.placeholder_id)
+            batch = collate(drawn, stage.empty_share)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = supervised_loss(model, embed(model, drawn, input_ids), labels, kept)
+                loss = supervised_loss(model, embed(model, drawn, batch), batch)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):

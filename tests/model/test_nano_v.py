@@ -17,8 +17,17 @@ from glm_edge_ft.model import nano
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM, load_glm_edge_v
 from glm_edge_ft.model.nano_v_exchanges import picture_exchanges
 from glm_edge_ft.model.nano_v_pictures import CELL_CLASSES, COLOURS, Item, Picture, draw, label_cells, random_scene
+from glm_edge_ft.model.nano_v_rows import (
+    IGNORED,
+    Row,
+    collate,
+    encode_picture,
+    encode_turns,
+    generate_rows,
+    random_views,
+)
 from glm_edge_ft.model.nano_v_tower import outlines, picture_pixels, random_picture
-from glm_edge_ft.model.nano_v_train import IGNORED, Row, encode_turns, generate_rows, greedy_reply, random_views
+from glm_edge_ft.model.nano_v_train import computed_views, embed, greedy_reply, supervised_loss
 from tests.model.vision_fixtures import Shape, released_config, released_shapes
 
 FOLDER = nano.EMBEDDED_MODELS["glm-edge-v-nano"]
@@ -191,7 +200,7 @@ def test_a_window_shows_that_part_of_the_picture() -> None:
 
 def test_prompt_and_reply_are_tokenized_as_in_generation(tokenizer: PreTrainedTokenizerBase) -> None:
     """Replies and their stops are learned alone; the prompt's ids are those of generation."""
-    ids, labels = encode_turns(tokenizer, [("Q", "no"), ("R", "yes")], has_image=False)
+    ids, labels = encode_turns(tokenizer, [("Q", "no"), ("R", "yes")])
     prompt = tokenizer.encode(f"<|user|>{NEWLINE}Q{NEWLINE}<|assistant|>{NEWLINE}", add_special_tokens=False)
     assert ids[: len(prompt)] == prompt
     learned = tokenizer.decode([label for label in labels if label != IGNORED])
@@ -209,6 +218,34 @@ def test_training_rows_follow_from_their_seed(tokenizer: PreTrainedTokenizerBase
     first, again = rows(), rows()
     assert first == again
     assert sum(row.view is None for row in first) == 3
+
+
+def test_a_picture_opens_each_of_its_exchanges(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Opening and exchange together are the ids of a conversation that begins with the picture."""
+    (view,) = itertools.islice(random_views(Random(5)), 1)
+    row = encode_picture(tokenizer, [[("Q", "no")], [("R", "yes"), ("S", "so")]], view)
+    texts = (f"Q{NEWLINE}<|assistant|>{NEWLINE}", f"R{NEWLINE}<|assistant|>{NEWLINE}")
+    for text, exchange in zip(texts, row.exchanges, strict=True):
+        prompt = tokenizer.encode(f"<|user|>{NEWLINE}{IMAGE}{text}", add_special_tokens=False)
+        assert [*row.opening, *exchange.ids][: len(prompt)] == prompt
+
+
+@torch.no_grad()
+def test_exchanges_about_a_picture_do_not_see_one_another(
+    model: GlmEdgeVForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The loss of a row with three exchanges is that of three rows with one each."""
+    views = computed_views(model, random_views(Random(5)), 2)
+    turns = [[("Q", "no")], [("R", "yes"), ("S", "so")], [("请描述这张图。", "图里有一个图形。")]]
+    rows = [encode_picture(tokenizer, turns, view) for view in views]
+    apart = [Row(row.opening, [exchange], row.view) for row in rows for exchange in row.exchanges]
+    first, second = collate(rows, 1.0), collate(apart, 1.0)
+    loss, expected = (
+        supervised_loss(model, embed(model, of_batch, batch), batch)
+        for of_batch, batch in ((rows, first), (apart, second))
+    )
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    assert first.ids.shape[1] < 578 + 80
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
