@@ -84,9 +84,9 @@ EncoderMaker = Callable[..., ConversationEncoder]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests out unless `-m` says otherwise."""
+    """Leave slow tests, and those that break things by the thousand, out unless `-m` says otherwise."""
     if not config.getoption("-m"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
+        slow = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("fault")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
 
