@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -115,29 +116,38 @@ def make_app(help_text: str, takes_images: bool) -> typer.Typer:
 
 def execute(request: RunRequest) -> None:
     """Run the request and end the process with its exit code: 0 done, 2 the user's input is wrong, 1 anything else."""
+    again = "; the same command with `yes` at its end continues from the last checkpoint"
+    run_command(lambda: recipe.run(request), problems_end="; nothing was trained", stopped_end=again)
+
+
+def run_command(action: Callable[[], None], problems_end: str = "", stopped_end: str = "") -> None:
+    """Do `action` and end the process with its exit code, as `execute` does.
+
+    Args:
+        action: what the command does.
+        problems_end: ends the line that counts the mistakes in the input.
+        stopped_end: ends the line that Ctrl-C gives.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Chinese Windows console is GBK: show what it lacks as an escape
             stream.reconfigure(errors="backslashreplace")
     # Read when torch is imported. Threads that wait busily for one another slow a CPU run tenfold and more as soon as
     # anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    raise typer.Exit(_run_and_report(request))
+    raise typer.Exit(_run_and_report(action, problems_end, stopped_end))
 
 
-def _run_and_report(request: RunRequest) -> int:
+def _run_and_report(action: Callable[[], None], problems_end: str, stopped_end: str) -> int:
     try:
-        recipe.run(request)
+        action()
     except UserError as error:
-        show_problems(error.problems)
+        show_problems(error.problems, problems_end)
         return EXIT_USER_ERROR
     except RunStopped as error:
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         return EXIT_UNEXPECTED
     except KeyboardInterrupt:
-        print(
-            "stopped by Ctrl-C; the same command with `yes` at its end continues from the last checkpoint",
-            file=sys.stderr,
-        )
+        print(f"stopped by Ctrl-C{stopped_end}", file=sys.stderr)
         return EXIT_UNEXPECTED
     except Exception as error:
         traceback.print_exc()

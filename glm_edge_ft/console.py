@@ -26,10 +26,10 @@ def show_notice(text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def show_problems(problems: Iterable[Problem]) -> None:
-    """Print every mistake of the user's input on stderr, on rank 0."""
+def show_problems(problems: Iterable[Problem], outcome: str = "; nothing was trained") -> None:
+    """Print every mistake of the user's input on stderr, on rank 0; `outcome` ends the line that counts them."""
     if not is_main_process():
         return
     texts = [str(problem) for problem in problems]
     count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
-    print("\n".join([f"error: {count} in the input; nothing was trained", *texts]), file=sys.stderr, flush=True)
+    print("\n".join([f"error: {count} in the input{outcome}", *texts]), file=sys.stderr, flush=True)

@@ -32,11 +32,19 @@ class ModelLocation:
         name: the MODEL argument as written.
         source: an absolute path of a folder, or a hub id when `is_local` is false.
         is_local: whether `source` is a folder on this machine.
+        adapter: folder of an adapter that goes onto the model. Its tokenizer and stop ids go before the model's.
     """
 
     name: str
     source: str
     is_local: bool
+    adapter: Path | None = None
+
+    @property
+    def tokenizer_folders(self) -> list[ModelLocation]:
+        """Where tokenizer and stop ids may be, the first choice first."""
+        adapter = self.adapter
+        return [self] if adapter is None else [ModelLocation(self.name, str(adapter), is_local=True), self]
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,9 @@ def read_checkpoint(location: ModelLocation) -> Checkpoint:
         config._name_or_path = location.source
     else:
         _check_is_causal(where, config)
+    has_tokenizer = [place for place in location.tokenizer_folders[:-1] if _has_chat_tokenizer(Path(place.source))]
     try:
-        tokenizer = _read(location, AutoTokenizer.from_pretrained, trust_remote_code=False)
+        tokenizer = _read((has_tokenizer or [location])[0], AutoTokenizer.from_pretrained, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises plain Exception
         what = _why_unreadable(location, error, "its tokenizer ")
         raise UserError.single(where, what, _what_to_do(location)) from error
@@ -157,6 +166,15 @@ def read_checkpoint(location: ModelLocation) -> Checkpoint:
     stop_ids = _read_stop_ids(location, config, tokenizer)
     _set_pad_token(where, config, tokenizer, stop_ids)
     return Checkpoint(location=location, config=config, tokenizer=tokenizer, stop_ids=stop_ids, folder=folder)
+
+
+def _has_chat_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer with a chat template; not every tool saves one beside an adapter."""
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    settings = folder / "tokenizer_config.json"
+    in_settings = settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    return in_settings or (folder / "chat_template.jinja").is_file()
 
 
 def load_image_processor(location: ModelLocation) -> Any:
@@ -231,10 +249,13 @@ def _read_stop_ids(
 ) -> tuple[int, ...]:
     from transformers import GenerationConfig
 
-    try:
-        generation_eos = _read(location, GenerationConfig.from_pretrained).eos_token_id
-    except OSError:  # the file is optional
-        generation_eos = None
+    generation_eos = None
+    for place in location.tokenizer_folders:
+        try:
+            generation_eos = _read(place, GenerationConfig.from_pretrained).eos_token_id
+            break
+        except OSError:  # the file is optional
+            continue
     ids: set[int] = set()
     for value in (generation_eos, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         if isinstance(value, int):

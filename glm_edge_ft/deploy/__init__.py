@@ -1,0 +1,1 @@
+"""After training: talk to a model, measure it, merge its adapter."""

@@ -1,0 +1,112 @@
+"""What MODEL_OR_CHECKPOINT may be, how an adapter finds its base model, and what a wrong folder is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from glm_edge_ft.deploy.source import find_source
+from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.nano import EMBEDDED_MODELS
+
+
+def refusal(name: Path | str, base: str | None = None) -> str:
+    """Return the message that a name is refused with."""
+    with pytest.raises(UserError) as caught:
+        find_source(str(name), base)
+    return str(caught.value)
+
+
+def moved(output: Path, folder: Path, base: str) -> Path:
+    """Copy an adapter's folder and let its config name `base`."""
+    shutil.copytree(output, folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}), "utf-8")
+    return folder
+
+
+def test_whole_models_are_found(model_folder: Path, runs: dict[str, Path]) -> None:
+    """An embedded name, a hub id, a folder, the output folder of full fine-tuning and its checkpoint."""
+    assert find_source("glm-edge-nano").location.source == str(EMBEDDED_MODELS["glm-edge-nano"])
+    assert not find_source("THUDM/glm-edge-4b-chat").location.is_local
+    assert find_source(str(model_folder)).location.source == str(model_folder)
+    for name, step in (("", None), ("checkpoint-4", 4)):
+        source = find_source(str(runs["full"] / name))
+        assert (source.adapter, source.step) == (None, step)
+        assert source.record == runs["full"] / "run.json"
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_an_adapter_finds_its_base_model(runs: dict[str, Path], model_folder: Path, kind: str) -> None:
+    """R7: in the output folder and in a checkpoint, with the record of the run."""
+    for name, step in (("", None), ("checkpoint-4", 4)):
+        source = find_source(str(runs[kind] / name))
+        assert source.location.source == str(model_folder)
+        assert source.location.adapter == runs[kind] / name
+        assert (source.step, source.record) == (step, runs[kind] / "run.json")
+
+
+def test_base_overrides_the_adapters_own(runs: dict[str, Path]) -> None:
+    """`--base` wins."""
+    source = find_source(str(runs["lora"]), "glm-edge-nano")
+    assert source.location.source == str(EMBEDDED_MODELS["glm-edge-nano"])
+    assert source.location.adapter == runs["lora"]
+
+
+def test_the_record_helps_where_the_adapters_path_leads_nowhere(
+    runs: dict[str, Path], model_folder: Path, tmp_path: Path
+) -> None:
+    """R7: the adapter came from another machine; its run.json has MODEL as it was written."""
+    adapter = moved(runs["lora"], tmp_path / "adapter", "/not/here")
+    assert find_source(str(adapter)).location.source == str(model_folder)
+    (adapter / "run.json").unlink()
+    assert refusal(adapter) == (
+        f"MODEL {adapter}: its base model is not here any more: /not/here\n    -> give it: --base MODEL"
+    )
+
+
+def test_base_beside_a_whole_model_is_refused(model_folder: Path) -> None:
+    """There is nothing that it could be the base of."""
+    assert f"{model_folder} is a whole model" in refusal(model_folder, "glm-edge-nano")
+
+
+def test_a_folder_without_a_model_lists_the_checkpoints_found(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A run that was killed before its end, the folder above several runs, and one inside of a run."""
+    output = tmp_path / "all" / "killed"
+    for step in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(runs["lora"] / step, output / step)
+    listed = f"found there: {output / 'checkpoint-2'}, {output / 'checkpoint-4'}"
+    for folder in (output, output.parent):
+        assert "the folder holds neither a model nor an adapter" in refusal(folder)
+        assert listed in refusal(folder)
+    inside = refusal(runs["full"] / "predictions")
+    assert f"found there: {runs['full']}, {runs['full'] / 'checkpoint-2'}" in inside
+    (tmp_path / "empty").mkdir()
+    assert f"no checkpoint was found in {tmp_path / 'empty'}" in refusal(tmp_path / "empty")
+
+
+def test_a_checkpoint_that_is_not_there_lists_those_that_are(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R2's kind: `output/checkpoint-9`, which could be a hub id by its form."""
+    shutil.copytree(runs["lora"] / "checkpoint-2", tmp_path / "output" / "checkpoint-2")
+    monkeypatch.chdir(tmp_path)
+    assert refusal("output/checkpoint-9") == (
+        "MODEL output/checkpoint-9: there is no such folder\n    -> found there: output/checkpoint-2"
+    )
+
+
+def test_broken_adapters_are_refused_by_file(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A cut weight file, none, and a config that is no JSON."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(runs["lora"], folder)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert f"{weights}: cannot be read: the file has" in refusal(folder)
+    weights.rename(folder / "adapter_model.bin")
+    assert "a pickle, which can run code" in refusal(folder)
+    (folder / "adapter_config.json").write_text("{", encoding="utf-8")
+    assert "is no adapter config" in refusal(folder)
