@@ -1,0 +1,102 @@
+"""What is done with a model after training: talk to it.
+
+\b
+    python -m glm_edge_ft chat output/demo
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from glm_edge_ft.cli import run_command
+from glm_edge_ft.deploy.chat import ChatRequest, chat
+
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, no_args_is_help=True, context_settings=HELP, help=__doc__
+)
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL_OR_CHECKPOINT",
+        help="Output folder of a run, one of its checkpoints such as output/demo/checkpoint-240, an adapter's or a "
+        "model's folder, a hub id, or an embedded model: glm-edge-nano, glm-edge-v-nano.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="The model below an adapter, where it is not the one that the adapter names, e.g. --base glm-edge-nano.",
+        show_default=False,
+    ),
+]
+
+
+def option(flag: str, metavar: str, text: str, **limits: Any) -> Any:
+    """Return an option that nothing is known of unless it is given."""
+    return typer.Option(flag, metavar=metavar, help=text, show_default=False, **limits)
+
+
+@app.callback()
+def main() -> None:
+    """Let the commands have their names, however many there are."""
+
+
+@app.command("chat")
+def chat_command(
+    model: Source,
+    base: Base = None,
+    image: Annotated[str | None, option("--image", "PATH", "A picture beside the first question.")] = None,
+    system: Annotated[str | None, option("--system", "TEXT", "A system turn before all others.")] = None,
+    prompt: Annotated[
+        str | None, option("--prompt", "TEXT", "Print the answer to this one question, and nothing else, and end.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        option("--max-new-tokens", "N", "Longest reply, in tokens; the run's own, or 512, if not given.", min=1),
+    ] = None,
+    temperature: Annotated[
+        float | None, option("--temperature", "T", "Sample, with this temperature; 0: no sampling.", min=0.0)
+    ] = None,
+    top_p: Annotated[
+        float | None, option("--top-p", "P", "Sample, from the likeliest tokens of this share.", min=1e-6, max=1.0)
+    ] = None,
+    top_k: Annotated[
+        int | None, option("--top-k", "K", "Sample, from this many of the likeliest tokens.", min=1)
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, option("--repetition-penalty", "X", "Above 1, repeat less, e.g. 1.1.", min=1e-6)
+    ] = None,
+    seed: Annotated[int | None, option("--seed", "N", "Makes sampled replies repeatable.")] = None,
+) -> None:
+    """Talk to a model, with or without an adapter on it.
+
+    \b
+    A talk, ended by /quit:
+        python -m glm_edge_ft chat output/demo
+    One answer for a script:
+        python -m glm_edge_ft chat output/demo/checkpoint-120 --prompt "Hello"
+    About a picture:
+        python -m glm_edge_ft chat output/demo_vision --image dog.jpg
+
+    A run's model answers with the generation settings of its run, any other greedily, unless options say otherwise.
+    """
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+    }
+    generation = {name: value for name, value in given.items() if value is not None}
+    run_command(lambda: chat(ChatRequest(model, base, image, system, prompt, generation, seed)))
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m glm_edge_ft")
