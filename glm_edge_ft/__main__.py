@@ -1,31 +1,35 @@
-"""What is done with a model after training: talk to it.
+"""What is done with a model after training: talk to it, measure it.
 
 \b
     python -m glm_edge_ft chat output/demo
+    python -m glm_edge_ft evaluate data/demo/test.jsonl glm-edge-nano output/demo
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from glm_edge_ft.cli import run_command
+from glm_edge_ft.cli import Overrides, run_command
 from glm_edge_ft.deploy.chat import ChatRequest, chat
+from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, no_args_is_help=True, context_settings=HELP, help=__doc__
 )
 
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL_OR_CHECKPOINT",
-        help="Output folder of a run, one of its checkpoints such as output/demo/checkpoint-240, an adapter's or a "
-        "model's folder, a hub id, or an embedded model: glm-edge-nano, glm-edge-v-nano.",
-        show_default=False,
-    ),
+SOURCE = "MODEL_OR_CHECKPOINT"
+SOURCE_HELP = (
+    "Output folder of a run, one of its checkpoints such as output/demo/checkpoint-240, an adapter's or a model's "
+    "folder, a hub id, or an embedded model: glm-edge-nano, glm-edge-v-nano."
+)
+Source = Annotated[str, typer.Argument(metavar=SOURCE, help=SOURCE_HELP, show_default=False)]
+Sources = Annotated[
+    list[str],
+    typer.Argument(metavar=f"{SOURCE}...", help=f"One or more, for a table. {SOURCE_HELP}", show_default=False),
 ]
 Base = Annotated[
     str | None,
@@ -96,6 +100,35 @@ def chat_command(
     }
     generation = {name: value for name, value in given.items() if value is not None}
     run_command(lambda: chat(ChatRequest(model, base, image, system, prompt, generation, seed)))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    data_file: Annotated[
+        Path,
+        typer.Argument(metavar="DATA_FILE", help="Conversations, e.g. data/demo/test.jsonl.", show_default=False),
+    ],
+    models: Sources,
+    config: Annotated[
+        Path | None,
+        option("--config", "YAML", "Settings to measure with; otherwise those of the first run among the models."),
+    ] = None,
+    overrides: Overrides = None,
+    base: Base = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where metrics.jsonl and predictions/ go.")] = Path(
+        "output/evaluate"
+    ),
+) -> None:
+    """Measure models on a data file: loss, ROUGE, BLEU and exact match, as a run's own evaluation does.
+
+    \b
+    Before and after, side by side:
+        python -m glm_edge_ft evaluate data/demo/test.jsonl glm-edge-nano output/demo
+    Two checkpoints, with larger batches:
+        python -m glm_edge_ft evaluate data/demo/dev.jsonl output/demo/checkpoint-120 output/demo/checkpoint-240 \\
+            --set training_args.per_device_eval_batch_size=64
+    """
+    run_command(lambda: evaluate(EvaluateRequest(data_file, tuple(models), out, config, tuple(overrides or ()), base)))
 
 
 if __name__ == "__main__":

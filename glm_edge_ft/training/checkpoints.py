@@ -243,17 +243,18 @@ def set_aside_earlier_run(output_dir: Path) -> Path | None:
     if not has_record and not find_checkpoints(output_dir):
         return None
     patterns = RUN_FILES + (FINAL_MODEL_FILES if has_record else ())
-    return _move_aside(output_dir, [path for pattern in patterns for path in output_dir.glob(pattern)])
+    return move_aside(output_dir, [path for pattern in patterns for path in output_dir.glob(pattern)])
 
 
 def set_aside(output_dir: Path, resumed_from: Path) -> Path | None:
     """Move whole checkpoints later than the one resumed from into `earlier/N`: their line is given up."""
     step = read_step(resumed_from)
     later = [found.path for found in find_checkpoints(output_dir) if found.step > step and not found.defect]
-    return _move_aside(output_dir, later) if later else None
+    return move_aside(output_dir, later) if later else None
 
 
-def _move_aside(output_dir: Path, paths: list[Path]) -> Path:
+def move_aside(output_dir: Path, paths: list[Path]) -> Path:
+    """Move files of `output_dir` into the next free `earlier/N` of it, and return that folder."""
     number = 1
     while (output_dir / EARLIER_FOLDER / str(number)).exists():
         number += 1

@@ -66,7 +66,7 @@ class RunLog(TrainerCallback):
         """Append the event to `metrics.jsonl` and print it as one readable line."""
         if not state.is_world_process_zero or not logs:
             return
-        record = {"step": state.global_step, **{key: _finite_or_none(value) for key, value in logs.items()}}
+        record = {"step": state.global_step, **{key: finite_or_none(value) for key, value in logs.items()}}
         self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -124,7 +124,7 @@ def cut_back(metrics_file: Path, step: int) -> None:
         metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
-def _finite_or_none(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """Return NaN and infinities as null: neither is JSON, and neither may look like a number that was measured."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -155,7 +155,12 @@ def format_comparison(log_history: Sequence[Mapping[str, Any]], after: Mapping[s
             digits = 4 if name == "loss" else 2
             old, new = before[key], after[key]
             rows.append((name, f"{old:.{digits}f}", f"{new:.{digits}f}", f"{new - old:+.{digits}f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return format_table(rows)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as a table, the first of them its head, the first column to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
