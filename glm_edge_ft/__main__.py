@@ -1,8 +1,9 @@
-"""What is done with a model after training: talk to it, measure it.
+"""What is done with a model after training: talk to it, measure it, merge its adapter into its base model.
 
 \b
     python -m glm_edge_ft chat output/demo
     python -m glm_edge_ft evaluate data/demo/test.jsonl glm-edge-nano output/demo
+    python -m glm_edge_ft merge output/demo output/merged
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import typer
 from glm_edge_ft.cli import Overrides, run_command
 from glm_edge_ft.deploy.chat import ChatRequest, chat
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
+from glm_edge_ft.deploy.merge import Format, MergeRequest, merge
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -129,6 +131,36 @@ def evaluate_command(
             --set training_args.per_device_eval_batch_size=64
     """
     run_command(lambda: evaluate(EvaluateRequest(data_file, tuple(models), out, config, tuple(overrides or ()), base)))
+
+
+@app.command("merge")
+def merge_command(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Folder of a LoRA adapter: a run's output, or a checkpoint.", show_default=False
+        ),
+    ],
+    out_dir: Annotated[
+        Path, typer.Argument(metavar="OUT_DIR", help="Where the merged model goes: a new folder.", show_default=False)
+    ],
+    base: Base = None,
+    dtype: Annotated[
+        Format | None, option("--dtype", "FORMAT", "float32, bfloat16 or float16; the base model's if not given.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest size of one weight file.")
+    ] = "5GB",
+) -> None:
+    """Merge a LoRA adapter into its base model: a folder that loads like the base model, with nothing of PEFT in it.
+
+    \b
+    In the base model's number format:
+        python -m glm_edge_ft merge output/demo output/merged
+    A checkpoint, in full precision:
+        python -m glm_edge_ft merge output/demo/checkpoint-120 output/merged-120 --dtype float32
+    """
+    run_command(lambda: merge(MergeRequest(checkpoint, out_dir, base, dtype, max_shard_size)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""`python -m glm_edge_ft merge`: an adapter into its base model, as a folder that needs neither of them.
+
+Merged in float32 and then cast: in 16 bits a small change would be lost to the rounding of each addition.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.deploy.opening import open_checkpoint
+from glm_edge_ft.deploy.source import Source, find_source
+from glm_edge_ft.distributed import keep_deepspeed_out
+from glm_edge_ft.errors import ProblemList, UserError
+from glm_edge_ft.recipe import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from glm_edge_ft.model.loading import Checkpoint
+
+Format = Literal["float32", "bfloat16", "float16"]
+_NO_WEIGHTS_CHANGED = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """One command line, as given; without `dtype` the weights get the format of the base model's."""
+
+    checkpoint: str
+    out_dir: Path
+    base: str | None = None
+    dtype: Format | None = None
+    max_shard_size: str = "5GB"
+
+
+def merge(request: MergeRequest) -> None:
+    """Write the merged model, whole or not at all, with all that is needed beside it.
+
+    Raises UserError when there is nothing to merge, when the adapter cannot be merged or does not fit its base model,
+    and when OUT_DIR is not empty or cannot be made.
+    """
+    source = _check(request)
+    quiet_libraries()
+    keep_deepspeed_out()
+    checkpoint = open_checkpoint(source)
+    if getattr(checkpoint.config, "quantization_config", None) is not None:
+        what = f"its base model {source.location.name} is stored in a quantized form, whose weights cannot be added to"
+        raise UserError.single(f"MODEL {source.name}", what, "give the model that it was quantized from: --base MODEL")
+    model = _merged(checkpoint)
+    _cast(model, checkpoint, request.dtype)
+    _save(model, checkpoint, request)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    show(f"merged model: {request.out_dir} ({parameters:,} parameters, {str(model.dtype).removeprefix('torch.')})")
+
+
+def _check(request: MergeRequest) -> Source:
+    problems = ProblemList()
+    where, out = f"OUT_DIR {request.out_dir}", request.out_dir
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "is not empty" if out.is_dir() else "is a file"
+        problems.add(where, f"{what}, and nothing is written over", "name a folder that is not there yet")
+    elif not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        problems.add(where, "cannot be made", "name a folder of yours")
+    try:
+        source = find_source(request.checkpoint, request.base)
+        _check_kind(source)
+    except UserError as error:
+        problems.extend(error)
+    problems.raise_if_any()
+    return source
+
+
+def _check_kind(source: Source) -> None:
+    if source.adapter is None:
+        raise UserError.single(
+            f"MODEL {source.name}", "is a whole model: there is nothing to merge", "use the folder as it is"
+        )
+    if source.adapter.peft_type in _NO_WEIGHTS_CHANGED:
+        what = f"is an adapter of the type {source.adapter.peft_type}, which changes no weights: it puts trained "
+        what += "vectors before every text, and a model's files have no place for them"
+        raise UserError.single(
+            f"MODEL {source.name}", what, "use it beside its base model, or train with peft_type: LORA"
+        )
+
+
+def _merged(checkpoint: Checkpoint) -> PreTrainedModel:
+    import torch
+
+    from glm_edge_ft.model.loading import load_weights
+    from glm_edge_ft.model.saved_adapter import load_adapter
+
+    adapter = checkpoint.location.adapter
+    assert adapter is not None
+    base: Any = load_weights(checkpoint, torch.float32)
+    was_tied = _untie(base)
+    wrapped: PeftModel = load_adapter(base, adapter)
+    try:
+        merged: Any = wrapped.merge_and_unload(safe_merge=True)
+    except (ValueError, AttributeError, NotImplementedError) as error:
+        raise UserError.single(str(adapter), f"PEFT cannot merge this adapter: {error}", "") from error
+    if was_tied and torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight):
+        merged.config.tie_word_embeddings = True
+        merged.tie_weights()
+    return merged
+
+
+def _untie(model: Any) -> bool:
+    """Give a model with tied embeddings a head of its own, so that merging into one leaves the other as it is.
+
+    Returns whether it was tied.
+    """
+    import torch
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return False
+    head.weight = torch.nn.Parameter(embeddings.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return True
+
+
+def _cast(model: PreTrainedModel, checkpoint: Checkpoint, wanted: Format | None) -> None:
+    import torch
+
+    stored = getattr(checkpoint.config, "dtype", None)
+    if wanted is None and not isinstance(stored, torch.dtype):
+        show_notice("the base model's config.json does not say its number format: float32 is written; see --dtype")
+    dtype: torch.dtype = (
+        getattr(torch, wanted) if wanted else stored if isinstance(stored, torch.dtype) else torch.float32
+    )
+    model.to(dtype)  # type: ignore[arg-type]
+
+
+def _save(model: PreTrainedModel, checkpoint: Checkpoint, request: MergeRequest) -> None:
+    """Write the folder under another name and rename it when it is whole."""
+    from glm_edge_ft.model.saved_folder import complete_saved_folder
+
+    out = request.out_dir.absolute()
+    staged = out.with_name(f".{out.name}.merging")
+    shutil.rmtree(staged, ignore_errors=True)  # what a killed merge left
+    try:
+        model.save_pretrained(staged, max_shard_size=request.max_shard_size)
+        checkpoint.tokenizer.save_pretrained(staged)
+        complete_saved_folder(checkpoint, staged)
+        if out.is_dir():
+            out.rmdir()
+        staged.rename(out)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
