@@ -108,6 +108,8 @@ def converse(talk: Talk) -> None:
         try:
             line = input("> " if is_terminal else "").strip()
         except EOFError:
+            if is_terminal:
+                print()
             return
         except KeyboardInterrupt:
             if was_interrupted:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,17 +50,20 @@ class EvaluateRequest:
 def evaluate(request: EvaluateRequest) -> None:
     """Measure each model on the data file; print a table, and write metrics and predictions under `--out`.
 
-    Raises UserError with all that is wrong with the command line, before a model is read.
+    Raises UserError with all that is wrong with the command line and the data, before weights are read.
     """
     sources, config = _check(request)
     quiet_libraries()
+    opened = _open_all(sources, config, request)
     make_output_dir(request.out)
     earlier = [request.out / name for name in (METRICS_FILE, PREDICTIONS) if (request.out / name).exists()]
     if earlier:
         show_notice(f"what was in {request.out} now lies in {move_aside(request.out, earlier)}")
     measured = []
-    for source, label in zip(sources, _labels(sources), strict=True):
-        metrics = _measure(source, config, request)
+    for remark in opened[0].datasets["test"].report.remarks():
+        show_notice(f"{request.data_file.name}: {remark}")
+    for source, prepared, label in zip(sources, opened, _labels(sources), strict=True):
+        metrics = _measure(prepared)
         written = request.out / PREDICTIONS / f"{PREFIX}-0.jsonl"
         written.replace(written.with_name(f"{label}.jsonl"))
         measured.append(metrics)
@@ -71,6 +75,8 @@ def evaluate(request: EvaluateRequest) -> None:
 def _check(request: EvaluateRequest) -> tuple[list[Source], RunConfig]:
     problems = ProblemList()
     problems.problems += [*_check_data_file(request.data_file), *_check_out(request.out)]
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        problems.add("torchrun", "starts several processes, and models are measured in one", "start it with python")
     sources: list[Source] = []
     for name in request.models:
         is_adapter = (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
@@ -138,20 +144,24 @@ def _labels(sources: Sequence[Source]) -> list[str]:
     return labels
 
 
-def _measure(source: Source, config: RunConfig, request: EvaluateRequest) -> dict[str, float]:
+def _open_all(sources: Sequence[Source], config: RunConfig, request: EvaluateRequest) -> list[Prepared]:
+    """Read tokenizers, check structures and encode the data for all models, before the first takes its time."""
+    problems, opened = ProblemList(), []
+    for source in sources:
+        try:
+            images = _takes_images(open_checkpoint(source), config)
+            files = {"test": request.data_file}
+            opened.append(prepare_use(source, config, takes_images=images, output_dir=request.out, data_files=files))
+        except UserError as error:
+            problems.problems += [problem for problem in error.problems if problem not in problems.problems]
+    problems.raise_if_any()
+    return opened
+
+
+def _measure(prepared: Prepared) -> dict[str, float]:
     """Return the metrics of one model, `test_loss`, `test_rouge-l` and so on; its predictions lie in a file then."""
     import torch
 
-    checkpoint = open_checkpoint(source)
-    prepared = prepare_use(
-        source,
-        replace(config, data_config=replace(config.data_config, val_file=None, test_file=request.data_file.name)),
-        takes_images=_takes_images(checkpoint, config),
-        output_dir=request.out,
-        data_files={"test": request.data_file},
-    )
-    for remark in prepared.datasets["test"].report.remarks():
-        show_notice(f"{request.data_file.name}: {remark}")
     data = load_evaluations(prepared)["test"]
     metrics = _evaluator(prepared).evaluate(data, metric_key_prefix=PREFIX)
     gc.collect()  # the next model may need the room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,26 @@ def test_all_mistakes_are_listed_at_once_before_anything_heavy(tmp_path: Path) -
     for text in (f"DATA_FILE {names[0]}: there is no such file", f"--out {names[3]}: is a file", *names[1:3], names[4]):
         assert text in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_several_processes_are_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would measure all of it, and all would write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun: starts several processes"):
+        evaluate(EvaluateRequest(data / "test.jsonl", ("glm-edge-nano",), tmp_path / "out"))
+
+
+def test_a_model_that_cannot_be_opened_stops_all_before_the_first_is_measured(
+    runs: dict[str, Path], model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """A cut weight file of the second model; no folder is made."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="its weights cannot be read"):
+        evaluate(EvaluateRequest(data / "test.jsonl", (str(runs["lora"]), str(broken)), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_rows_are_refused_by_line(runs: dict[str, Path], tmp_path: Path) -> None:
