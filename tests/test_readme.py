@@ -6,7 +6,9 @@ import ast
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ import yaml
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig, Seq2SeqTrainingArguments
+from typer.testing import CliRunner
 
 import finetune
 import finetune_vision
+from glm_edge_ft import __main__ as tool
 from glm_edge_ft import recipe
 from glm_edge_ft.config import load_config
 from glm_edge_ft.config.names import DATA_FIELDS, OLD_TOP_NAMES, OLD_TRAINING_NAMES, TOP_FIELDS, Renamed, Retired
@@ -184,6 +188,60 @@ def test_command_lines_are_understood_and_their_configs_load() -> None:
         assert (ROOT / parsed["data_dir"]).is_dir() or f"{parsed['data_dir']}/" in USERS_FOLDERS
         if "training_args.learning_rate=2e-5" in arguments:
             assert config.training_args["learning_rate"] == 2e-5
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the beginning of the demonstrations' data and what short runs on it left in `output/`."""
+    folder = tmp_path_factory.mktemp("demonstrations")
+    for demo in ("demo", "demo_vision"):
+        (folder / "data" / demo / "images").mkdir(parents=True)
+        for split in ("train", "test"):
+            lines = (ROOT / "data" / demo / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:2]
+            (folder / "data" / demo / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+            for image in re.findall(r'"images/[^"]+"', "".join(lines)):
+                shutil.copy(ROOT / "data" / demo / json.loads(image), folder / "data" / demo / "images")
+    steps = ("max_steps=2", "save_steps=1", "eval_strategy=no", "eval_on_start=false", "per_device_train_batch_size=1")
+    overrides = (*(f"training_args.{setting}" for setting in steps), "data_config.val_file=null")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("GLM_EDGE_FT_CACHE", str(folder / "cache"))
+        for demo, model in (("demo", "glm-edge-nano"), ("demo_vision", "glm-edge-v-nano")):
+            request = RunRequest(Path("data") / demo, model, ROOT / "configs" / f"{demo}.yaml", None, overrides)
+            recipe.run(replace(request, takes_images=demo == "demo_vision"))
+    (folder / "output/demo/checkpoint-1").rename(folder / "output/demo/checkpoint-120")  # the whole run's first
+    return folder
+
+
+TOOL = "python -m glm_edge_ft "
+TOOL_COMMANDS = [line.removeprefix(TOOL) for line in command_lines("README.md") if line.startswith(TOOL)]
+
+
+@pytest.mark.parametrize("line", TOOL_COMMANDS)
+def test_commands_after_training_do_what_they_say(
+    line: str, demonstrations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R7, E5: each line of section 8, on what shorter runs of the demonstrations left; the talk is ended at once."""
+    monkeypatch.chdir(demonstrations)
+    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(demonstrations / "cache"))
+    arguments = shlex.split(line)
+    done = CliRunner().invoke(tool.app, arguments, input="/quit\n")
+    assert done.exit_code == 0, done.output
+    if "--prompt" in arguments:
+        rows = (demonstrations / arguments[1] / "predictions/test-2.jsonl").read_text(encoding="utf-8").splitlines()
+        first = json.loads(rows[0])
+        assert arguments[-1] in first["prompt"]
+        assert done.stdout == first["prediction"] + "\n"
+    elif arguments[0] == "evaluate":
+        assert [row.split()[0] for row in done.stdout.splitlines()[2:5]] == arguments[2:]
+        assert (demonstrations / "output/evaluate/predictions/demo-checkpoint-120.jsonl").is_file()
+    elif arguments[0] == "merge":
+        assert (demonstrations / arguments[2] / "model.safetensors").is_file()
+
+
+def test_every_command_after_training_is_shown() -> None:
+    """Section 8 has a line for each."""
+    assert {line.split()[0] for line in TOOL_COMMANDS} == {command.name for command in tool.app.registered_commands}
 
 
 def test_the_synopsis_names_every_argument_and_option() -> None:
