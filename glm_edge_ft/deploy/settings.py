@@ -46,7 +46,8 @@ def settings_of_run(source: Source, overrides: Sequence[str] = ()) -> RunConfig 
     try:
         _load(config, ())
     except UserError as error:
-        what = f"its config cannot be used: {error.problems[0].where}: {error.problems[0].what}"
+        key = error.problems[0].where.rpartition(": ")[2]  # without the name of the file that it was written to
+        what = f"its config cannot be used: {key}: {error.problems[0].what}"
         raise UserError.single(str(source.record), what, "move the file away to go by the defaults") from error
     return _for_use(_load(config, overrides))
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from glm_edge_ft.deploy.chat import COMMANDS, ChatRequest, chat, converse
+from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import find_source
@@ -171,6 +172,16 @@ def test_options_go_before_the_runs_settings(runs: dict[str, Path], capsys: pyte
     assert answer(capsys, runs["lora"], TURNS[0][0], **sampled) == answer(capsys, runs["lora"], TURNS[0][0], **sampled)
     assert answer(capsys, runs["lora"], TURNS[0][0], **sampled) != row["prediction"] + "\n"
     assert answer(capsys, runs["lora"], TURNS[0][0], generation={"temperature": 0}) == row["prediction"] + "\n"
+
+
+def test_beams_are_shown_when_they_are_done(
+    runs: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers streams none; the answer is that of the evaluation with beams."""
+    beams = ("training_args.generation_config.num_beams=2",)
+    evaluate(EvaluateRequest(data / "test.jsonl", (str(runs["prefix"]),), tmp_path / "out", None, beams))
+    said = answer(capsys, runs["prefix"], TURNS[0][0], generation={"num_beams": 2})
+    assert said == predictions(tmp_path / "out", "prefix")[0]["prediction"] + "\n"
 
 
 def test_a_reply_as_long_as_the_model_is_refused(model_folder: Path) -> None:

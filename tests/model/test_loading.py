@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import GenerationConfig
 
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
@@ -279,3 +281,20 @@ def test_a_hub_id_that_cannot_be_had_gets_one_clear_message(monkeypatch: pytest.
     text = refusal("someone/glm-edge-none")
     assert "neither a folder, nor cached on this machine, nor reachable on the hub" in text
     assert "download the model where there is a network and give its folder as MODEL" in text
+
+
+def test_an_adapters_own_tokenizer_goes_before_its_base_models(tmp_path: Path, make_tokenizer: TokenizerMaker) -> None:
+    """R7: the template and the stop ids of the training, whatever copy of the base model is given."""
+    base = save_model_folder(tmp_path / "base", make_tokenizer("glm"))
+    adapter = tmp_path / "adapter"
+    make_tokenizer("glm-newline").save_pretrained(adapter)
+    GenerationConfig(eos_token_id=[7]).save_pretrained(adapter)
+    plain = read_checkpoint(locate_model(str(base)))
+    location = replace(locate_model(str(base)), adapter=adapter)
+    adapted = read_checkpoint(location)
+    assert adapted.tokenizer.chat_template == make_tokenizer("glm-newline").chat_template
+    assert adapted.stop_ids == tuple(sorted({7, *plain.stop_ids}))
+    (adapter / "chat_template.jinja").unlink()  # other tools save a tokenizer without a template, or none
+    assert read_checkpoint(location).tokenizer.chat_template == plain.tokenizer.chat_template
+    (adapter / "tokenizer.json").unlink()
+    assert read_checkpoint(location).tokenizer.chat_template == plain.tokenizer.chat_template
