@@ -20,7 +20,7 @@ from glm_edge_ft.console import show_notice
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source
-from glm_edge_ft.deploy.talk import Talk
+from glm_edge_ft.deploy.talk import Talk, find_picture
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.recipe import quiet_libraries
 
@@ -59,6 +59,8 @@ def chat(request: ChatRequest) -> None:
     prepared = prepare_use(source, config, takes_images=checkpoint.is_vision, output_dir=Path("output"), data_files={})
     if request.system is not None and "system" not in prepared.encoder.reply_format.rendered_roles:
         show_notice("--system has no effect: the model's chat template leaves system turns out")
+    if request.image is not None:
+        find_picture(prepared, request.image)  # before the weights take their time
     talk = Talk(prepared, load_model(prepared), request.system)
     if request.image is not None:
         talk.attach(request.image)

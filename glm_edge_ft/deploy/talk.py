@@ -17,6 +17,24 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 
+def find_picture(prepared: Prepared, path: str) -> str:
+    """Return the absolute path of a picture for the model.
+
+    Raises UserError when the model sees none, or when the file cannot be opened as one.
+    """
+    from glm_edge_ft.data.images import load_image
+
+    where, file = f"image {path}", Path(path).expanduser().absolute()
+    if not prepared.encoder.takes_images:
+        what = f"{prepared.plan.request.model} is a chat model and sees no images"
+        raise UserError.single(where, what, "use a GLM-Edge-V model")
+    try:
+        load_image(file)
+    except UserError as error:
+        raise UserError.single(where, error.problems[0].what, "give the path of a picture") from None
+    return str(file)
+
+
 class Talk:
     """Keeps a conversation and answers in it.
 
@@ -44,20 +62,12 @@ class Talk:
 
         Raises UserError when the model takes none or no more of them, or when the file is no picture.
         """
-        from glm_edge_ft.data.images import load_image
-
-        where, name, images = f"image {path}", self.prepared.plan.request.model, self.prepared.encoder.images
-        if images is None or not self.prepared.encoder.takes_images:
-            raise UserError.single(where, f"{name} is a chat model and sees no images", "use a GLM-Edge-V model")
+        found, images = find_picture(self.prepared, path), self.prepared.encoder.images
+        assert images is not None  # of a chat model the line above says so
         if self._image_count() >= images.max_images:
             what = f"the talk has {self._image_count()} image already, and the model takes {images.max_images}"
-            raise UserError.single(where, what, "/clear begins a new talk")
-        file = Path(path).expanduser().absolute()
-        try:
-            load_image(file)
-        except UserError as error:
-            raise UserError.single(where, error.problems[0].what, "give the path of a picture") from None
-        self.image = str(file)
+            raise UserError.single(f"image {path}", what, "/clear begins a new talk")
+        self.image = found
 
     def _image_count(self) -> int:
         parts = [

@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,16 @@ def test_ctrl_c_ends_the_reply_and_not_the_talk(runs: dict[str, Path]) -> None:
     assert talk.ask(TURNS[0][0], write) == pieces[0]
     assert whole.startswith(pieces[0]) and whole != pieces[0]
     assert talk.messages[-1] == {"role": "assistant", "content": pieces[0]}
+    kept, tools = list(talk.messages), talk.tools
+
+    def stop_at_the_first_token(ids: Sequence[int]) -> str:
+        signal.raise_signal(signal.SIGINT)
+        return tools.clean(ids)
+
+    talk.tools = replace(tools, clean=stop_at_the_first_token)
+    assert talk.ask(TURNS[1][0], write) == ""
+    assert talk.messages == kept
+    talk.tools = tools
     assert talk.ask(TURNS[1][0], ignore)
 
 
@@ -154,6 +166,19 @@ def test_what_is_no_picture_or_one_too_many_is_refused(vision_run: Path, tmp_pat
         talk.attach(str(picture))
     talk.clear()
     talk.attach(str(picture))
+
+
+def test_a_picture_of_the_command_line_that_cannot_be_used_is_refused(
+    model_folder: Path, vision_model: Path, tmp_path: Path
+) -> None:
+    """I3: `--image` beside a chat model, and one that is not there."""
+    picture = draw(tmp_path / "1.png", 1)
+    for model, path, what in (
+        (model_folder, picture, "is a chat model and sees no images"),
+        (vision_model, tmp_path / "none.png", "there is no such file"),
+    ):
+        with pytest.raises(UserError, match=f"image {re.escape(str(path))}: .*{what}"):
+            chat(ChatRequest(str(model), image=str(path), prompt="hi"))
 
 
 def test_a_question_that_cannot_be_encoded_leaves_the_talk_as_it_was(vision_run: Path) -> None:
