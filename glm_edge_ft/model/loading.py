@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+_ONLY_IN_SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
 
 @dataclass(frozen=True)
 class ModelLocation:
@@ -334,8 +336,15 @@ def _load_vision_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrain
 
 
 def carry_stop_ids(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Write stop ids and pad id into the model's generation config, so that every saved folder stops by itself."""
+    """Write stop ids and pad id into the model's generation config, so that every saved folder stops by itself.
+
+    Settings of sampling that the checkpoint has without `do_sample` take no effect, and transformers 5 refuses to save
+    them, at the end of the training: they are left out.
+    """
     generation_config: Any = model.generation_config
+    if generation_config.do_sample is not True:
+        for name in _ONLY_IN_SAMPLING:
+            setattr(generation_config, name, None)
     generation_config.eos_token_id = list(checkpoint.stop_ids)
     generation_config.pad_token_id = checkpoint.tokenizer.pad_token_id
 

@@ -298,3 +298,16 @@ def test_an_adapters_own_tokenizer_goes_before_its_base_models(tmp_path: Path, m
     assert read_checkpoint(location).tokenizer.chat_template == plain.tokenizer.chat_template
     (adapter / "tokenizer.json").unlink()
     assert read_checkpoint(location).tokenizer.chat_template == plain.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_checkpoint_with_settings_of_sampling_can_be_saved(folder: Path, tmp_path: Path, samples: bool) -> None:
+    """M3: as some releases have them, with `do_sample` and without; transformers refuses to save the latter."""
+    path = folder / "generation_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(written | {"do_sample": samples, "temperature": 0.8, "top_p": 0.8}), encoding="utf-8")
+    checkpoint = read_checkpoint(locate_model(str(folder)))
+    load_weights(checkpoint, torch.float32).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text(encoding="utf-8"))
+    assert saved["eos_token_id"] == list(checkpoint.stop_ids)
+    assert [saved.get(name) for name in ("temperature", "top_p")] == ([0.8, 0.8] if samples else [None, None])
