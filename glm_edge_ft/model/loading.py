@@ -175,7 +175,7 @@ def _has_chat_tokenizer(folder: Path) -> bool:
     if not (folder / "tokenizer.json").is_file():
         return False
     settings = folder / "tokenizer_config.json"
-    in_settings = settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    in_settings = settings.is_file() and b'"chat_template"' in settings.read_bytes()
     return in_settings or (folder / "chat_template.jinja").is_file()
 
 
