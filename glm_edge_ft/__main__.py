@@ -1,6 +1,7 @@
-"""What is done with a model after training: talk to it, measure it, merge its adapter into its base model.
+"""Before and after training: convert data; talk to a model, measure it, merge its adapter into its base model.
 
 \b
+    python -m glm_edge_ft convert alpaca.json data/mine/train.jsonl --from alpaca
     python -m glm_edge_ft chat output/demo
     python -m glm_edge_ft evaluate data/demo/test.jsonl glm-edge-nano output/demo
     python -m glm_edge_ft merge output/demo output/merged
@@ -14,6 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from glm_edge_ft.cli import Overrides, run_command
+from glm_edge_ft.console import show
+from glm_edge_ft.data.convert import convert_file
 from glm_edge_ft.deploy.chat import ChatRequest, chat
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
 from glm_edge_ft.deploy.merge import Format, MergeRequest, merge
@@ -161,6 +164,32 @@ def merge_command(
         python -m glm_edge_ft merge output/demo/checkpoint-120 output/merged-120 --dtype float32
     """
     run_command(lambda: merge(MergeRequest(checkpoint, out_dir, base, dtype, max_shard_size)))
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A .json, .jsonl or .parquet file.", show_default=False)
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", help="The new file; nothing is written over.", show_default=False)
+    ],
+    form: Annotated[
+        str, typer.Option("--from", metavar="FORMAT", help="alpaca, sharegpt, swift, advertisegen or llava.")
+    ],
+    images: Annotated[
+        Path | None, option("--images", "DIR", "Where the paths of images start; the folder of INPUT if not given.")
+    ] = None,
+) -> None:
+    """Turn another tool's data file into conversations to train on, and say which rows could not be converted.
+
+    \b
+    Instructions and outputs:
+        python -m glm_edge_ft convert alpaca.json data/mine/train.jsonl --from alpaca
+    Questions about pictures, which lie in a folder of their own:
+        python -m glm_edge_ft convert llava.json data/pictures/train.jsonl --from llava --images coco/train2017
+    """
+    run_command(lambda: show("\n".join(convert_file(source, target, form, images).lines(target))))
 
 
 if __name__ == "__main__":

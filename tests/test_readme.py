@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import shlex
@@ -51,6 +52,7 @@ NAMES = ("README.md", "README_zh.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 USERS_FOLDERS = {"data/AdvertiseGen/", "data/CogVLM-311K/"}  # stand for the reader's own data
+USERS_FILES = {"data/mine/train.jsonl", "data/pictures/train.jsonl"}
 TWO_COMMANDS = (
     "pip install -r requirements.txt && python finetune.py data/demo glm-edge-nano configs/demo.yaml",
     "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest",
@@ -158,7 +160,7 @@ def test_paths_that_are_mentioned_exist(name: str) -> None:
     )
     paths = {word for word in words if tops.fullmatch(word)}
     assert len(paths) > 10
-    assert {path for path in paths if not (ROOT / path).exists()} == USERS_FOLDERS
+    assert {path for path in paths if not (ROOT / path).exists()} == USERS_FOLDERS | USERS_FILES
 
 
 # ---- commands ----
@@ -210,6 +212,13 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
             request = RunRequest(Path("data") / demo, model, ROOT / "configs" / f"{demo}.yaml", None, overrides)
             recipe.run(replace(request, takes_images=demo == "demo_vision"))
     (folder / "output/demo/checkpoint-1").rename(folder / "output/demo/checkpoint-120")  # the whole run's first
+    alpaca = {"instruction": "Q", "input": "", "output": "A"}
+    (folder / "alpaca.json").write_text(json.dumps([alpaca]), encoding="utf-8")
+    turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+    (folder / "llava.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}]), encoding="utf-8")
+    (folder / "coco" / "train2017").mkdir(parents=True)
+    (picture,) = itertools.islice((folder / "data/demo_vision/images").iterdir(), 1)
+    shutil.copy(picture, folder / "coco/train2017/a.png")
     return folder
 
 
@@ -218,10 +227,10 @@ TOOL_COMMANDS = [line.removeprefix(TOOL) for line in command_lines("README.md") 
 
 
 @pytest.mark.parametrize("line", TOOL_COMMANDS)
-def test_commands_after_training_do_what_they_say(
+def test_commands_before_and_after_training_do_what_they_say(
     line: str, demonstrations: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """R7, E5: each line of section 8, on what shorter runs of the demonstrations left; the talk is ended at once."""
+    """R7, E5: each line of sections 3 and 8, on what short runs of the demonstrations left; a talk is ended at once."""
     monkeypatch.chdir(demonstrations)
     monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(demonstrations / "cache"))
     arguments = shlex.split(line)
@@ -237,10 +246,13 @@ def test_commands_after_training_do_what_they_say(
         assert (demonstrations / "output/evaluate/predictions/demo-checkpoint-120.jsonl").is_file()
     elif arguments[0] == "merge":
         assert (demonstrations / arguments[2] / "model.safetensors").is_file()
+    elif arguments[0] == "convert":
+        assert done.stdout.startswith(f"{arguments[2]}: 1 conversations")
+        assert "not there" not in done.stdout
 
 
-def test_every_command_after_training_is_shown() -> None:
-    """Section 8 has a line for each."""
+def test_every_command_before_and_after_training_is_shown() -> None:
+    """Sections 3 and 8 have a line for each."""
     assert {line.split()[0] for line in TOOL_COMMANDS} == {command.name for command in tool.app.registered_commands}
 
 

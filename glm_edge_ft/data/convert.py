@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -72,6 +73,7 @@ def convert_file(source: Path, target: Path, form: str, images: Path | None = No
         raise UserError.single(str(target), "one conversation a line is written", "let the name end in .jsonl")
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with staged.open("w", encoding="utf-8") as out:
             conversion = _convert(source, out, form, images or source.parent, target.parent)
         if not conversion.written:
@@ -85,7 +87,8 @@ def convert_file(source: Path, target: Path, form: str, images: Path | None = No
     except OSError as error:
         raise UserError.single(str(target), f"cannot be written: {error.strerror}", "name another place") from error
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staged.unlink()
     return conversion
 
 

@@ -151,7 +151,7 @@ def test_broken_json_is_reported_and_the_rest_converted(tmp_path: Path) -> None:
         ("new.jsonl", "alpaka", "known ones: alpaca, sharegpt, swift, advertisegen, llava"),
         ("there.jsonl", "alpaca", "is there already"),
         ("new.txt", "alpaca", "let the name end in .jsonl"),
-        ("no/folder/new.jsonl", "alpaca", "cannot be written: No such file or directory"),
+        ("source.json/new.jsonl", "alpaca", "cannot be written: "),
         ("new.jsonl", "llava", "not one row could be read as llava"),
     ],
 )
