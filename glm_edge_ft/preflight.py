@@ -20,6 +20,7 @@ from glm_edge_ft.arguments import build_generation_config, build_training_argume
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.console import is_main_process, show_notice
 from glm_edge_ft.errors import Problem, ProblemList, UserError
+from glm_edge_ft.memory_check import estimate_states
 from glm_edge_ft.model.loading import ModelLocation, locate_model
 from glm_edge_ft.node import is_first_of_node, wait_for
 from glm_edge_ft.resume_check import compare_with_checkpoint
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from glm_edge_ft.data.image_check import ImageCheck
     from glm_edge_ft.data.placeholders import ImageSettings
     from glm_edge_ft.model.loading import Checkpoint
-    from glm_edge_ft.model.memory import MemoryEstimate
+    from glm_edge_ft.model.memory import MemoryEstimate, ModelSize
     from glm_edge_ft.model.precision import Precision
 
 SPLITS = ("train", "val", "test")
@@ -174,7 +175,6 @@ def prepare(plan: Plan) -> Prepared:
     """
     from glm_edge_ft.data.encoding import ConversationEncoder
     from glm_edge_ft.model.loading import load_image_processor, read_checkpoint
-    from glm_edge_ft.model.memory import estimate_memory
     from glm_edge_ft.model.precision import choose_precision, look_at_machine
 
     config, problems, takes_images = plan.config, ProblemList(), plan.request.takes_images
@@ -217,8 +217,8 @@ def prepare(plan: Plan) -> Prepared:
         precision=precision,
         encoder=encoder,
         datasets=datasets,
-        parameters=(structure.trainable, structure.parameters),
-        memory=estimate_memory(structure.parameters, structure.trainable, precision.weights),
+        parameters=(structure.size.trained, structure.size.parameters),
+        memory=estimate_states(structure.size, precision, training_arguments, checkpoint),
         training_arguments=training_arguments,
         generation_config=generation_config,
         keeps_vision=keep_vision,
@@ -258,7 +258,7 @@ def _check_resume(plan: Plan, train: EncodedDataset, structure: Structure, probl
     if plan.resume.path is None:
         return
     found, notices = compare_with_checkpoint(
-        plan.resume.path, plan.config, plan.location.name, train.fingerprint, structure.adapter, structure.trainable
+        plan.resume.path, plan.config, plan.location.name, train.fingerprint, structure.adapter, structure.size.trained
     )
     problems.problems += found
     for notice in notices:
@@ -311,26 +311,23 @@ class Structure:
     """What is known of the model's structure without its weights.
 
     Attributes:
-        trainable: number of parameters that will be trained.
-        parameters: number of all, the adapter's included.
+        size: parameter counts, the adapter's included.
         adapter: PEFT's config of the adapter as a dict, or None for full fine-tuning.
     """
 
-    trainable: int
-    parameters: int
+    size: ModelSize
     adapter: dict[str, Any] | None
 
 
 def look_at_structure(config: RunConfig, meta_model: PreTrainedModel, keep_vision: bool) -> Structure:
     """Put the adapter on the model's twin on the meta device. Raises UserError if it does not fit."""
-    from glm_edge_ft.model.adapters import apply_adapter, build_peft_config, check_adapter, count_parameters
+    from glm_edge_ft.model.adapters import build_peft_config, wrap_meta_model
+    from glm_edge_ft.model.memory import measure_size
 
-    total = count_parameters(meta_model)[1]
+    size = measure_size(wrap_meta_model(config.peft_config, copy.deepcopy(meta_model), keep_vision))
     if config.peft_config is None:
-        return Structure(count_parameters(apply_adapter(meta_model, None, keep_vision))[0], total, None)
-    trainable = check_adapter(config.peft_config, copy.deepcopy(meta_model), keep_vision)  # which it wraps
-    adapter = build_peft_config(config.peft_config, meta_model, keep_vision).to_dict()
-    return Structure(trainable, total + trainable, adapter)
+        return Structure(size, None)
+    return Structure(size, build_peft_config(config.peft_config, meta_model, keep_vision).to_dict())
 
 
 @contextmanager

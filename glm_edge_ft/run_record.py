@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import is_main_process
+from glm_edge_ft.memory_check import format_bytes, memory_facts
 
 if TYPE_CHECKING:
     from glm_edge_ft.preflight import Prepared
@@ -49,19 +50,13 @@ def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:
 
 
 def model_facts(prepared: Prepared) -> dict[str, Any]:
-    """Return parameters, precision and the estimate of memory, in bytes."""
+    """Return parameters, precision and the estimate of memory without activations, in bytes."""
     trainable, total = prepared.parameters
-    memory = prepared.memory
     return {
         "parameters": total,
         "trainable_parameters": trainable,
         "precision": prepared.precision.reason,
-        "memory_bytes": {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "total": memory.total,
-        },
+        "memory_bytes": memory_facts(prepared.memory),
     }
 
 
@@ -70,17 +65,14 @@ def describe_model(prepared: Prepared) -> str:
     trainable, total = prepared.parameters
     memory = prepared.memory
     named = {"weights": memory.weights, "gradients": memory.gradients, "AdamW": memory.optimizer}
-    parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in named.items())
+    named |= {name: size for name, size in (("buffers", memory.buffers), ("offloaded", memory.host.total)) if size}
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in named.items())
     frozen = ", the vision part stays as it is" if prepared.keeps_vision else ""
     return (
         f"model: {prepared.plan.location.name}, {total:,} parameters, {trainable:,} of them trained "
         f"({100 * trainable / total:.2f} %{frozen}), {prepared.precision.reason}\n"
-        f"memory: {_megabytes(memory.total)} for one process ({parts}), and activations"
+        f"memory: {format_bytes(memory.total)} for one process ({parts}), and activations"
     )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def run_title(prepared: Prepared) -> str:

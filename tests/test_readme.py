@@ -35,10 +35,10 @@ from glm_edge_ft.console import show_problems
 from glm_edge_ft.data.conversation import parse_conversation
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.model.adapters import build_peft_config, check_adapter, count_parameters
+from glm_edge_ft.model.adapters import build_peft_config, wrap_meta_model
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
-from glm_edge_ft.model.memory import estimate_memory
+from glm_edge_ft.model.memory import estimate_memory, measure_size
 from glm_edge_ft.preflight import RunRequest
 from glm_edge_ft.training.checkpoints import resolve_resume
 from tests.conftest import TokenizerMaker
@@ -547,11 +547,8 @@ def test_the_memory_table_is_the_estimate(name: str, size: str) -> None:
         peft = load_config(ROOT / "configs" / config_name).peft_config
         vision = {"V 2B": TRUE_2B, "V 5B": TRUE_5B}.get(size)
         model = meta_vision_model(vision) if vision else meta_model(MEMORY_MODELS[size])
-        total = count_parameters(model)[1]
-        trained = check_adapter(peft, model) if peft else total
-        memory = estimate_memory(
-            total + (trained if peft else 0), trained, weights_dtype="bfloat16" if peft else "float32"
-        )
+        counts = measure_size(wrap_meta_model(peft, model))
+        memory = estimate_memory(counts, "bfloat16" if peft else "float32")
         expected.append(f"{memory.total / 1e9:.1f} GB")
     assert row[1:] == expected
 

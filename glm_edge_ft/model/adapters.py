@@ -141,11 +141,23 @@ def _check_prefix(settings: Mapping[str, Any], model: PreTrainedModel) -> None:
 def check_adapter(settings: Mapping[str, Any], meta_model: PreTrainedModel, keep_vision: bool = False) -> int:
     """Wrap the model's meta twin to see that the adapter fits; return the number of trainable parameters.
 
+    Raises UserError as `wrap_meta_model`.
+    """
+    return count_parameters(wrap_meta_model(settings, meta_model, keep_vision))[0]
+
+
+def wrap_meta_model(
+    settings: Mapping[str, Any] | None, meta_model: PreTrainedModel, keep_vision: bool = False
+) -> PreTrainedModel | PeftModel:
+    """Do to the model's meta twin what `apply_adapter` does to the model.
+
     Raises UserError when a named module does not exist in the model or cannot carry LoRA matrices (with the names that
     can), when PEFT refuses, or when a weight of the vision part would be trained although `keep_vision` is set.
     """
     from peft import get_peft_model
 
+    if settings is None:
+        return apply_adapter(meta_model, None, keep_vision)
     if settings["peft_type"] == "LORA":
         _check_initialisation(settings)
         _check_module_names(settings, meta_model)
@@ -156,7 +168,7 @@ def check_adapter(settings: Mapping[str, Any], meta_model: PreTrainedModel, keep
         raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
     if keep_vision:
         _check_vision_is_frozen(settings, wrapped)
-    return count_parameters(wrapped)[0]
+    return wrapped
 
 
 def _check_vision_is_frozen(settings: Mapping[str, Any], wrapped: torch.nn.Module) -> None:

@@ -1,27 +1,97 @@
-"""What a run will need: an estimate of the memory of weights, gradients and optimizer states."""
+"""What a run will need: an estimate of the memory of each process, on its GPU (or CPU) and in the machine's memory.
+
+P counts all parameters, T the trained ones, n the processes; c is the bytes of the format in which DeepSpeed keeps the
+model: 2 under bf16 and fp16, else 4. AdamW keeps two float32 states of each trained parameter: 8 T.
+
+Without DeepSpeed (`model/precision.py`): frozen weights are in the 16-bit format or in float32, trained ones, their
+gradients and AdamW's states in float32. On several processes DDP keeps a second copy of the gradients, in which it
+averages them (torch.nn.parallel.DistributedDataParallel, `gradient_as_bucket_view=False`): 4 T.
+
+With DeepSpeed 0.19.8 all weights of the model are in the format of the run; nothing is autocast. Each process has a
+share T/n of the trained ones in float32 as well, and AdamW's states of it (Rajbhandari et al., "ZeRO: Memory
+Optimizations Toward Training Trillion Parameter Models", section 3; `runtime/zero/stage_1_and_2.py` and `stage3.py`):
+
+    stage                   1           2               3
+    weights               c P         c P           c P/n, and what is gathered: c min(P, stage3_max_live_parameters)
+    float32 weights     4 T/n       4 T/n         4 T/n
+    AdamW               8 T/n       8 T/n         8 T/n
+    gradients             c T       c T/n         c T/n
+    when it steps   (c + 4) T/n   (c + 4) T/n   (c + 4) min(T/n, sub_group_size): the gradients in a row, in float32
+    buffers         twice `reduce_bucket_size` where communication overlaps, else once; c each
+
+`offload_optimizer` moves float32 weights, states and gradients, these in float32 too, to the machine's memory; stage 2
+keeps there a 16-bit copy of the share as well, and on the GPU a buffer for its largest gradient. `offload_param` (stage
+3) moves the share of the weights too. Pinned buffers are counted as they are asked for.
+
+Activations, logits and the gradients that come while activations go: `model/activations.py`. Not counted: CUDA's
+context and libraries, buffers of NCCL, gaps between allocations, the program itself.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.config.deepspeed import AUTO, find
+
+if TYPE_CHECKING:
+    from glm_edge_ft.model.activations import StepTrace
 
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
-TRAINED_BYTES = 4  # trained weights, their gradients and each optimizer state are float32
+FLOAT32 = 4
 ADAM_STATES = 2
+# DeepSpeed's defaults (`runtime/zero/config.py`).
+DEFAULT_BUCKET = 500_000_000
+DEFAULT_LIVE = 1_000_000_000
+DEFAULT_SUB_GROUP = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes that one process needs besides activations.
+class ModelSize:
+    """Parameters of a model, its adapter's included.
 
     Attributes:
-        weights: of the whole model, frozen and trained.
-        gradients: of the trained parameters.
-        optimizer: AdamW's two states of the trained parameters.
+        parameters: number of all.
+        trained: number of those that are trained.
+        largest: number of those in the largest trained tensor.
     """
 
-    weights: int
-    gradients: int
-    optimizer: int
+    parameters: int
+    trained: int
+    largest: int = 0
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the processes of a run share model and optimizer.
+
+    Attributes:
+        stage: of ZeRO; None without DeepSpeed.
+        processes: number of processes.
+        offload_optimizer, offload_weights: whether these are kept in the machine's memory.
+        buffers: numbers in DeepSpeed's communication buffers.
+        live: most numbers that stage 3 keeps gathered.
+        sub_group: most numbers that stage 3 updates at once.
+    """
+
+    stage: int | None = None
+    processes: int = 1
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    buffers: int = 0
+    live: int = DEFAULT_LIVE
+    sub_group: int = DEFAULT_SUB_GROUP
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes in the machine's memory that offloading takes, for each process."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
 
     @property
     def total(self) -> int:
@@ -29,17 +99,119 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer
 
 
-def estimate_memory(all_parameters: int, trainable_parameters: int, weights_dtype: str) -> MemoryEstimate:
-    """Return what weights, gradients and AdamW states of one unsharded process take.
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one process needs on its GPU, or on a machine without one in its memory.
+
+    Attributes:
+        weights: of the model, frozen and trained; under ZeRO-3 the share.
+        gradients: of the trained parameters, at their most.
+        optimizer: its states, and the float32 copy of the trained weights that DeepSpeed keeps.
+        buffers: for communication, and under ZeRO-3 what is gathered of the weights.
+        activations: what the forward pass keeps for the backward pass; None where it was not traced.
+        total: the most that is in use at any time. Gradients come while activations go, and what is needed while a
+            layer or the loss is computed is freed at once; so this is not the sum of the others.
+        host: what lies in the machine's memory besides.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int | None
+    total: int
+    host: HostMemory = HostMemory()
+
+
+def estimate_memory(
+    size: ModelSize,
+    dtype: str,
+    sharding: Sharding = Sharding(),
+    trace: StepTrace | None = None,
+    accumulates: bool = False,
+) -> MemoryEstimate:
+    """Return what one process needs with AdamW.
 
     Args:
-        all_parameters: number of parameters, the adapter's included.
-        trainable_parameters: number of those that are trained.
-        weights_dtype: format of the frozen weights; trained ones are float32.
+        size: parameter counts.
+        dtype: format of the frozen weights, with DeepSpeed of all weights.
+        sharding: how the processes share.
+        trace: a step of this model in these formats; None: without activations.
+        accumulates: whether several batches make one step, so that gradients are there from the beginning.
     """
-    frozen = all_parameters - trainable_parameters
-    return MemoryEstimate(
-        weights=frozen * BYTES_PER_WEIGHT[weights_dtype] + trainable_parameters * TRAINED_BYTES,
-        gradients=trainable_parameters * TRAINED_BYTES,
-        optimizer=trainable_parameters * TRAINED_BYTES * ADAM_STATES,
+    if sharding.stage is not None:
+        return _estimate_deepspeed(size, BYTES_PER_WEIGHT[dtype], sharding, trace, accumulates)
+    frozen = size.parameters - size.trained
+    weights = frozen * BYTES_PER_WEIGHT[dtype] + size.trained * FLOAT32
+    gradients = size.trained * FLOAT32
+    optimizer = gradients * ADAM_STATES
+    buffers = gradients if sharding.processes > 1 else 0
+    step = max(gradients, trace.peak(FLOAT32, gradients if accumulates else 0) if trace else 0)
+    kept = trace.kept if trace else None
+    return MemoryEstimate(weights, gradients, optimizer, buffers, kept, weights + optimizer + buffers + step)
+
+
+def _estimate_deepspeed(
+    size: ModelSize, width: int, sharding: Sharding, trace: StepTrace | None, accumulates: bool
+) -> MemoryEstimate:
+    stage, processes = sharding.stage, sharding.processes
+    share = math.ceil(size.trained / processes) if stage else size.trained
+    weights = width * (math.ceil(size.parameters / processes) if stage == 3 else size.parameters)
+    optimizer = share * FLOAT32 * (1 + ADAM_STATES)
+    gradients = width * (size.trained if stage in (0, 1) else share)
+    step = (width + FLOAT32) * (min(share, sharding.sub_group) if stage == 3 else share)
+    gathers = stage == 3 and (processes > 1 or sharding.offload_weights)
+    gathered = width * min(size.parameters, sharding.live) if gathers else 0
+    buffers = width * sharding.buffers
+    host = HostMemory()
+    if sharding.offload_optimizer:
+        copies = width if stage != 3 or accumulates else 0
+        held = width if stage == 3 else 0  # its flat buffer of gradients
+        host = HostMemory(0, share * (FLOAT32 + held), optimizer + share * copies)
+        buffers += width * size.largest if stage != 3 else 0
+        gradients = optimizer = step = 0
+    if sharding.offload_weights:
+        host = HostMemory(weights, host.gradients, host.optimizer)
+        weights = 0
+    passes = gathered + (trace.peak(0) if trace else 0)
+    total = weights + optimizer + gradients + buffers + max(passes, step)
+    return MemoryEstimate(weights, gradients, optimizer, buffers + gathered, trace.kept if trace else None, total, host)
+
+
+def read_sharding(settings: Mapping[str, Any] | None, processes: int, hidden_size: int) -> Sharding:
+    """Return what a DeepSpeed JSON's checked content means for memory; without one, plain processes.
+
+    Args:
+        settings: the JSON's content, completed for the machine; None: no DeepSpeed.
+        processes: number of processes of the run.
+        hidden_size: of the model; transformers makes the buffers its square where the JSON says "auto".
+    """
+    if settings is None:
+        return Sharding(processes=processes)
+    zero = settings.get("zero_optimization") or {}
+
+    def number(key: str, default: int) -> int:
+        value = zero.get(key, default)
+        return hidden_size**2 if value == AUTO else int(value)
+
+    def is_offloaded(key: str) -> bool:
+        return find(settings, f"zero_optimization.{key}.device") in ("cpu", "nvme")
+
+    stage = int(zero.get("stage", 0))
+    bucket = number("reduce_bucket_size", DEFAULT_BUCKET) if stage else 0
+    return Sharding(
+        stage=stage,
+        processes=processes,
+        offload_optimizer=is_offloaded("offload_optimizer"),
+        offload_weights=is_offloaded("offload_param"),
+        buffers=bucket * (2 if stage < 3 and zero.get("overlap_comm") else 1),
+        live=number("stage3_max_live_parameters", DEFAULT_LIVE),
+        sub_group=number("sub_group_size", DEFAULT_SUB_GROUP),
     )
+
+
+def measure_size(model: Any) -> ModelSize:
+    """Return the parameter counts of a model, wrapped or not; one on the meta device will do."""
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    trained = [count for count, is_trained in sizes if is_trained]
+    return ModelSize(sum(count for count, _ in sizes), sum(trained), max(trained, default=0))

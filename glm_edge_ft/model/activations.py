@@ -1,0 +1,231 @@
+"""What one training step holds besides weights and optimizer states: found by running it without memory.
+
+The model's own forward and backward passes are run on fake tensors (`torch._subclasses.fake_tensor`): each operator of
+PyTorch is called and gives tensors of the right shape and dtype that have no storage behind them. Every storage that
+would be allocated is counted until it would be freed. So the count follows what the layers really keep for the backward
+pass: fused attention without its matrix, the copies that autocast and LoRA make, checkpointed layers that are computed
+again, the loss that sees supervised tokens only, in chunks. It takes seconds, and no weights are read.
+
+What differs on a GPU: dropout keeps a mask of one byte a number, which is followed here; fused attention keeps the keys
+and values of grouped heads once instead of repeated, which is not, so that without checkpointing it says a little much.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_INDEXING = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The batch of a step.
+
+    Attributes:
+        rows: number of rows.
+        length: tokens of each row, padding included.
+        supervised: supervised tokens of all rows.
+        images: pixels of a vision model's batch, `(images, channels, side, side)`; None: there are none.
+    """
+
+    rows: int
+    length: int
+    supervised: int
+    images: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class StepFormats:
+    """Number formats of a step.
+
+    Attributes:
+        frozen, trained: of the weights as the layers see them.
+        autocast: in which autocast computes; None: as the weights are.
+        on_gpu: keep of dropout what a GPU keeps.
+    """
+
+    frozen: torch.dtype
+    trained: torch.dtype
+    autocast: torch.dtype | None
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What one step allocates, weights, their gradients and optimizer states left out.
+
+    Attributes:
+        kept: bytes that the forward pass leaves for the backward pass.
+        moments: `(trained, bytes)`, in order: the most bytes in use while the gradients of so many trained numbers are
+            complete. A gradient is counted in bytes only while it is being computed.
+    """
+
+    kept: int
+    moments: tuple[tuple[int, int], ...]
+
+    def peak(self, gradient_bytes: float, held: float = 0.0) -> int:
+        """Return the most bytes that activations and gradients take together.
+
+        Args:
+            gradient_bytes: bytes that a trained number's gradient takes from when it is complete; 0.0 for none.
+            held: bytes of gradients that are there from the beginning.
+        """
+        return int(max(size + max(done * gradient_bytes, held) for done, size in self.moments))
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of storages that operators make, until they are freed.
+
+    A mask of supervised positions has no content here, so that nobody knows how many they are: where one is used as an
+    index, that many positions are put in its place.
+    """
+
+    def __init__(self, supervised: int) -> None:
+        super().__init__()
+        self.supervised = supervised
+        self.live = self.highest = 0
+        self.known: set[int] = set()
+
+    def ignore(self, tensors: Iterator[torch.Tensor]) -> None:
+        """Leave these tensors out of the count."""
+        self.known.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def take_highest(self) -> int:
+        """Return the most bytes in use since this was last asked."""
+        highest, self.highest = self.highest, self.live
+        return highest
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _INDEXING and args[1] and args[1][0] is not None and args[1][0].dtype == torch.bool:
+            positions = [torch.empty(self.supervised, dtype=torch.long) for _ in range(args[1][0].dim())]
+            args = (args[0], positions, *args[2:])
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage: Any = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        self.highest = max(self.highest, self.live)
+        return result
+
+
+def trace_step(
+    model: Any,
+    batch: BatchShape,
+    formats: StepFormats,
+    install_loss: Callable[[Any], None],
+    checkpointing: Mapping[str, Any] | None = None,
+) -> StepTrace:
+    """Run one forward and backward pass of `model` without memory and return what it would allocate.
+
+    Args:
+        model: a causal language model, with its PEFT adapter if it gets one, on the meta device, `requires_grad` as in
+            training. It is used up: afterwards its weights are fake tensors.
+        batch: the batch. Several rows are taken to be of different length, so that attention needs a mask.
+        formats: number formats.
+        install_loss: makes a model compute its loss as training does.
+        checkpointing: `activation_checkpointing_kwargs` of the training arguments; None: it is off.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    install_loss(base)
+    model.train()
+    if checkpointing is not None:  # as the Trainer does
+        settings = dict(checkpointing)
+        layers = settings.pop("every_n_layers", 1)
+        settings.pop("offload", None)
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None, every_n_layers=layers)
+    if formats.on_gpu:
+        _take_dropout_of_gpu(model)
+    counter = _Storages(batch.supervised)
+    moments: list[tuple[int, int]] = []
+    done = 0
+
+    def note_gradient(weight: torch.Tensor) -> None:
+        nonlocal done
+        moments.append((done, counter.take_highest()))
+        done += weight.numel()
+        weight.grad = None
+
+    with FakeTensorMode(allow_non_fake_inputs=True), _keep_random_state():
+        _make_fake(model, formats)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(note_gradient)
+        inputs = _make_batch(base, batch)
+        counter.ignore(tensor for tensor in (*model.parameters(), *model.buffers(), *inputs.values()))
+        with counter:
+            with torch.autocast("cpu", dtype=formats.autocast, enabled=formats.autocast is not None):
+                loss = model(**inputs, num_items_in_batch=1).loss
+            kept = counter.live
+            loss.backward()
+        moments.append((done, counter.take_highest()))
+    return StepTrace(kept, tuple(moments))
+
+
+def _take_dropout_of_gpu(model: nn.Module) -> None:
+    """Put the fused dropout, which keeps a mask of one byte a number, in the place of the CPU's."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            fused: Any = functools.partial(_fused_dropout, module.p)
+            module.forward = fused  # type: ignore[method-assign]
+
+
+def _fused_dropout(rate: float, hidden_states: torch.Tensor) -> torch.Tensor:
+    return torch.native_dropout(hidden_states, rate, True)[0]
+
+
+def _make_fake(model: nn.Module, formats: StepFormats) -> None:
+    """Replace weights and buffers on the meta device by fake tensors that act as if they were on the CPU."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                dtype = formats.trained if weight.requires_grad else formats.frozen
+                fake = torch.empty(weight.shape, dtype=dtype, device="cpu")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+def _make_batch(base: Any, batch: BatchShape) -> dict[str, torch.Tensor]:
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+    inputs = {"input_ids": ids, "labels": torch.zeros_like(ids)}
+    if batch.rows > 1:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    if hasattr(base.get_decoder(), "count_images"):  # fake ids hold no placeholders to count
+        base.get_decoder().count_images = lambda *_, **__: []
+        if batch.images is not None:
+            inputs["pixel_values"] = torch.zeros(batch.images)
+    return inputs
+
+
+@contextlib.contextmanager
+def _keep_random_state() -> Iterator[None]:
+    """Leave the random state as it was: fake dropout draws from it."""
+    state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
