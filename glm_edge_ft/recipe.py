@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from glm_edge_ft.console import is_main_process, show, show_notice
 from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.memory_check import advise, describe_memory, look_at_memory, run_memory_facts
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare
 from glm_edge_ft.run_record import describe_model, model_facts, run_title, write_json, write_run_record
 from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
@@ -66,11 +67,18 @@ def show_check(prepared: Prepared) -> None:
     for split, dataset in prepared.datasets.items():
         show(format_report(dataset.report, f"{split}: {prepared.plan.data_files[split]}"))
     show(describe_model(prepared))
+    facts = model_facts(prepared)
+    if is_main_process():
+        memory = look_at_memory(prepared)
+        show(describe_memory(memory))
+        for notice in advise(memory, prepared):
+            show_notice(notice)
+        facts["memory_bytes"] = run_memory_facts(memory)
     if prepared.plan.resume.notice:
         show_notice(prepared.plan.resume.notice)
     report = {
         "data": {split: dataset.report.to_json() for split, dataset in prepared.datasets.items()},
-        "model": model_facts(prepared),
+        "model": facts,
         "resume_from": str(prepared.plan.resume.path) if prepared.plan.resume.path else None,
     }
     write_json(prepared.plan.request.json_path, report)
