@@ -20,7 +20,7 @@ import typer
 import yaml
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig, Seq2SeqTrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArguments
 from typer.testing import CliRunner
 
 import finetune
@@ -35,14 +35,16 @@ from glm_edge_ft.console import show_problems
 from glm_edge_ft.data.conversation import parse_conversation
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.memory_check import step_formats
+from glm_edge_ft.memory_table import LENGTH, MODELS, build_released_model, estimate_row, format_table
+from glm_edge_ft.model.activations import BatchShape, trace_step
 from glm_edge_ft.model.adapters import build_peft_config, wrap_meta_model
-from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
-from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
 from glm_edge_ft.model.memory import estimate_memory, measure_size
+from glm_edge_ft.model.precision import Precision
 from glm_edge_ft.preflight import RunRequest
 from glm_edge_ft.training.checkpoints import resolve_resume
+from glm_edge_ft.training.loss import install_supervised_loss
 from tests.conftest import TokenizerMaker
-from tests.model.vision_fixtures import TRUE_2B, TRUE_5B, Shape, released_config
 from tests.model_folders import save_model_folder, tiny_model
 from tests.runs import do_run
 from tests.vision_folders import draw, image_part, save_vision_folder, text_part, turns
@@ -506,51 +508,33 @@ def test_the_previewed_row_is_what_the_program_prints(tmp_path: Path, capsys: py
     assert output_of(request, tmp_path, capsys) == blocks("README.md", "text")[2]
 
 
-MEMORY_MODELS = {
-    "1.5B": {"hidden_size": 2048, "layers": 28, "heads": 16, "intermediate_size": 6144},
-    "4B": {"hidden_size": 3072, "layers": 40, "heads": 24, "intermediate_size": 8192},
-}
+@pytest.mark.parametrize(
+    "model", [name if name == "glm-edge-1.5b-chat" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
+def test_the_memory_tables_are_what_the_command_prints(model: str) -> None:
+    """Section 6: every number of a model's rows, in both languages."""
+    printed = format_table(estimate_row(model, method) for method in ("LoRA", "full"))
+    assert rows_of(printed, model) == rows_of(TEXTS["README.md"], model)
+    assert rows_of(printed, model) == rows_of(TEXTS["README_zh.md"].replace("| 全参数 |", "| full |"), model)
+    assert len(rows_of(printed, model)) == 4
 
 
-def meta_model(shape: dict[str, int]) -> Any:
-    """Return a released model's structure without memory."""
-    config = GlmConfig(
-        vocab_size=59264,
-        hidden_size=shape["hidden_size"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["heads"] // 4,
-        head_dim=128,
-        intermediate_size=shape["intermediate_size"],
-        attention_bias=False,
-        tie_word_embeddings=False,
-        pad_token_id=59246,
+def rows_of(text: str, model: str) -> list[str]:
+    """Return the lines of Markdown tables that begin with a model's name."""
+    return [line for line in text.splitlines() if line.startswith(f"| {model} |")]
+
+
+def test_the_memory_of_prefix_tuning_is_the_estimate() -> None:
+    """Section 6 names it for the smallest model, without activation checkpointing."""
+    model = wrap_meta_model(
+        load_config(ROOT / "configs/prefix.yaml").peft_config, build_released_model("glm-edge-1.5b-chat")
     )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def meta_vision_model(shape: Shape) -> Any:
-    """Return a released vision model's structure without memory."""
-    fields = released_config(shape) | {"tie_word_embeddings": False}
-    with torch.device("meta"):
-        return GlmEdgeVForCausalLM(GlmEdgeVConfig(**fields))
-
-
-@each_readme
-@pytest.mark.parametrize("size", ["1.5B", "4B", "V 2B", "V 5B"])
-def test_the_memory_table_is_the_estimate(name: str, size: str) -> None:
-    """Section 2's table holds what `--check` would print for the released models on a GPU with bfloat16."""
-    (row,) = (row for row in table(name, "GLM-Edge 1.5B") if size in row[0])
-    expected = []
-    for config_name in ("lora.yaml", "prefix.yaml", "sft.yaml"):
-        peft = load_config(ROOT / "configs" / config_name).peft_config
-        vision = {"V 2B": TRUE_2B, "V 5B": TRUE_5B}.get(size)
-        model = meta_vision_model(vision) if vision else meta_model(MEMORY_MODELS[size])
-        counts = measure_size(wrap_meta_model(peft, model))
-        memory = estimate_memory(counts, "bfloat16" if peft else "float32")
-        expected.append(f"{memory.total / 1e9:.1f} GB")
-    assert row[1:] == expected
+    size = measure_size(model)
+    formats = step_formats(Precision("bfloat16", bf16=True, fp16=False, reason=""), deepspeed=False, on_gpu=True)
+    trace = trace_step(model, BatchShape(1, LENGTH, LENGTH - 1), formats, install_supervised_loss)
+    need = f"{estimate_memory(size, 'bfloat16', trace=trace).total / 1e9:.1f} GB"
+    assert f"the 1.5B model needs {need} on one GPU" in TEXTS["README.md"]
+    assert f"1.5B 模型单卡需要 {need}" in TEXTS["README_zh.md"]
 
 
 # ---- results: the code that loads them ----

@@ -12,7 +12,6 @@ and values of grouped heads once instead of repeated, which is not, so that with
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -168,7 +167,7 @@ def trace_step(
         done += weight.numel()
         weight.grad = None
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _keep_random_state():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # PEFT keeps the ids of a prefix aside
         _make_fake(model, formats)
         for weight in model.parameters():
             if weight.requires_grad:
@@ -219,13 +218,3 @@ def _make_batch(base: Any, batch: BatchShape) -> dict[str, torch.Tensor]:
         if batch.images is not None:
             inputs["pixel_values"] = torch.zeros(batch.images)
     return inputs
-
-
-@contextlib.contextmanager
-def _keep_random_state() -> Iterator[None]:
-    """Leave the random state as it was: fake dropout draws from it."""
-    state = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)

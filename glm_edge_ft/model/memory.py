@@ -1,7 +1,8 @@
 """What a run will need: an estimate of the memory of each process, on its GPU (or CPU) and in the machine's memory.
 
 P counts all parameters, T the trained ones, n the processes; c is the bytes of the format in which DeepSpeed keeps the
-model: 2 under bf16 and fp16, else 4. AdamW keeps two float32 states of each trained parameter: 8 T.
+model: 2 under bf16 and fp16, else 4; f is what a float32 copy takes besides: 4 under bf16 and fp16, else 0. AdamW keeps
+two float32 states of each trained parameter: 8 T.
 
 Without DeepSpeed (`model/precision.py`): frozen weights are in the 16-bit format or in float32, trained ones, their
 gradients and AdamW's states in float32. On several processes DDP keeps a second copy of the gradients, in which it
@@ -16,7 +17,7 @@ Optimizations Toward Training Trillion Parameter Models", section 3; `runtime/ze
     float32 weights     4 T/n       4 T/n         4 T/n
     AdamW               8 T/n       8 T/n         8 T/n
     gradients             c T       c T/n         c T/n
-    when it steps   (c + 4) T/n   (c + 4) T/n   (c + 4) min(T/n, sub_group_size): the gradients in a row, in float32
+    when it steps   (c + f) T/n   (c + f) T/n   (c + f) min(T/n, sub_group_size): gradients in a row, then in float32
     buffers         twice `reduce_bucket_size` where communication overlaps, else once; c each
 
 `offload_optimizer` moves float32 weights, states and gradients, these in float32 too, to the machine's memory; stage 2
@@ -159,15 +160,16 @@ def _estimate_deepspeed(
     weights = width * (math.ceil(size.parameters / processes) if stage == 3 else size.parameters)
     optimizer = share * FLOAT32 * (1 + ADAM_STATES)
     gradients = width * (size.trained if stage in (0, 1) else share)
-    step = (width + FLOAT32) * (min(share, sharding.sub_group) if stage == 3 else share)
+    copies = width + (FLOAT32 if width < FLOAT32 else 0)  # of gradients, while the optimizer steps
+    step = copies * (min(share, sharding.sub_group) if stage == 3 else share)
     gathers = stage == 3 and (processes > 1 or sharding.offload_weights)
     gathered = width * min(size.parameters, sharding.live) if gathers else 0
     buffers = width * sharding.buffers
     host = HostMemory()
     if sharding.offload_optimizer:
-        copies = width if stage != 3 or accumulates else 0
-        held = width if stage == 3 else 0  # its flat buffer of gradients
-        host = HostMemory(0, share * (FLOAT32 + held), optimizer + share * copies)
+        weights_16 = width if stage != 3 else 0  # the copy of the share
+        held = width if stage == 3 or accumulates else 0  # stage 3's buffer of gradients, stage 2's sum of them
+        host = HostMemory(0, share * (FLOAT32 + held), optimizer + share * weights_16)
         buffers += width * size.largest if stage != 3 else 0
         gradients = optimizer = step = 0
     if sharding.offload_weights:
