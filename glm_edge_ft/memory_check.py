@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,12 +68,14 @@ def _estimate(
     checkpoint: Checkpoint,
     trace: StepTrace | None,
 ) -> MemoryEstimate:
-    from glm_edge_ft.model.memory import estimate_memory, read_sharding
+    from glm_edge_ft.model.memory import estimate_memory, optimizer_state_bytes, read_sharding
 
     settings: Any = args.deepspeed or None
-    sharding = read_sharding(settings, args.world_size, getattr(checkpoint.config, "hidden_size", 0))
+    hidden_size = getattr(checkpoint.config, "hidden_size", 0)
+    sharding = read_sharding(settings, args.world_size, hidden_size, on_gpu=not args.use_cpu)
     dtype = precision.weights if settings is None else _computing_dtype(precision)
-    return estimate_memory(size, dtype, sharding, trace, args.gradient_accumulation_steps > 1)
+    state_bytes = optimizer_state_bytes(str(getattr(args.optim, "value", args.optim)))
+    return estimate_memory(size, dtype, sharding, trace, args.gradient_accumulation_steps > 1, state_bytes)
 
 
 def _computing_dtype(precision: Precision) -> str:
@@ -102,7 +105,7 @@ def look_at_memory(prepared: Prepared) -> RunMemory:
         except Exception as error:  # whatever the model's code does on tensors without content, the run may be fine
             failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
     on_gpu = torch.cuda.is_available() and not args.use_cpu
-    host_bytes = psutil.virtual_memory().total
+    host_bytes = _machine_memory()
     return RunMemory(
         estimate=_estimate(size, prepared.precision, args, prepared.checkpoint, trace),
         batch=batch,
@@ -113,6 +116,16 @@ def look_at_memory(prepared: Prepared) -> RunMemory:
         program_bytes=psutil.Process().memory_info().rss,
         failure=failure,
     )
+
+
+def _machine_memory() -> int:
+    """Return the machine's memory, or what the container of this process may use of it (cgroup v2), in bytes."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else ""
+    return min(total, int(text)) if text.isdigit() else total
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def describe_model(prepared: Prepared) -> str:
     """Return the two lines that a run shows of its model before it trains: what is trained, and the memory for it."""
     trainable, total = prepared.parameters
     memory = prepared.memory
-    named = {"weights": memory.weights, "gradients": memory.gradients, "AdamW": memory.optimizer}
+    named = {"weights": memory.weights, "gradients": memory.gradients, "optimizer states": memory.optimizer}
     named |= {name: size for name, size in (("buffers", memory.buffers), ("offloaded", memory.host.total)) if size}
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in named.items())
     frozen = ", the vision part stays as it is" if prepared.keeps_vision else ""

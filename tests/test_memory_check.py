@@ -63,7 +63,7 @@ def test_check_prints_and_writes_the_peak_of_the_largest_batch(
     longest = sorted(range(3), key=lambda row: int(train.lengths[row]))[1:]
     supervised = sum(int((train[row]["labels"] != -100).sum()) for row in longest)
     assert written["batch"] == {"rows": 2, "length": train.lengths.max(), "supervised": supervised, "images": None}
-    assert written["host_bytes"] == written["device_bytes"] == psutil.virtual_memory().total
+    assert 0 < written["host_bytes"] == written["device_bytes"] <= psutil.virtual_memory().total
     assert written["total"] > written["weights"] + written["optimizer"] + written["gradients"]
     assert written["fits"] is True
     out = capsys.readouterr()

@@ -21,8 +21,9 @@ Optimizations Toward Training Trillion Parameter Models", section 3; `runtime/ze
     buffers         twice `reduce_bucket_size` where communication overlaps, else once; c each
 
 `offload_optimizer` moves float32 weights, states and gradients, these in float32 too, to the machine's memory; stage 2
-keeps there a 16-bit copy of the share as well, and on the GPU a buffer for its largest gradient. `offload_param` (stage
-3) moves the share of the weights too. Pinned buffers are counted as they are asked for.
+keeps there a copy of the share in c as well, and here and there a buffer for the largest gradient. `offload_param`
+(stage 3) moves the share of the weights too. Pinned buffers are counted as they are asked for. On CPUs gloo gathers the
+weights of stages 1 and 2 into a copy, c T, when it steps.
 
 Activations, logits and the gradients that come while activations go: `model/activations.py`. Not counted: CUDA's
 context and libraries, buffers of NCCL, gaps between allocations, the program itself.
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32 = 4
-ADAM_STATES = 2
+ADAMW_BYTES = 8  # two float32 states
 # DeepSpeed's defaults (`runtime/zero/config.py`).
 DEFAULT_BUCKET = 500_000_000
 DEFAULT_LIVE = 1_000_000_000
@@ -75,6 +76,7 @@ class Sharding:
         buffers: numbers in DeepSpeed's communication buffers.
         live: most numbers that stage 3 keeps gathered.
         sub_group: most numbers that stage 3 updates at once.
+        gathers_copy: whether weights are gathered into a copy, as gloo does.
     """
 
     stage: int | None = None
@@ -84,6 +86,7 @@ class Sharding:
     buffers: int = 0
     live: int = DEFAULT_LIVE
     sub_group: int = DEFAULT_SUB_GROUP
+    gathers_copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,9 @@ def estimate_memory(
     sharding: Sharding = Sharding(),
     trace: StepTrace | None = None,
     accumulates: bool = False,
+    state_bytes: int = ADAMW_BYTES,
 ) -> MemoryEstimate:
-    """Return what one process needs with AdamW.
+    """Return what one process needs.
 
     Args:
         size: parameter counts.
@@ -139,13 +143,14 @@ def estimate_memory(
         sharding: how the processes share.
         trace: a step of this model in these formats; None: without activations.
         accumulates: whether several batches make one step, so that gradients are there from the beginning.
+        state_bytes: of the optimizer's states of one trained number, see `optimizer_state_bytes`.
     """
     if sharding.stage is not None:
-        return _estimate_deepspeed(size, BYTES_PER_WEIGHT[dtype], sharding, trace, accumulates)
+        return _estimate_deepspeed(size, BYTES_PER_WEIGHT[dtype], sharding, trace, accumulates, state_bytes)
     frozen = size.parameters - size.trained
     weights = frozen * BYTES_PER_WEIGHT[dtype] + size.trained * FLOAT32
     gradients = size.trained * FLOAT32
-    optimizer = gradients * ADAM_STATES
+    optimizer = size.trained * state_bytes
     buffers = gradients if sharding.processes > 1 else 0
     step = max(gradients, trace.peak(FLOAT32, gradients if accumulates else 0) if trace else 0)
     kept = trace.kept if trace else None
@@ -153,40 +158,58 @@ def estimate_memory(
 
 
 def _estimate_deepspeed(
-    size: ModelSize, width: int, sharding: Sharding, trace: StepTrace | None, accumulates: bool
+    size: ModelSize, width: int, sharding: Sharding, trace: StepTrace | None, accumulates: bool, state_bytes: int
 ) -> MemoryEstimate:
     stage, processes = sharding.stage, sharding.processes
     share = math.ceil(size.trained / processes) if stage else size.trained
     weights = width * (math.ceil(size.parameters / processes) if stage == 3 else size.parameters)
-    optimizer = share * FLOAT32 * (1 + ADAM_STATES)
+    optimizer = share * (FLOAT32 + state_bytes)
     gradients = width * (size.trained if stage in (0, 1) else share)
     copies = width + (FLOAT32 if width < FLOAT32 else 0)  # of gradients, while the optimizer steps
     step = copies * (min(share, sharding.sub_group) if stage == 3 else share)
-    gathers = stage == 3 and (processes > 1 or sharding.offload_weights)
-    gathered = width * min(size.parameters, sharding.live) if gathers else 0
+    is_gathered = stage == 3 and (processes > 1 or sharding.offload_weights)
+    gathered = width * min(size.parameters, sharding.live) if is_gathered else 0
     buffers = width * sharding.buffers
     host = HostMemory()
     if sharding.offload_optimizer:
-        weights_16 = width if stage != 3 else 0  # the copy of the share
+        largest = width * size.largest if stage != 3 else 0
+        copied = width * share if stage != 3 else 0
         held = width if stage == 3 or accumulates else 0  # stage 3's buffer of gradients, stage 2's sum of them
-        host = HostMemory(0, share * (FLOAT32 + held), optimizer + share * weights_16)
-        buffers += width * size.largest if stage != 3 else 0
+        host = HostMemory(0, share * (FLOAT32 + held) + largest, optimizer + copied)
+        buffers += largest
         gradients = optimizer = step = 0
     if sharding.offload_weights:
         host = HostMemory(weights, host.gradients, host.optimizer)
         weights = 0
+    gathers = sharding.gathers_copy and stage in (1, 2) and processes > 1
+    updates = width * size.trained if gathers else 0  # when the gradients are gone
     passes = gathered + (trace.peak(0) if trace else 0)
-    total = weights + optimizer + gradients + buffers + max(passes, step)
+    total = weights + optimizer + buffers + max(gradients + passes, gradients + step, updates)
     return MemoryEstimate(weights, gradients, optimizer, buffers + gathered, trace.kept if trace else None, total, host)
 
 
-def read_sharding(settings: Mapping[str, Any] | None, processes: int, hidden_size: int) -> Sharding:
+def optimizer_state_bytes(name: str) -> int:
+    """Return the bytes of an optimizer's states for one trained number, by its name in `training_args.optim`.
+
+    AdamW keeps two float32 states, in 8-bit variants two bytes; Lion, RMSprop and Adagrad one state; plain SGD none,
+    Adafactor next to none (a row and a column of each matrix). Others are taken to be like AdamW.
+    """
+    states = 1 if any(part in name for part in ("lion", "rmsprop", "adagrad")) else 2
+    if name.startswith(("sgd", "adafactor")):
+        return 0
+    return states * (1 if "8bit" in name else FLOAT32)
+
+
+def read_sharding(
+    settings: Mapping[str, Any] | None, processes: int, hidden_size: int, on_gpu: bool = True
+) -> Sharding:
     """Return what a DeepSpeed JSON's checked content means for memory; without one, plain processes.
 
     Args:
         settings: the JSON's content, completed for the machine; None: no DeepSpeed.
         processes: number of processes of the run.
         hidden_size: of the model; transformers makes the buffers its square where the JSON says "auto".
+        on_gpu: whether the processes run on GPUs, over NCCL, or on CPUs, over gloo.
     """
     if settings is None:
         return Sharding(processes=processes)
@@ -209,6 +232,7 @@ def read_sharding(settings: Mapping[str, Any] | None, processes: int, hidden_siz
         buffers=bucket * (2 if stage < 3 and zero.get("overlap_comm") else 1),
         live=number("stage3_max_live_parameters", DEFAULT_LIVE),
         sub_group=number("sub_group_size", DEFAULT_SUB_GROUP),
+        gathers_copy=not on_gpu,
     )
 
 
