@@ -36,7 +36,7 @@ class View:
     Attributes:
         picture: what is drawn.
         side: its pixels a side before it is enlarged.
-        vectors: what tower and adapter made of it, `(578, hidden)`; None: they are to be run.
+        vectors: what tower and adapter made of it, `(578, hidden)`; None: not computed yet.
     """
 
     picture: Picture

@@ -2,9 +2,10 @@
 
     python -m glm_edge_ft.model.nano_v_train --out glm_edge_ft/model/embedded/glm-edge-v-nano --seed 7
 
-Stage 1 (`nano_v_tower`) trains tower and adapter on what each cell of a picture shows. Stage 2 trains adapter and
-language part, the tower frozen, on descriptions and questions (`nano_v_exchanges`), with text-only chats between.
-The shipped folder is of a first version, whose stages were started one by one: this command's weights differ from it.
+Stage 1 (`nano_v_tower`) trains tower and adapter on what each cell of a picture shows. Stage 2 trains the language part
+on descriptions and questions (`nano_v_exchanges`), with text-only chats between. The two were started one after the
+other with the seeds that this command gives them, so that its weights may differ in what follows from torch's own
+random numbers: which empty cells are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.nano_v_exchanges import picture_exchanges
 from glm_edge_ft.model.nano_v_pictures import Picture
 from glm_edge_ft.model.nano_v_rows import IGNORED, Batch, Row, View, collate, generate_rows, random_views
-from glm_edge_ft.model.nano_v_tower import SIDES, TowerStage, picture_pixels, random_picture, rate_factor, train_tower
+from glm_edge_ft.model.nano_v_tower import (
+    EMPTY_CLASSES,
+    SIDES,
+    TowerStage,
+    picture_pixels,
+    random_picture,
+    rate_factor,
+    train_tower,
+    word_tables,
+)
 
 # Windows of a ninth of a picture first, since attention over a whole one is costly; then whole pictures.
 TOWER_STAGES = (
@@ -52,10 +62,7 @@ def computed_views(model: GlmEdgeVForCausalLM, views: Iterator[View], size: int)
 
 def embed(model: GlmEdgeVForCausalLM, rows: Sequence[Row], batch: Batch) -> torch.Tensor:
     """Return the input embeddings `(rows, longest, hidden)` with the kept vectors of pictures in their places."""
-    views = [row.view for row in rows if row.view is not None]
-    known = [view.vectors for view in views if view.vectors is not None]
-    if len(known) < len(views):
-        known = list(model.model.vision(torch.stack([picture_pixels(view.picture, view.side) for view in views])))
+    known = [row.view.vectors for row in rows if row.view is not None and row.view.vectors is not None]
     embeddings = model.model.embed_tokens(batch.ids)
     is_placeholder = batch.ids.eq(model.model.placeholder_id).unsqueeze(-1)
     kept = torch.cat([vectors[cells] for vectors, cells in zip(known, batch.cells, strict=True)])
@@ -113,52 +120,44 @@ class LanguageStage:
         steps: optimizer steps.
         batch_size: rows in a step.
         peak: highest learning rate of the text layers.
-        exchanges: questions about a picture.
-        pool: number of pictures whose vectors are computed once and used again and again; 0: each row has a new
-            picture, and the adapter learns too.
-        empty_share: share of the empty cells that the text layers get.
+        whole_every: every so many steps a third of the rows is taken, with all of their cells. In the other steps the
+            text layers get a small share of the empty cells.
     """
 
     steps: int
     batch_size: int
     peak: float
-    exchanges: int
-    pool: int = 0
-    empty_share: float = 1.0
+    whole_every: int
 
 
 LANGUAGE_STAGES = (
-    LanguageStage(steps=600, batch_size=24, peak=0.01, exchanges=8, pool=3000, empty_share=0.05),
-    LanguageStage(steps=150, batch_size=8, peak=0.004, exchanges=8),
+    LanguageStage(steps=600, batch_size=24, peak=0.01, whole_every=6),
+    LanguageStage(steps=100, batch_size=24, peak=0.004, whole_every=1),
 )
-
-
-def stage_views(model: GlmEdgeVForCausalLM, stage: LanguageStage, rng: Random) -> Iterator[View]:
-    """Yield the pictures of a stage without end."""
-    if not stage.pool:
-        return random_views(rng)
-    pool = computed_views(model, random_views(rng), stage.pool)
-    return (rng.choice(pool) for _ in count())
+EMPTY_SHARE = 0.05
+PICTURES = 3000  # whose vectors are computed once and used again and again, with other questions
+EXCHANGES = 8  # questions about a picture
 
 
 def train_language(
     model: GlmEdgeVForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, stages: Sequence[LanguageStage]
 ) -> float:
-    """Train language part and adapter in place, the tower frozen; return the mean loss of the last 50 steps."""
+    """Train the language part in place, tower and adapter frozen; return the mean loss of the last 50 steps."""
     rng = Random(seed)
     started = time.monotonic()
     recent: list[float] = []
+    model.model.vision.requires_grad_(False)
+    pool = computed_views(model, random_views(rng), PICTURES)
+    rows = generate_rows(tokenizer, (rng.choice(pool) for _ in count()), rng, EXCHANGES)
     for stage in stages:
-        rows = generate_rows(tokenizer, stage_views(model, stage, rng), rng, stage.exchanges)
-        model.model.vision.vit.requires_grad_(False)
-        model.model.vision.adapter.requires_grad_(not stage.pool)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         optimizers = _optimizers(model, stage.peak)
         factor = partial(rate_factor, steps=stage.steps)
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
         for step in range(stage.steps):
-            drawn = list(islice(rows, stage.batch_size))
-            batch = collate(drawn, stage.empty_share)
+            is_whole = (step + 1) % stage.whole_every == 0
+            drawn = list(islice(rows, stage.batch_size // 3 if is_whole else stage.batch_size))
+            batch = collate(drawn, 1.0 if is_whole else EMPTY_SHARE)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = supervised_loss(model, embed(model, drawn, batch), batch)
             loss.backward()
@@ -205,6 +204,33 @@ def save(model: GlmEdgeVForCausalLM, tokenizer: PreTrainedTokenizerBase, folder:
 
 
 @torch.no_grad()
+def seed_attention(model: GlmEdgeVForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a word of a question look, in the second text layer, at the cells whose vector holds that word.
+
+    A vector is about the sum of the embeddings of what its cell shows (`word_loss`), so equal queries and keys do that:
+    one key head compares kinds and colours, the other places. They lie in those dimensions of a head that the rotary
+    embedding turns least, since question and cell are hundreds of tokens apart. To find this by training takes hundreds
+    of steps more.
+    """
+    classes, colours, zones = word_tables(model, tokenizer)
+    attention: Any = model.model.layers[1].self_attn
+    width, sharing = attention.head_dim, attention.num_key_value_groups
+    for number, tables in enumerate(((classes[EMPTY_CLASSES:], colours), (zones,))):
+        basis = _directions(torch.cat([table - table.mean(0) for table in tables]))
+        end = (number + 1) * width
+        attention.k_proj.weight[end - len(basis) : end] = basis
+        for head in range(number * sharing, (number + 1) * sharing):
+            end = (head + 1) * width
+            attention.q_proj.weight[end - len(basis) : end] = basis
+
+
+def _directions(vectors: torch.Tensor) -> torch.Tensor:
+    """Return orthonormal vectors that span the given ones, at most 20: the least turned dimensions of a head."""
+    _, sizes, directions = torch.linalg.svd(vectors, full_matrices=False)
+    return directions[: min(20, int((sizes > 1e-3 * sizes[0]).sum()))]
+
+
+@torch.no_grad()
 def start_model(tokenizer: PreTrainedTokenizerBase) -> GlmEdgeVForCausalLM:
     """Return the untrained vision model with the embeddings and the output matrix of `glm-edge-nano`, float32.
 
@@ -236,6 +262,7 @@ def main(
     model = start_model(tokenizer)
     print(f"{model.num_parameters():,} parameters", flush=True)
     train_tower(model, tokenizer, seed + 1, TOWER_STAGES)
+    seed_attention(model, tokenizer)
     loss = train_language(model, tokenizer, seed + 2, LANGUAGE_STAGES)
     save(model, tokenizer, out)
     print(f"final loss {loss:.4f}, {time.monotonic() - started:.0f} s, written to {out}")

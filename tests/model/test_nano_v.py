@@ -26,8 +26,15 @@ from glm_edge_ft.model.nano_v_rows import (
     generate_rows,
     random_views,
 )
-from glm_edge_ft.model.nano_v_tower import outlines, picture_pixels, random_picture
-from glm_edge_ft.model.nano_v_train import computed_views, embed, greedy_reply, supervised_loss
+from glm_edge_ft.model.nano_v_tower import outlines, picture_pixels, random_picture, word_tables
+from glm_edge_ft.model.nano_v_train import (
+    computed_views,
+    embed,
+    greedy_reply,
+    seed_attention,
+    start_model,
+    supervised_loss,
+)
 from tests.model.vision_fixtures import Shape, released_config, released_shapes
 
 FOLDER = nano.EMBEDDED_MODELS["glm-edge-v-nano"]
@@ -246,6 +253,19 @@ def test_exchanges_about_a_picture_do_not_see_one_another(
     )
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
     assert first.ids.shape[1] < 578 + 80
+
+
+@torch.no_grad()
+def test_seeded_attention_matches_each_word_with_itself(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Before anything is learned, a query made of a name fits the key made of that name better than any other key."""
+    seeded = start_model(tokenizer)
+    seed_attention(seeded, tokenizer)
+    attention: Any = seeded.model.layers[1].self_attn
+    classes, colours, zones = word_tables(seeded, tokenizer)
+    for key_head, table in enumerate((torch.cat([classes[4:], colours]), zones)):
+        queries = attention.q_proj(table).unflatten(1, (4, 64))[:, 2 * key_head]
+        keys = attention.k_proj(table).unflatten(1, (2, 64))[:, key_head]
+        assert (queries @ keys.T).argmax(1).tolist() == list(range(len(table)))
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
