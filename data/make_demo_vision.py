@@ -2,8 +2,8 @@
 
     python data/make_demo_vision.py [--seed 23] [--out data/demo_vision]
 
-The committed files come from the default seed. Each picture has coloured shapes in some of its nine parts, or a house
-with trees by day or night, and belongs to one row alone. Questions ask for colours, shapes, places and numbers; the
+The committed files come from the default seed. Each picture has one to three coloured shapes, each in one of its nine
+parts, or a house with trees by day or night, and belongs to one row alone. Questions ask for colours, shapes, places and numbers; the
 answers are a word or two and spread evenly, so that guessing does not help. A third of the rows are English, a third
 have several questions, a tenth have no picture. A few rows put the text before the picture, show the picture in the
 second turn, write plain strings for lists of parts, or begin with a system turn.
@@ -27,9 +27,9 @@ from glm_edge_ft.model.nano_v_exchanges import CHINESE, ENGLISH, side_of
 from glm_edge_ft.model.nano_v_pictures import Item, Picture, draw, random_scene, random_shapes
 
 ROWS = {"dev": 80, "test": 80, "train": 1000}
-ENGLISH_SHARE, TEXT_SHARE, SCENE_SHARE, JPEG_SHARE = 0.33, 0.10, 0.20, 0.10
+ENGLISH_SHARE, TEXT_SHARE, SCENE_SHARE, JPEG_SHARE = 0.33, 0.10, 0.30, 0.10
 SIDES = (128, 160, 192)
-MOST_SHAPES = 5
+SHAPES_IN_A_HUNDRED = {1: 55, 2: 35, 3: 10}  # pictures of shapes with so many of them
 
 Exchange = tuple[str, str]
 Message = dict[str, Any]
@@ -37,20 +37,12 @@ Language = str
 
 TEXT_ONLY: dict[Language, tuple[Exchange, ...]] = {
     "zh": (
-        *(("晴天的天空是什么颜色的？", "蓝色"), ("雪是什么颜色的？", "白色"), ("草是什么颜色的？", "绿色")),
-        *(("香蕉是什么颜色的？", "黄色"), ("葡萄是什么颜色的？", "紫色"), ("夜里的天空是什么颜色的？", "黑色")),
-        *(
-            ("一加一等于几？", "二"),
-            ("二加三等于几？", "五"),
-            ("一个星期有几天？", "七天"),
-            ("一年有几个月？", "十二个月"),
-        ),
-        *(("大的反义词是什么？", "小"), ("上的反义词是什么？", "下"), ("左的反义词是什么？", "右")),
+        *(("晴天的天空是什么颜色的？", "蓝色"), ("草是什么颜色的？", "绿色"), ("香蕉是什么颜色的？", "黄色")),
+        *(("一加一等于几？", "二"), ("左的反义词是什么？", "右")),
     ),
     "en": (
-        *(("What color is snow?", "White"), ("What color is grass?", "Green"), ("What color is a banana?", "Yellow")),
-        *(("What is one plus one?", "Two"), ("What is two plus three?", "Five")),
-        *(("What is the opposite of big?", "Small"), ("What is the opposite of left?", "Right")),
+        *(("What color is grass?", "Green"), ("What color is a banana?", "Yellow")),
+        *(("What is one plus one?", "Two"), ("What is the opposite of left?", "Right")),
     ),
 }
 SYSTEM_TURN = "请用最短的话回答。"
@@ -144,7 +136,8 @@ def answer(text: str) -> str:
 
 def some_questions(found: Sequence[tuple[str, Exchange]], count: int, rng: Random) -> list[Exchange]:
     """Return `count` questions, every kind of answer as likely as any other, none asked twice."""
-    rare = {"time"} if rng.random() < 0.9 else set()  # its two answers are guessed half of the time
+    # the answers to these are guessed half of the time, where all others are not asked for
+    rare = {kind for kind, often in (("time", 0.1), ("number", 0.5)) if rng.random() > often}
     kinds = sorted({kind for kind, _ in found} - rare)
     chosen: dict[str, str] = {}
     for _ in range(20 * count):
@@ -196,7 +189,8 @@ def make_row(name: str, number: int, rng: Random, write: Callable[[str, Picture]
         picture = random_scene(rng)
         found = scene_questions(picture, language, rng)
     else:
-        picture = random_shapes(rng, rng.randint(1, MOST_SHAPES))
+        numbers, shares = zip(*SHAPES_IN_A_HUNDRED.items(), strict=True)
+        picture = random_shapes(rng, rng.choices(numbers, weights=shares)[0])
         found = shape_questions(picture, language, rng)
     exchanges = some_questions(found, rng.choices((1, 2, 3), weights=(66, 22, 12))[0], rng)
     messages = messages_of(exchanges, write(f"{name}_{number:04}", picture), rng)

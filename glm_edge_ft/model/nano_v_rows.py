@@ -7,7 +7,7 @@ no reply can be copied from another.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from random import Random
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from glm_edge_ft.model import nano, nano_v
 from glm_edge_ft.model.nano_corpus import generate_corpus
 from glm_edge_ft.model.nano_v_exchanges import picture_exchanges
-from glm_edge_ft.model.nano_v_pictures import CELLS_PER_SIDE, Picture, label_cells
+from glm_edge_ft.model.nano_v_pictures import CELLS_PER_SIDE, Item, Picture, label_cells
 from glm_edge_ft.model.nano_v_tower import SIDES, random_picture
 
 IGNORED = -100
@@ -137,6 +137,37 @@ def random_views(rng: Random) -> Iterator[View]:
     """Yield pictures without end, each another one."""
     while True:
         yield View(random_picture(rng), rng.choice(SIDES))
+
+
+def collages(rng: Random, views: Sequence[View], most: int) -> Iterator[View]:
+    """Yield new pictures of shapes without end, put together from the vectors of others: the tower need not run.
+
+    An item is taken with the vectors of its cells, and keeps its place. From few pictures come more than could be
+    learned by heart, which otherwise takes the place of looking.
+
+    Args:
+        rng: chooses.
+        views: with their vectors; those of scenes are not used.
+        most: most items of a picture.
+    """
+    shapes = [view for view in views if not view.picture.time]
+    parts: dict[int, list[tuple[Item, torch.Tensor, torch.Tensor]]] = {zone: [] for zone in range(9)}
+    for view in shapes:
+        assert view.vectors is not None
+        for item in view.picture.items:
+            cells = torch.from_numpy(label_cells(replace(view.picture, items=(item,)))[:, 1] >= 0).nonzero()[:, 0]
+            parts[item.zone].append((item, cells + 1, view.vectors[cells + 1]))
+    while True:
+        ground = rng.choice(shapes)
+        assert ground.vectors is not None
+        vectors = ground.vectors.clone()
+        covered = torch.from_numpy(label_cells(ground.picture)[:, 1] >= 0)
+        empty = (~covered).nonzero()[:, 0]
+        vectors[1:-1][covered] = vectors[1:-1][empty[torch.randint(len(empty), (int(covered.sum()),))]]
+        chosen = [rng.choice(parts[zone]) for zone in rng.sample(range(9), rng.randint(1, most))]
+        for _, cells, own in chosen:
+            vectors[cells] = own
+        yield View(replace(ground.picture, items=tuple(item for item, _, _ in chosen)), ground.side, vectors)
 
 
 def generate_rows(

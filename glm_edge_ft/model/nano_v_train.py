@@ -3,9 +3,8 @@
     python -m glm_edge_ft.model.nano_v_train --out glm_edge_ft/model/embedded/glm-edge-v-nano --seed 7
 
 Stage 1 (`nano_v_tower`) trains tower and adapter on what each cell of a picture shows. Stage 2 trains the language part
-on descriptions and questions (`nano_v_exchanges`), with text-only chats between. The two were started one after the
-other with the seeds that this command gives them, so that its weights may differ in what follows from torch's own
-random numbers: which empty cells are left out.
+on descriptions and questions (`nano_v_exchanges`), with text-only chats between. The weights of the shipped folder were
+made by these stages, some of them started by themselves with other seeds and pictures: this command's differ.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -29,7 +28,7 @@ from glm_edge_ft.model import nano, nano_v
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.nano_v_exchanges import picture_exchanges
 from glm_edge_ft.model.nano_v_pictures import Picture
-from glm_edge_ft.model.nano_v_rows import IGNORED, Batch, Row, View, collate, generate_rows, random_views
+from glm_edge_ft.model.nano_v_rows import IGNORED, Batch, Row, View, collages, collate, generate_rows, random_views
 from glm_edge_ft.model.nano_v_tower import (
     EMPTY_CLASSES,
     SIDES,
@@ -122,21 +121,35 @@ class LanguageStage:
         peak: highest learning rate of the text layers.
         whole_every: every so many steps a third of the rows is taken, with all of their cells. In the other steps the
             text layers get a small share of the empty cells.
+        most_shapes: most shapes of a picture; scenes are taken in any case.
+        collages: share of rows about a new picture of at most four shapes, put together from others.
     """
 
     steps: int
     batch_size: int
     peak: float
     whole_every: int
+    most_shapes: int = 9
+    collages: float = 0.0
 
 
 LANGUAGE_STAGES = (
     LanguageStage(steps=600, batch_size=24, peak=0.01, whole_every=6),
     LanguageStage(steps=100, batch_size=24, peak=0.004, whole_every=1),
+    LanguageStage(steps=300, batch_size=24, peak=0.01, whole_every=3, most_shapes=3),
+    LanguageStage(steps=280, batch_size=24, peak=0.01, whole_every=4, collages=0.75),
 )
 EMPTY_SHARE = 0.05
 PICTURES = 3000  # whose vectors are computed once and used again and again, with other questions
 EXCHANGES = 8  # questions about a picture
+
+
+def stage_views(rng: Random, pool: Sequence[View], stage: LanguageStage) -> Iterator[View]:
+    """Yield what the rows of a stage are about, without end: pictures of the pool, and collages of them."""
+    views = [view for view in pool if view.picture.time or len(view.picture.items) <= stage.most_shapes]
+    new = collages(rng, pool, 4)
+    while True:
+        yield next(new) if rng.random() < stage.collages else rng.choice(views)
 
 
 def train_language(
@@ -148,8 +161,8 @@ def train_language(
     recent: list[float] = []
     model.model.vision.requires_grad_(False)
     pool = computed_views(model, random_views(rng), PICTURES)
-    rows = generate_rows(tokenizer, (rng.choice(pool) for _ in count()), rng, EXCHANGES)
     for stage in stages:
+        rows = generate_rows(tokenizer, stage_views(rng, pool, stage), rng, EXCHANGES)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         optimizers = _optimizers(model, stage.peak)
         factor = partial(rate_factor, steps=stage.steps)

@@ -20,6 +20,7 @@ from glm_edge_ft.model.nano_v_pictures import CELL_CLASSES, COLOURS, Item, Pictu
 from glm_edge_ft.model.nano_v_rows import (
     IGNORED,
     Row,
+    collages,
     collate,
     encode_picture,
     encode_turns,
@@ -253,6 +254,26 @@ def test_exchanges_about_a_picture_do_not_see_one_another(
     )
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
     assert first.ids.shape[1] < 578 + 80
+
+
+def test_a_collage_shows_what_its_description_says(model: GlmEdgeVForCausalLM) -> None:
+    """The cells of its items hold the vectors that items of the same kind, colour and place had; no other cell does."""
+    views = [view for view in computed_views(model, random_views(Random(5)), 12) if not view.picture.time]
+    known = {
+        item: view.vectors[1 : 1 + 576][label_cells(Picture((item,), view.picture.background))[:, 1] >= 0]
+        for view in views
+        if view.vectors is not None
+        for item in view.picture.items
+    }
+    for made in itertools.islice(collages(Random(6), views, 4), 20):
+        assert made.vectors is not None
+        assert 1 <= len(made.picture.items) <= 4
+        assert len({item.zone for item in made.picture.items}) == len(made.picture.items)
+        cells = label_cells(made.picture)[:, 1] >= 0
+        assert cells.sum() == sum(len(known[item]) for item in made.picture.items)
+        for item in made.picture.items:
+            own = label_cells(Picture((item,), made.picture.background))[:, 1] >= 0
+            assert torch.equal(made.vectors[1:577][own], known[item])
 
 
 @torch.no_grad()
