@@ -1,9 +1,10 @@
-"""Before and after training: convert data; talk to a model, measure it, merge its adapter into its base model.
+"""Before and after training: convert data; talk to a model, measure it, show its run, merge its adapter into its base.
 
 \b
     python -m glm_edge_ft convert alpaca.json data/mine/train.jsonl --from alpaca
     python -m glm_edge_ft chat output/demo
     python -m glm_edge_ft evaluate data/demo/test.jsonl glm-edge-nano output/demo
+    python -m glm_edge_ft report output/demo
     python -m glm_edge_ft merge output/demo output/merged
 """
 
@@ -20,6 +21,7 @@ from glm_edge_ft.data.convert import convert_file
 from glm_edge_ft.deploy.chat import ChatRequest, chat
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
 from glm_edge_ft.deploy.merge import Format, MergeRequest, merge
+from glm_edge_ft.report import report
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -134,6 +136,30 @@ def evaluate_command(
             --set training_args.per_device_eval_batch_size=64
     """
     run_command(lambda: evaluate(EvaluateRequest(data_file, tuple(models), out, config, tuple(overrides or ()), base)))
+
+
+@app.command("report")
+def report_command(
+    output_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="OUTPUT_DIR...", help="Output folders of runs, e.g. output/demo.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None, option("--out", "PAGE.html", "The page; report.html in the first folder if not given.")
+    ] = None,
+    language: Annotated[
+        str, typer.Option("--language", metavar="en|zh|both", help="Of the labels; both: with a switch on the page.")
+    ] = "both",
+) -> None:
+    """Show runs to a colleague: one HTML page with curves, scores, config, data and predictions, to open or to send.
+
+    \b
+    One run, also while it is going on:
+        python -m glm_edge_ft report output/demo
+    Two runs over one another, and what differs in their configs:
+        python -m glm_edge_ft report output/lora output/sft --out compare.html
+    """
+    run_command(lambda: report(output_dirs, out, language))
 
 
 @app.command("merge")

@@ -13,10 +13,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from glm_edge_ft.training.curves import read_metrics, write_loss_curve
+from glm_edge_ft.training.curves import METRICS_FILE, read_metrics, write_loss_curve
 from glm_edge_ft.training.metrics import METRIC_NAMES
 
-METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 
 

@@ -1,0 +1,180 @@
+"""What the page's script draws from: curves, evaluations and predictions as JSON-able data, capped in size."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glm_edge_ft.report.reading import Note, PredictionFile, RunFolder
+from glm_edge_ft.training.metrics import METRIC_NAMES
+
+MAXIMUM_POINTS = 1500
+"""Points of one curve; more of them than the screen has pixels show nothing."""
+MAXIMUM_ROWS = 1000
+"""Rows of one predictions file: the best and the worst halves of more."""
+MAXIMUM_CHARACTERS = 4000
+MAXIMUM_IMAGES = 400
+THUMBNAIL_PIXELS = 160
+CAPPED_BY = "rouge-l"
+_ABOUT_A_RUN = ("model", "data_dir", "config_file", "overrides", "resumed_from", "config", "facts", "data", "versions")
+_PREFIXES = ("eval", "test")
+
+
+def build_content(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """Return the data of the page: `runs`, each with curves, evaluations and predictions, and the `images` they share.
+
+    Every number is finite or None. A row of predictions is
+    `[place, prompt, reference, prediction, [scores in the order of "metrics"], [numbers in "images"]]`.
+    """
+    thumbnails = _Thumbnails()
+    described = [_describe(run, name, thumbnails) for run, name in zip(runs, _names(runs), strict=True)]
+    return {"metrics": METRIC_NAMES, "runs": described, "images": thumbnails.urls}
+
+
+def _names(runs: Sequence[RunFolder]) -> list[str]:
+    """Return the shortest ends of the folders' paths that tell the runs apart."""
+    paths = [run.folder.resolve() for run in runs]
+    names: list[str] = []
+    for path in paths:
+        deep = next((n for n in range(1, 4) if sum(p.parts[-n:] == path.parts[-n:] for p in paths) == 1), 1)
+        name = "/".join(path.parts[-deep:])
+        same = sum(other == name or other.startswith(f"{name} (") for other in names)
+        names.append(f"{name} ({same + 1})" if same else name)
+    return names
+
+
+def _describe(run: RunFolder, name: str, thumbnails: _Thumbnails) -> dict[str, Any]:
+    notes = list(run.notes)
+    files = [_describe_file(file, thumbnails, notes) for file in run.predictions]
+    if thumbnails.missing:
+        notes.append(Note("images_missing", (str(len(thumbnails.missing)), sorted(thumbnails.missing)[0])))
+        thumbnails.missing.clear()
+    if thumbnails.was_full:
+        notes.append(Note("images_capped", (str(MAXIMUM_IMAGES),)))
+    return {
+        "name": name,
+        "folder": str(run.folder),
+        "record": finite({key: run.record[key] for key in _ABOUT_A_RUN if key in run.record}),
+        "curves": curves(run.log_lines),
+        "evaluations": evaluations(run.log_lines),
+        "ended": finite(next((line for line in reversed(run.log_lines) if "train_runtime" in line), None)),
+        "files": files,
+        "notes": [[note.key, *note.values] for note in notes],
+    }
+
+
+def curves(log_lines: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Return the points `[step, value]` of every key that training logs over its steps, by step.
+
+    Where a step comes twice, the later line counts, as in `loss.png`. Curves of more than `MAXIMUM_POINTS` are thinned
+    out evenly; their last point stays.
+    """
+    keys = ["loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"]
+    keys += [f"eval_{name}" for name in ("loss", *METRIC_NAMES)]
+    drawn = {}
+    for key in keys:
+        values = {line["step"]: line[key] for line in log_lines if _is_number(line.get(key)) and _is_step(line)}
+        points = [[step, values[step]] for step in sorted(values)]
+        stride = -(-len(points) // MAXIMUM_POINTS) or 1
+        kept = points[::-stride][::-1]
+        if kept:
+            drawn[key] = kept
+    return drawn
+
+
+def evaluations(log_lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each evaluation: `set` (eval or test), `step`, the `model` where several were measured, and its scores."""
+    found = []
+    for line in log_lines:
+        for prefix in _PREFIXES:
+            if f"{prefix}_loss" in line or f"{prefix}_{CAPPED_BY}" in line:
+                scores = {name: line.get(f"{prefix}_{name}") for name in ("loss", *METRIC_NAMES)}
+                found.append({"set": prefix, "step": line.get("step"), "model": line.get("model"), **scores})
+    return [finite(evaluation) for evaluation in found]
+
+
+def _is_step(line: dict[str, Any]) -> bool:
+    return _is_number(line.get("step"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def finite(value: Any) -> Any:
+    """Return JSON-able data with None in place of NaN and infinities, which are no JSON."""
+    if isinstance(value, dict):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _describe_file(file: PredictionFile, thumbnails: _Thumbnails, notes: list[Note]) -> dict[str, Any]:
+    rows = list(file.rows)
+    if len(rows) > MAXIMUM_ROWS:
+        order = sorted(range(len(rows)), key=lambda index: _score(rows[index], CAPPED_BY) or 0.0)
+        half = MAXIMUM_ROWS // 2
+        rows = [rows[index] for index in sorted(order[:half] + order[-half:])]
+        notes.append(Note("rows_capped", (file.name, str(len(rows)), str(len(file.rows)), str(half))))
+    return {"name": file.name, "rows": [_describe_row(row, thumbnails) for row in rows]}
+
+
+def _describe_row(row: dict[str, Any], thumbnails: _Thumbnails) -> list[Any]:
+    place = ":".join(str(row[key]) for key in ("file", "line", "turn") if key in row)
+    prompt = str(row.get("prompt") or "")
+    prompt = prompt if len(prompt) <= MAXIMUM_CHARACTERS else "… " + prompt[-MAXIMUM_CHARACTERS:]
+    images = row.get("images")
+    numbers = [thumbnails.add(path) for path in images if isinstance(path, str)] if isinstance(images, list) else []
+    scores = [_score(row, name) for name in METRIC_NAMES]
+    return [place, prompt, _shorten(row["reference"]), _shorten(row["prediction"]), scores, numbers]
+
+
+def _score(row: dict[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    return round(value, 2) if _is_number(value) else None
+
+
+def _shorten(text: str) -> str:
+    left = len(text) - MAXIMUM_CHARACTERS
+    return text if left <= 0 else f"{text[:MAXIMUM_CHARACTERS]} … (+{left:,})"
+
+
+class _Thumbnails:
+    """Pictures as small JPEGs in `data:` URLs, each once."""
+
+    def __init__(self) -> None:
+        self.urls: list[str] = []
+        self.missing: set[str] = set()
+        self.was_full = False
+        self._numbers: dict[str, int | None] = {}
+
+    def add(self, path: str) -> int | None:
+        """Return the number of a picture's URL; None where it cannot be read, or the page has enough pictures."""
+        if path not in self._numbers:
+            self._numbers[path] = self._make(path)
+        elif self._numbers[path] is None and not self.was_full:
+            self.missing.add(path)
+        return self._numbers[path]
+
+    def _make(self, path: str) -> int | None:
+        from glm_edge_ft.data.images import load_image
+        from glm_edge_ft.errors import UserError
+
+        if len(self.urls) >= MAXIMUM_IMAGES:
+            self.was_full = True
+            return None
+        try:
+            image = load_image(Path(path))
+        except UserError:
+            self.missing.add(path)
+            return None
+        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=80)
+        self.urls.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
+        return len(self.urls) - 1
