@@ -65,7 +65,7 @@ const color = (index) => `var(--c${index % COLORS})`;
 function short(value) {
   if (!isNumber(value)) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
+  if (size !== 0 && (size < 1e-4 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 }
 const bytes = (value) => (value >= 1e9 ? `${(value / 1e9).toFixed(2)} GB` : `${(value / 1e6).toFixed(1)} MB`);
@@ -98,7 +98,7 @@ function summary(run, index) {
   const peaks = (run.curves.peak_memory_bytes || []).map(([, value]) => value);
   if (peaks.length) add("peak", bytes(Math.max(...peaks)));
   add("resumed_from", run.record.resumed_from);
-  add("overrides", (run.record.overrides || []).join("  "));
+  add("overrides", (run.record.overrides || []).join("\n"));
   add("folder", run.folder);
   const head = RUNS.length > 1 ? element("h3", {}, swatch(index, false), run.name) : null;
   return element("div", { className: "card" }, head, rows, ...run.notes.map(([key, ...values]) => element("div", { className: "note" }, label(key, ...values))));
@@ -127,7 +127,7 @@ function ticks(low, high, wanted, whole) {
   let step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
   if (whole) step = Math.max(1, step);
   const found = [];
-  for (let number = Math.ceil(low / step - 1e-9); number * step <= high + step * 1e-9; number++) found.push(number * step);
+  for (let number = Math.ceil(low / step - 1e-9); number * step <= high + step * 1e-9; number++) found.push(number * step || 0);  // ceil gives -0
   return found;
 }
 function chart(heading, keys) {
@@ -382,7 +382,7 @@ function redraw() {
 }
 function render() {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
-  const parts = [section("summary"), element("div", { className: "grid" }, ...RUNS.map(summary)), ...charts(), ...evaluations(), ...predictions(), ...configs(), ...dataReports()];
+  const parts = [section("summary"), element("div", { className: RUNS.length > 1 ? "grid" : "" }, ...RUNS.map(summary)), ...charts(), ...evaluations(), ...predictions(), ...configs(), ...dataReports()];
   document.getElementById("main").replaceChildren(...parts.filter(Boolean));
   for (const option of document.getElementById("theme").options) option.textContent = label(option.value);
   redraw();
