@@ -246,6 +246,10 @@ def test_commands_before_and_after_training_do_what_they_say(
     elif arguments[0] == "evaluate":
         assert [row.split()[0] for row in done.stdout.splitlines()[2:5]] == arguments[2:]
         assert (demonstrations / "output/evaluate/predictions/demo-checkpoint-120.jsonl").is_file()
+    elif arguments[0] == "report":
+        page = "output/compare.html" if "--out" in arguments else "output/demo/report.html"
+        assert done.stdout.startswith(f"report: {page} (")
+        assert (demonstrations / page).read_text(encoding="utf-8").startswith("<!doctype html>")
     elif arguments[0] == "merge":
         assert (demonstrations / arguments[2] / "model.safetensors").is_file()
     elif arguments[0] == "convert":
