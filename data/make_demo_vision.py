@@ -3,10 +3,10 @@
     python data/make_demo_vision.py [--seed 23] [--out data/demo_vision]
 
 The committed files come from the default seed. Each picture has one to three coloured shapes, each in one of its nine
-parts, or a house with trees by day or night, and belongs to one row alone. Questions ask for colours, shapes, places and numbers; the
-answers are a word or two and spread evenly, so that guessing does not help. A third of the rows are English, a third
-have several questions, a tenth have no picture. A few rows put the text before the picture, show the picture in the
-second turn, write plain strings for lists of parts, or begin with a system turn.
+parts, or a house with trees by day or night, and belongs to one row alone. Questions ask for colours, shapes, places
+and numbers; the answers are a word or two and spread evenly, so that guessing does not help. A third of the rows are
+English, a third have several questions, a tenth have no picture. A few rows put the text before the picture, show the
+picture in the second turn, write plain strings for lists of parts, or begin with a system turn.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _describe_row(row: dict[str, Any], thumbnails: _Thumbnails) -> list[Any]:
 
 
 def _score(row: dict[str, Any], name: str) -> float | None:
-    value = row.get(name)
+    value: Any = row.get(name)
     return round(value, 2) if _is_number(value) else None
 
 

@@ -15,7 +15,7 @@ from glm_edge_ft.report.reading import RunFolder
 Language = Literal["en", "zh", "both"]
 
 _PARTS = Path(__file__).parent
-_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
 def render_page(runs: Sequence[RunFolder], language: Language) -> bytes:
@@ -39,4 +39,4 @@ def render_page(runs: Sequence[RunFolder], language: Language) -> bytes:
 def embed_json(value: Any) -> str:
     """Return JSON that may stand in a script element: no markup in it, no line that a script would end at."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.translate(str.maketrans(_ESCAPES))
+    return text.translate(_ESCAPES)

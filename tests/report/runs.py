@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def lines(records: Iterable[Any]) -> str:
 
 def write_run(
     folder: Path,
-    predictions: dict[str, Sequence[dict[str, Any]]],
+    predictions: Mapping[str, Sequence[dict[str, Any]]],
     log: Sequence[dict[str, Any]] = LOG,
     **training_args: Any,
 ) -> Path:

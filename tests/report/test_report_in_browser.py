@@ -150,6 +150,6 @@ def test_the_page_fits_in_light_and_dark(width: int, dark: bool, opened: Page, h
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
     opened.screenshot(tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as picture:
-        red, *_ = picture.convert("RGB").getpixel((2, 2))
+        red = picture.convert("RGB").tobytes()[3 * (2 * picture.width + 2)]
         assert width - 20 <= picture.width <= width  # less a scroll bar
         assert (red < 64) is dark
