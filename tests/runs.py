@@ -1,4 +1,4 @@
-"""Whole runs in this process, and what they leave on disk."""
+"""Whole runs in this process, their data and configs, and what they leave on disk."""
 
 from __future__ import annotations
 
@@ -18,30 +18,52 @@ LORA: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "
 PREFIX: dict[str, Any] = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 
 
-def do_run(
+QUESTIONS = (
+    "hello there",
+    "how are you",
+    "what is the time now?",
+    "你喜欢什么颜色",
+    "今天天气",
+    "fine?",
+    "my friend, are you fine",
+)
+ANSWERS = ("hello my friend", "I am fine", "今天天气很好", "the time is now", "我们去公园散步吧。")
+
+
+def conversation(number: int, turns: int = 1) -> dict[str, Any]:
+    """Return a conversation of the given number of turns; each number gives another one, of another length."""
+    messages = []
+    for turn in range(turns):
+        question = QUESTIONS[(number + turn) % len(QUESTIONS)] * (1 + number % 3)
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": ANSWERS[(number * 2 + turn) % len(ANSWERS)]})
+    return {"messages": messages}
+
+
+def write_chat_data(folder: Path, train: int = 18) -> Path:
+    """Write `train` training rows, 5 dev and 3 test rows of one or two turns; returns the folder."""
+    folder.mkdir(parents=True)
+    for name, numbers in (("train", range(train)), ("dev", range(20, 25)), ("test", range(30, 33))):
+        rows = [conversation(number, turns=1 + number % 2) for number in numbers]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def write_config(
     output: Path,
-    data: Path,
-    model: Path | str,
     *,
     peft: Mapping[str, Any] | None = LORA,
-    resume: str | None = None,
     val: str | None = None,
     test: str | None = None,
     top: Mapping[str, Any] | None = None,
-    takes_images: bool = False,
-    check: bool = False,
     **training_args: Any,
 ) -> Path:
-    """Do one run of six steps, unless the arguments say otherwise, and return its output folder.
+    """Write the config of a run of six steps, unless the arguments say otherwise, beside its output folder.
 
     Args:
-        output: the output folder; the config file is written beside it.
-        data: DATA_DIR.
-        model: MODEL.
-        peft, resume, val, test: the adapter, RESUME, and the files to evaluate on.
+        output: the output folder.
+        peft, val, test: the adapter, and the files to evaluate on.
         top: further keys of the config.
-        takes_images: whether to run as finetune_vision.py does.
-        check: whether to check alone.
         training_args: laid over those of the run.
     """
     settings = {
@@ -64,8 +86,33 @@ def do_run(
         "peft_config": None if peft is None else dict(peft),
         **(top or {}),
     }
-    path = output.parent / "run.yaml"
+    path = output.parent / f"{output.name}.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def do_run(
+    output: Path,
+    data: Path,
+    model: Path | str,
+    *,
+    resume: str | None = None,
+    takes_images: bool = False,
+    check: bool = False,
+    **settings: Any,
+) -> Path:
+    """Do one run in this process and return its output folder.
+
+    Args:
+        output: the output folder.
+        data: DATA_DIR.
+        model: MODEL.
+        resume: RESUME.
+        takes_images: whether to run as finetune_vision.py does.
+        check: whether to check alone.
+        settings: those of `write_config`.
+    """
+    path = write_config(output, **settings)
     recipe.run(RunRequest(data, str(model), path, resume, check=check, takes_images=takes_images))
     return output
 

@@ -16,29 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from glm_edge_ft.errors import RunStopped, UserError
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, assert_same_bits, do_run, losses, metrics, weights
-
-QUESTIONS = (
-    "hello there",
-    "how are you",
-    "what is the time now?",
-    "你喜欢什么颜色",
-    "今天天气",
-    "fine?",
-    "my friend, are you fine",
+from tests.runs import (
+    LORA,
+    PREFIX,
+    assert_same_bits,
+    conversation,
+    do_run,
+    losses,
+    metrics,
+    weights,
+    write_chat_data,
 )
-ANSWERS = ("hello my friend", "I am fine", "今天天气很好", "the time is now", "我们去公园散步吧。")
-
-
-def conversation(number: int, turns: int = 1) -> dict[str, Any]:
-    """Return a conversation of the given number of turns; each number gives another one, of another length."""
-    messages = []
-    for turn in range(turns):
-        question = QUESTIONS[(number + turn) % len(QUESTIONS)] * (1 + number % 3)
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": ANSWERS[(number * 2 + turn) % len(ANSWERS)]})
-    return {"messages": messages}
-
 
 Run = Callable[..., Path]
 
@@ -53,11 +41,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Token
 def run(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that does one run in this process and returns its output folder."""
     monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "data"
-    data.mkdir()
-    for name, numbers in (("train", range(18)), ("dev", range(20, 25)), ("test", range(30, 33))):
-        rows = [conversation(number, turns=1 + number % 2) for number in numbers]
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = write_chat_data(tmp_path / "data")
 
     def start(
         output: str = "output",

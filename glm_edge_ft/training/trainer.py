@@ -26,6 +26,7 @@ from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import RANDOM_STATE_PREFIX, STATE_FILE, publish, staging_folder
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches, start_loader_process
 from glm_edge_ft.training.loss import IGNORED_LABEL
+from glm_edge_ft.training.prompt import prompt_from_weights
 
 _NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the uninterrupted run"
 
@@ -276,7 +277,8 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         has_card = card.exists()
         self.model.config.use_cache = self._use_cache_as_released
         try:
-            super()._save(folder, state_dict)
+            with prompt_from_weights(self.model, state_dict):
+                super()._save(folder, state_dict)
             if self.args.should_save:
                 if not has_card:
                     card.unlink(missing_ok=True)  # PEFT's model card, a form with nothing filled in
