@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.arguments import build_generation_config, build_training_arguments, check_training_parts
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
+from glm_edge_ft.config.deepspeed import count_processes, read_deepspeed
 from glm_edge_ft.console import is_main_process, show_notice
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.memory_check import estimate_states
@@ -25,6 +26,7 @@ from glm_edge_ft.model.loading import ModelLocation, locate_model
 from glm_edge_ft.node import is_first_of_node, wait_for
 from glm_edge_ft.resume_check import compare_with_checkpoint
 from glm_edge_ft.training.checkpoints import ResumePlan, find_checkpoints, resolve_resume
+from glm_edge_ft.training.processes import Processes, plan_processes
 from glm_edge_ft.vision_check import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
 
 if TYPE_CHECKING:
@@ -258,11 +260,23 @@ def _check_resume(plan: Plan, train: EncodedDataset, structure: Structure, probl
     if plan.resume.path is None:
         return
     found, notices = compare_with_checkpoint(
-        plan.resume.path, plan.config, plan.location.name, train.fingerprint, structure.adapter, structure.size.trained
+        plan.resume.path,
+        plan.config,
+        plan.location.name,
+        train.fingerprint,
+        structure.adapter,
+        structure.size.trained,
+        processes_of(plan),
     )
     problems.problems += found
     for notice in notices:
         show_notice(notice)
+
+
+def processes_of(plan: Plan) -> Processes:
+    """Return how the run shares its work among processes."""
+    deepspeed = plan.config.training_args.get("deepspeed")
+    return plan_processes(count_processes(), read_deepspeed(deepspeed) if deepspeed else None)
 
 
 def _read_data(

@@ -18,7 +18,7 @@ from glm_edge_ft.console import is_main_process, show, show_notice
 from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.memory_check import advise, describe_memory, look_at_memory, run_memory_facts
-from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare
+from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
 from glm_edge_ft.run_record import describe_model, model_facts, run_title, write_json, write_run_record
 from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
 
@@ -194,6 +194,7 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
         reply_tools=build_reply_tools(prepared),
         on_nonfinite_loss=config.on_nonfinite_loss,
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
+        processes=processes_of(prepared.plan),
         callbacks=[RunLog(prepared.plan.output_dir, title=run_title(prepared), show=is_main_process())],
     )
     trainer.remove_callback(ProgressCallback)

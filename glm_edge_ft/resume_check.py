@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import Problem
+from glm_edge_ft.training.processes import Processes, read_processes
 
 if TYPE_CHECKING:
     from glm_edge_ft.config import RunConfig
@@ -58,6 +59,7 @@ def compare_with_checkpoint(
     train_fingerprint: str,
     adapter: Mapping[str, Any] | None,
     trainable: int,
+    processes: Processes,
 ) -> tuple[list[Problem], list[str]]:
     """Return what stands against continuing from `checkpoint`, and notices of what changed.
 
@@ -68,8 +70,11 @@ def compare_with_checkpoint(
         train_fingerprint: key of today's encoded training data.
         adapter: today's PEFT config as a dict, or None for full fine-tuning.
         trainable: number of parameters that are trained today.
+        processes: how today's run shares its work.
     """
     problems = _compare_adapters(checkpoint, _read(checkpoint / "adapter_config.json"), adapter)
+    before = read_processes(checkpoint)
+    problems += compare_processes(checkpoint, before, processes, is_adapter=adapter is not None)
     record = _read(checkpoint.parent / "run.json")
     if record is None:
         return problems, []
@@ -78,9 +83,9 @@ def compare_with_checkpoint(
         problems.append(Problem(f"MODEL {model}", f"{checkpoint} was trained from {record.get('model')}", again))
     old_config, old_facts = record.get("config") or {}, record.get("facts") or {}
     if adapter is None and not problems and old_facts.get("trainable_parameters") not in (None, trainable):
-        before, now = old_config.get("freezeV"), config.freezeV
-        if before != now:
-            problems.append(Problem("freezeV", f"{now}, but {checkpoint} was trained with {before}", again))
+        frozen, freeze = old_config.get("freezeV"), config.freezeV
+        if frozen != freeze:
+            problems.append(Problem("freezeV", f"{freeze}, but {checkpoint} was trained with {frozen}", again))
     old = old_config.get("training_args") or {}
     new = config.training_args
     if old.get("optim") != new.get("optim"):
@@ -94,9 +99,62 @@ def compare_with_checkpoint(
     for key in SAID:
         if old.get(key) != new.get(key):
             notices.append(f"training_args.{key} {old.get(key)} -> {new.get(key)} since the checkpoint was written")
+    notices += note_processes(before, processes, old, new)
     if ((record.get("data") or {}).get("train") or {}).get("fingerprint") != train_fingerprint:
         notices.append("the training data, or how it is encoded, changed since the checkpoint was written")
     return problems, notices
+
+
+def compare_processes(checkpoint: Path, before: Processes, now: Processes, is_adapter: bool) -> list[Problem]:
+    """Refuse what DeepSpeed's parts of the optimizer do not go into, or would go into in silence with new states."""
+    where, written = "training_args.deepspeed", f"{checkpoint} was written by {before}"
+    afresh = "start afresh (RESUME no)"
+    if not is_adapter:
+        afresh += f", or from its weights: MODEL {checkpoint}, another output_dir, no RESUME"
+    if before.zero_stage != now.zero_stage:
+        file = "leave the key out" if before.zero_stage is None else f"name a file of stage {before.zero_stage}"
+        what = f"{written}, this run works {now.engine()}: its optimizer is kept in another form"
+        return [Problem(where, what, f"{file}, or {afresh}")]
+    if before.zero_stage is None:
+        return []
+    if before.world_size not in (None, now.world_size):
+        what = f"{written}, each with its part of the optimizer; this run has {now.world_size}"
+        started = f"start it with {before.world_size} (torchrun --nproc_per_node, --nnodes)"
+        return [Problem("number of processes", what, f"{started}, or {afresh}")]
+    changed = {key: value for key, value in (before.cut or {}).items() if value != (now.cut or {}).get(key)}
+    return [
+        Problem(
+            where,
+            f"zero_optimization.{key} is {json.dumps((now.cut or {}).get(key))}, but {checkpoint} was written with "
+            f"{json.dumps(value)}: the parts of the optimizer are cut in another way",
+            f"write the old value, or {afresh}",
+        )
+        for key, value in changed.items()
+    ]
+
+
+def note_processes(before: Processes, now: Processes, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say what another number of processes does to the steps of a run without DeepSpeed."""
+    if before.world_size in (None, now.world_size) or now.world_size is None or now.zero_stage is not None:
+        return []
+    assert before.world_size is not None
+    batches = [_rows_of_a_step(settings, size) for settings, size in ((old, before.world_size), (new, now.world_size))]
+    said = f"the checkpoint was written by {before.world_size} processes, this run has {now.world_size}: "
+    if batches[0] == batches[1]:
+        return [said + f"a step takes {batches[1]} conversations as before; dropout draws other numbers"]
+    said += (
+        f"a step takes {batches[1]} conversations instead of {batches[0]}, and the place in the data goes by today's"
+    )
+    per_process = batches[1] // int(new.get("gradient_accumulation_steps") or 1)
+    if batches[0] % per_process == 0:
+        return [f"{said}; training_args.gradient_accumulation_steps {batches[0] // per_process} keeps {batches[0]}"]
+    return [f"{said}; choose batch size and accumulation anew to keep {batches[0]}"]
+
+
+def _rows_of_a_step(settings: Mapping[str, Any], world_size: int) -> int:
+    """Return how many conversations an optimizer step takes, transformers' defaults where the config is silent."""
+    batch = settings.get("per_device_train_batch_size") or 8
+    return int(batch) * int(settings.get("gradient_accumulation_steps") or 1) * world_size
 
 
 def _compare_adapters(checkpoint: Path, old: dict[str, Any] | None, new: Mapping[str, Any] | None) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from glm_edge_ft.errors import UserError
+from glm_edge_ft.training.processes import PROCESSES_FILE, read_processes
 from tests.conftest import TokenizerMaker
 from tests.launch import ZERO_2, ZERO_3, launch
 from tests.model_folders import save_model_folder
@@ -70,3 +73,45 @@ def assert_close(expected: Path, found: Path) -> None:
 def test_two_processes_train_the_model_of_one(runs: Runs, kind: str, mode: str) -> None:
     """T3, T1: the same global batch gives the same losses and weights; a prefix is saved under ZeRO-3 and all."""
     assert_close(runs(kind, "one"), runs(kind, mode))
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy checkpoint 4 and the run's record, as if the run had been stopped there."""
+    target.mkdir()
+    shutil.copytree(source / "checkpoint-4", target / "checkpoint-4")
+    shutil.copy(source / "run.json", target / "run.json")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_tells_how_its_run_shared_the_work(runs: Runs, mode: str) -> None:
+    """R5: by its record, and by the names of its files as well."""
+    checkpoint = runs("lora", mode) / "checkpoint-4"
+    recorded = read_processes(checkpoint)
+    assert (recorded.world_size, recorded.zero_stage) == (2, {"ddp": None, "zero2": 2, "zero3": 3}[mode])
+    (checkpoint / PROCESSES_FILE).rename(checkpoint / "aside")
+    derived = read_processes(checkpoint)
+    (checkpoint / "aside").rename(checkpoint / PROCESSES_FILE)
+    assert (derived.world_size, derived.zero_stage, derived.cut) == (recorded.world_size, recorded.zero_stage, None)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one(
+    runs: Runs, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R5: with the accumulation that keeps the step, the run ends where the uninterrupted one does."""
+    copy_checkpoint(runs("lora", "ddp"), folder / "fewer")
+    settings = {**TRAINING, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    do_run(folder / "fewer", folder / "data", folder / "model", peft=KINDS["lora"], resume="yes", **settings)
+    assert "written by 2 processes, this run has 1: a step takes 4 conversations as before" in capsys.readouterr().err
+    assert sorted(losses(folder / "fewer")) == [5, 6]
+    for step, (loss, *_) in losses(folder / "fewer").items():
+        assert losses(runs("lora", "ddp"))[step][0] == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+def test_a_checkpoint_of_deepspeed_does_not_go_on_without_it(runs: Runs, folder: Path, mode: str) -> None:
+    """R5: refused before the weights; transformers would go on with a new optimizer and say nothing."""
+    output = folder / f"without-{mode}"
+    copy_checkpoint(runs("lora", mode), output)
+    settings = {**TRAINING, "per_device_train_batch_size": 2}
+    with pytest.raises(UserError, match=f"2 processes with ZeRO-{mode[-1]}, this run works without DeepSpeed"):
+        do_run(output, folder / "data", folder / "model", peft=KINDS["lora"], resume="yes", **settings)

@@ -14,6 +14,7 @@ import copy
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +294,12 @@ def _said(draft: Draft, name: str) -> str:
     where = draft.document.where((*TRAINING, name)).removesuffix(f": training_args.{name}")
     where = where.replace(draft.document.name, Path(draft.document.name).name)
     return f"{name} is {value} ({where})"
+
+
+def count_processes() -> int:
+    """Return the number of processes that torchrun started, 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() and int(text) > 0 else 1
 
 
 def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:

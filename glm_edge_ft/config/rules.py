@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from glm_edge_ft.config.deepspeed import check_deepspeed
+from glm_edge_ft.config.deepspeed import check_deepspeed, count_processes
 from glm_edge_ft.config.document import nearest
 from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config.schema import PEFT_TYPES, reporting_integrations
@@ -246,7 +245,7 @@ def _resolve_json_file(draft: Draft, name: str) -> None:
     """Replace the path of a JSON file by its absolute path: the config's own folder first, then the working folder."""
     value, path = draft.training.get(name), (*TRAINING, name)
     if name == "deepspeed" and isinstance(value, dict):
-        check_deepspeed(draft, value, "deepspeed", _world_size())
+        check_deepspeed(draft, value, "deepspeed", count_processes())
     if not isinstance(value, str):
         return
     try:
@@ -272,13 +271,7 @@ def _resolve_json_file(draft: Draft, name: str) -> None:
         return
     draft.training[name] = str(found.resolve())
     if name == "deepspeed":
-        check_deepspeed(draft, content, found.name, _world_size())
-
-
-def _world_size() -> int:
-    """Return the number of processes that torchrun started, 1 without it."""
-    text = os.environ.get("WORLD_SIZE", "")
-    return int(text) if text.isdecimal() and int(text) > 0 else 1
+        check_deepspeed(draft, content, found.name, count_processes())
 
 
 def check_peft_type(draft: Draft, raw: dict[str, Any]) -> str | None:

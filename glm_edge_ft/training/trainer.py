@@ -26,6 +26,7 @@ from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import RANDOM_STATE_PREFIX, STATE_FILE, publish, staging_folder
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches, start_loader_process
 from glm_edge_ft.training.loss import IGNORED_LABEL
+from glm_edge_ft.training.processes import Processes, write_processes
 from glm_edge_ft.training.prompt import prompt_from_weights
 
 _NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the uninterrupted run"
@@ -67,6 +68,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         reply_tools: how prompts are batched, continued and turned into text.
         on_nonfinite_loss: stop with NonFiniteLossError, or warn, skip nothing and go on.
         complete_saved_folder: adds to a folder that was just saved what other tools need in it.
+        processes: how the run shares its work, for the record in each checkpoint.
         kwargs: those of Seq2SeqTrainer. `train_dataset` needs `lengths`; evaluation datasets are EvaluationData.
     """
 
@@ -79,11 +81,13 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         reply_tools: ReplyTools,
         on_nonfinite_loss: Literal["stop", "warn"] = "stop",
         complete_saved_folder: Callable[[Path], None],
+        processes: Processes,
         **kwargs: Any,
     ) -> None:
         self.reply_tools = reply_tools
         self.on_nonfinite_loss = on_nonfinite_loss
         self.complete_saved_folder = complete_saved_folder
+        self.processes = processes
         self._tokens_since_log = 0  # real (non-pad) tokens of this process, for the throughput in the log
         self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
         self._use_cache_as_released = bool(kwargs["model"].config.use_cache)
@@ -262,6 +266,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             self.state.save_to_json(
                 str(staged / STATE_FILE)
             )  # again: it now names the best checkpoint by its final path
+            write_processes(staged, self.processes)
             publish(staged, output_dir)
             rotate_checkpoints(
                 output_dir=str(output_dir),

@@ -1,0 +1,115 @@
+"""Whether a checkpoint of so many processes can go on in a run of so many others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from glm_edge_ft.resume_check import compare_processes, note_processes
+from glm_edge_ft.training.processes import Processes, plan_processes, read_processes, write_processes
+
+CHECKPOINT = Path("output/checkpoint-4")
+ZERO_2 = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+
+
+def refusal(before: Processes, now: Processes, is_adapter: bool = True) -> str:
+    """Return the one problem that stands against going on, or "" where nothing does."""
+    problems = compare_processes(CHECKPOINT, before, now, is_adapter)
+    assert len(problems) <= 1
+    return str(problems[0]) if problems else ""
+
+
+def test_an_optimizer_in_another_form_is_refused_with_the_ways_out() -> None:
+    """R5: ZeRO to none, none to ZeRO, ZeRO-2 to ZeRO-3, with both values and what to write."""
+    none, two, three = Processes(2, None, {}), Processes(2, 2, {}), Processes(2, 3, {})
+    assert refusal(two, none) == (
+        "training_args.deepspeed: output/checkpoint-4 was written by 2 processes with ZeRO-2, this run works without "
+        "DeepSpeed: its optimizer is kept in another form\n"
+        "    -> name a file of stage 2, or start afresh (RESUME no)"
+    )
+    assert refusal(none, three, is_adapter=False) == (
+        "training_args.deepspeed: output/checkpoint-4 was written by 2 processes without DeepSpeed, this run works "
+        "with ZeRO-3: its optimizer is kept in another form\n"
+        "    -> leave the key out, or start afresh (RESUME no), or from its weights: MODEL output/checkpoint-4, "
+        "another output_dir, no RESUME"
+    )
+    assert "written by 2 processes with ZeRO-2, this run works with ZeRO-3" in refusal(two, three)
+    assert "name a file of stage 3" in refusal(three, two)
+
+
+def test_deepspeed_needs_the_number_of_processes_that_wrote_the_checkpoint() -> None:
+    """R5: each holds a part of the optimizer."""
+    assert refusal(Processes(2, 3), Processes(4, 3)) == (
+        "number of processes: output/checkpoint-4 was written by 2 processes with ZeRO-3, each with its part of the "
+        "optimizer; this run has 4\n"
+        "    -> start it with 2 (torchrun --nproc_per_node, --nnodes), or start afresh (RESUME no)"
+    )
+    assert refusal(Processes(2, 3), Processes(2, 3)) == ""
+
+
+def test_a_setting_that_cuts_the_optimizer_otherwise_is_refused() -> None:
+    """R5: sorted or not, the parts have the same size, and would be read into the wrong weights without a word."""
+    before = plan_processes(2, ZERO_2)
+    now = plan_processes(2, {"zero_optimization": {"stage": 2}})
+    assert "zero_optimization.round_robin_gradients is false, but output/checkpoint-4 was written with true" in refusal(
+        before, now
+    )
+    offloaded = {"zero_optimization": {**ZERO_2["zero_optimization"], "offload_optimizer": {"device": "cpu"}}}
+    assert "offload_optimizer is" in refusal(before, plan_processes(2, offloaded))
+    assert refusal(before, before) == ""
+    assert refusal(Processes(2, 2), now) == ""  # a checkpoint without the record says nothing of it
+
+
+def test_without_deepspeed_any_number_goes_on_and_says_what_a_step_is_now() -> None:
+    """R5: with the accumulation that keeps the step as it was."""
+    two, one = Processes(2, None, {}), Processes(1, None, {})
+    assert refusal(two, one) == ""
+    batch = {"per_device_train_batch_size": 4}
+    (said,) = note_processes(two, one, batch, batch)
+    assert said == (
+        "the checkpoint was written by 2 processes, this run has 1: a step takes 4 conversations instead of 8, and the "
+        "place in the data goes by today's; training_args.gradient_accumulation_steps 2 keeps 8"
+    )
+    (said,) = note_processes(two, one, batch, batch | {"gradient_accumulation_steps": 2})
+    assert said.endswith("a step takes 8 conversations as before; dropout draws other numbers")
+    (said,) = note_processes(one, Processes(8, None, {}), batch, batch)
+    assert said.endswith("choose batch size and accumulation anew to keep 4")
+    assert note_processes(two, two, batch, batch) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["rng_state.pth", "optimizer.pt"], Processes(1, None)),
+        (["rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"], Processes(2, None)),
+        (["optimizer.pt"], Processes(None, None)),
+        (["global_step4/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], Processes(1, 2)),
+        (
+            [
+                f"global_step4/zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+                for rank in (0, 1)
+                for kind in ("model", "optim")
+            ],
+            Processes(2, 3),
+        ),
+        (["global_step4/mp_rank_00_model_states.pt", "rng_state_0.pth", "rng_state_1.pth"], Processes(2, 0)),
+    ],
+)
+def test_a_checkpoint_without_a_record_is_known_by_its_files(
+    tmp_path: Path, files: list[str], expected: Processes
+) -> None:
+    """R5: checkpoints from before the record was kept."""
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert read_processes(tmp_path) == expected
+
+
+def test_the_record_wins_over_the_files(tmp_path: Path) -> None:
+    """R5: it also tells what the names cannot, such as stage 1."""
+    (tmp_path / "global_step4").mkdir()
+    planned = plan_processes(4, {"zero_optimization": {"stage": 1}})
+    write_processes(tmp_path, planned)
+    assert read_processes(tmp_path) == planned
+    assert planned == Processes(4, 1, {"offload_optimizer": "none", "round_robin_gradients": False})
