@@ -16,6 +16,7 @@ from glm_edge_ft import recipe
 from glm_edge_ft.console import show_problems
 from glm_edge_ft.errors import EXIT_DONE, EXIT_UNEXPECTED, EXIT_USER_ERROR, RunStopped, UserError
 from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.training.termination import end_helper_processes
 
 DataDir = Annotated[
     Path,
@@ -134,7 +135,9 @@ def run_command(action: Callable[[], None], problems_end: str = "", stopped_end:
     # Read when torch is imported. Threads that wait busily for one another slow a CPU run tenfold and more as soon as
     # anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    raise typer.Exit(_run_and_report(action, problems_end, stopped_end))
+    code = _run_and_report(action, problems_end, stopped_end)
+    end_helper_processes()
+    raise typer.Exit(code)
 
 
 def _run_and_report(action: Callable[[], None], problems_end: str, stopped_end: str) -> int:

@@ -21,6 +21,7 @@ from glm_edge_ft.memory_check import advise, describe_memory, look_at_memory, ru
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
 from glm_edge_ft.run_record import describe_model, model_facts, run_title, write_json, write_run_record
 from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
+from glm_edge_ft.training.termination import Terminated, Termination
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,15 +38,16 @@ def run(request: RunRequest) -> None:
         UserError: the input is wrong; nothing was trained and nothing written over.
         RunStopped: the run cannot go on, for a reason that its message gives.
     """
-    plan = check_inputs(request)
-    quiet_libraries()
-    prepared = prepare(plan)
-    if request.check:
-        show_check(prepared)
-    if request.preview is not None:
-        show_preview(prepared)
-    if not request.check and request.preview is None:
-        train(prepared)
+    with Termination() as termination:
+        plan = check_inputs(request)
+        quiet_libraries()
+        prepared = prepare(plan)
+        if request.check:
+            show_check(prepared)
+        if request.preview is not None:
+            show_preview(prepared)
+        if not request.check and request.preview is None:
+            train(prepared, termination)
 
 
 def quiet_libraries() -> None:
@@ -95,20 +97,32 @@ def show_preview(prepared: Prepared) -> None:
     write_json(prepared.plan.request.json_path, preview_json(rows, tokenizer))
 
 
-def train(prepared: Prepared) -> None:
+def train(prepared: Prepared, termination: Termination) -> None:
     """Train, evaluate, predict and save, as the config says."""
-    from glm_edge_ft.training.logs import METRICS_FILE, forget_evaluations
-
     plan = prepared.plan
     evaluations = load_evaluations(prepared)
     for split, dataset in prepared.datasets.items():
         for remark in dataset.report.remarks():
             show_notice(f"{split}: {remark}")
     make_output_dir(plan.output_dir)
-    trainer = build_trainer(prepared, evaluations)
+    trainer = build_trainer(prepared, evaluations, termination)
     show(describe_model(prepared))
+    termination.defer(trainer.args.device)  # from here on SIGTERM may find something worth saving
     make_room(plan)  # not before all that can go wrong has gone right: an earlier run stays where it is until then
     write_run_record(prepared)
+    try:
+        train_and_evaluate(trainer, plan, evaluations)
+    except Terminated:  # in all processes alike
+        leave_together(trainer)
+        raise
+    show_results(trainer, plan)
+    leave_together(trainer)
+
+
+def train_and_evaluate(trainer: GlmEdgeTrainer, plan: Plan, evaluations: Mapping[str, EvaluationData]) -> None:
+    """Take the steps that are left, save the final model and evaluate it."""
+    from glm_edge_ft.training.logs import METRICS_FILE, forget_evaluations
+
     finished = plan.resume.path is not None and not trainer.has_steps_left(plan.resume.path)
     if finished:
         assert plan.resume.path is not None
@@ -119,9 +133,20 @@ def train(prepared: Prepared) -> None:
         trainer.train(resume_from_checkpoint=str(plan.resume.path) if plan.resume.path else None)
     trainer.save_model()
     trainer.state.global_step = trainer.final_step()  # what follows is said of the model that is kept
-    evaluate(trainer, evaluations, always=finished)
-    show_results(trainer, plan)
-    trainer.accelerator.wait_for_everyone()  # a rank that leaves the group early can hang, or end with an abort
+    try:
+        evaluate(trainer, evaluations, always=finished)
+    except Terminated:
+        if not finished and not trainer.args.load_best_model_at_end:
+            trainer.save_missing_checkpoint()
+        raise Terminated(
+            f"by SIGTERM in the evaluation after training; the final model is in {plan.output_dir}, and the same "
+            "command with `yes` as RESUME evaluates it"
+        ) from None
+
+
+def leave_together(trainer: GlmEdgeTrainer) -> None:
+    """End the process group; a rank that leaves it early can hang, or end with an abort."""
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
@@ -167,7 +192,9 @@ def make_room(plan: Plan) -> None:
         show_notice(f"{plan.output_dir} held work of an earlier run; it now lies in {moved_to}")
 
 
-def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData]) -> GlmEdgeTrainer:
+def build_trainer(
+    prepared: Prepared, evaluations: Mapping[str, EvaluationData], termination: Termination
+) -> GlmEdgeTrainer:
     """Read the weights, put the adapter on, and return the trainer with its data and its log."""
     import torch
     from transformers import PrinterCallback, ProgressCallback
@@ -195,6 +222,7 @@ def build_trainer(prepared: Prepared, evaluations: Mapping[str, EvaluationData])
         on_nonfinite_loss=config.on_nonfinite_loss,
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
         processes=processes_of(prepared.plan),
+        termination=termination,
         callbacks=[RunLog(prepared.plan.output_dir, title=run_title(prepared), show=is_main_process())],
     )
     trainer.remove_callback(ProgressCallback)

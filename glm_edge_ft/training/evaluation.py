@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 
 from glm_edge_ft.training.metrics import MAX_SCORED_CHARACTERS, PairScores, summarize
 from glm_edge_ft.training.scoring import Pairs, PairScorer
+from glm_edge_ft.training.termination import leave_signals_to_parent
 
 
 class Prompt(Protocol):
@@ -150,8 +150,8 @@ class _Prompts(Dataset):
 
 
 def start_loader_process(then: Callable[[int], None] | None, worker: int) -> None:
-    """Prepare a loader process: a terminal sends Ctrl-C to all processes, and only the main one should answer it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepare a loader process, and do what else was to be done in it."""
+    leave_signals_to_parent()
     if then is not None:
         then(worker)
 
@@ -166,12 +166,14 @@ def generate_and_score(
     process_index: int,
     world_size: int,
     device: torch.device,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Generate a reply to every prompt, score it against its reference and write both to `predictions_file`.
 
     Replies are written as they come, so that a killed evaluation leaves what it had; at the end the file is replaced
     by one in the order of the data. Scoring runs in worker processes beside generation. On several ranks each
-    generates its share; rank 0 alone scores and writes.
+    generates its share; rank 0 alone scores and writes. `before_batch` is called before each batch, equally often on
+    all ranks; what it raises ends the evaluation.
 
     Returns:
         The mean of each metric over all prompts, 0-100; on ranks other than 0 an empty dict.
@@ -184,6 +186,7 @@ def generate_and_score(
             total=len(prompts), desc="replies", unit="reply", disable=not (is_main and tools.show_progress), leave=False
         )
         for number, (batch, inputs) in enumerate(zip(batches, loader, strict=True)):
+            before_batch()
             new_tokens = tools.generate(
                 model, **{name: values.to(device) for name, values in inputs.items()}, **tools.options
             )

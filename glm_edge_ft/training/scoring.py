@@ -8,6 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from types import TracebackType
 
 from glm_edge_ft.training.metrics import PairScores, score_pair
+from glm_edge_ft.training.termination import leave_signals_to_parent
 
 CHARACTERS_WORTH_A_POOL = 400_000
 """Characters of all texts together below which this process is done before workers have started: each of them spends
@@ -33,7 +34,8 @@ class PairScorer:
         self._warn = warn
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1 and expected_characters >= CHARACTERS_WORTH_A_POOL:
-            self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(workers, spawn, leave_signals_to_parent)
 
     def __enter__(self) -> PairScorer:
         return self

@@ -1,8 +1,8 @@
 """The Seq2SeqTrainer of this project.
 
-It differs from its parent in five places, each for a reason that its method states: the order of training rows, what
-an evaluation is, how a checkpoint is written, what happens on a loss that is not finite, and what a resumed run takes
-over.
+It differs from its parent in six places, each for a reason that its method states: the order of training rows, what
+an evaluation is, how a checkpoint is written, what happens on a loss that is not finite, what SIGTERM does, and what a
+resumed run takes over.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan
 from glm_edge_ft.training.loss import IGNORED_LABEL
 from glm_edge_ft.training.processes import Processes, write_processes
 from glm_edge_ft.training.prompt import prompt_from_weights
+from glm_edge_ft.training.termination import Terminated, Termination
 
 _NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the uninterrupted run"
 
@@ -69,6 +70,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         on_nonfinite_loss: stop with NonFiniteLossError, or warn, skip nothing and go on.
         complete_saved_folder: adds to a folder that was just saved what other tools need in it.
         processes: how the run shares its work, for the record in each checkpoint.
+        termination: whether the run was asked to end.
         kwargs: those of Seq2SeqTrainer. `train_dataset` needs `lengths`; evaluation datasets are EvaluationData.
     """
 
@@ -82,17 +84,21 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         on_nonfinite_loss: Literal["stop", "warn"] = "stop",
         complete_saved_folder: Callable[[Path], None],
         processes: Processes,
+        termination: Termination,
         **kwargs: Any,
     ) -> None:
         self.reply_tools = reply_tools
         self.on_nonfinite_loss = on_nonfinite_loss
         self.complete_saved_folder = complete_saved_folder
         self.processes = processes
+        self.termination = termination
         self._tokens_since_log = 0  # real (non-pad) tokens of this process, for the throughput in the log
         self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
         self._use_cache_as_released = bool(kwargs["model"].config.use_cache)
         self._epoch_sampler: LengthGroupedEpochSampler | None = None
         self._staging: Path | None = None
+        self._last_saved_step = 0
+        self._owes_evaluation = False
         self._counted_batches = 0
         self._loss_sum = torch.zeros(())
         self._loss_tokens = torch.zeros((), dtype=torch.long)
@@ -118,6 +124,8 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # called with keywords alone
         if self._epoch_sampler is not None:
             self._epoch_sampler.set_epoch(kwargs["epoch"])
+        if self._owes_evaluation:
+            self._make_up_for_evaluation(kwargs["model"], kwargs["epoch"], kwargs["start_time"])
         super()._run_epoch(**kwargs)
 
     # ---- the training step ----
@@ -145,7 +153,12 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the parent does, and keep the time of it out of the training throughput."""
         start = time.perf_counter()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.termination.agreed():
+            self._log_and_stop(*args, **kwargs)
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Terminated:  # in the middle of the evaluation
+            self._save_and_stop()
         now = time.perf_counter()
         self._clock_since_log = self._clock_since_log + now - start if self._tokens_since_log else now
 
@@ -157,6 +170,51 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         if self.on_nonfinite_loss == "stop":
             raise NonFiniteLossError(text)
         self.reply_tools.warn(text)
+
+    # ---- being stopped by SIGTERM ----
+
+    def _log_and_stop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """End after this step. An evaluation that is due is left out: the checkpoint says so, and resuming makes up."""
+        is_due = self.control.should_evaluate
+        self.control.should_evaluate = self.control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.control.should_evaluate = is_due
+        self._save_and_stop()
+
+    def _save_and_stop(self) -> NoReturn:
+        self.save_missing_checkpoint()
+        step, folder = self.state.global_step, Path(self.args.output_dir)
+        raise Terminated(
+            f"by SIGTERM after step {step} of {self.state.max_steps}; {folder / f'checkpoint-{step}'} is whole and the "
+            "same command with `yes` as RESUME goes on from it"
+        )
+
+    def save_missing_checkpoint(self) -> None:
+        """Save a checkpoint of the step that was reached, also where the config asks for none, unless there is one."""
+        if self._last_saved_step == self.state.global_step:
+            return
+        self.args.save_only_model = False
+        self._save_checkpoint(self.model_wrapped, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _stop_evaluation_if_asked(self) -> None:
+        if self.termination.agreed_before():
+            raise Terminated("by SIGTERM in an evaluation")
+
+    def _was_stopped_before_evaluation(self) -> bool:
+        """Return whether the checkpoint that is resumed from says that an evaluation was due, and its log has none."""
+        stored: Any = self.state.stateful_callbacks
+        was_due = stored.get("TrainerControl", {}).get("args", {}).get("should_evaluate", False)
+        log = [event for event in self.state.log_history if event["step"] == self.state.global_step]
+        wants_evaluation = self.args.eval_strategy != "no" and self.eval_dataset is not None
+        return was_due and wants_evaluation and not any("eval_loss" in event for event in log)
+
+    def _make_up_for_evaluation(self, model: torch.nn.Module, epoch: float, start_time: float) -> None:
+        """Do the evaluation that SIGTERM took from the step of the checkpoint."""
+        self._owes_evaluation = False
+        self.control.should_evaluate = True
+        self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, start_time)
+        self.control.should_evaluate = False
 
     # ---- evaluation ----
 
@@ -189,6 +247,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         **_: Any,
     ) -> tuple[None, None, None]:
         """Add the batch's summed loss and its number of supervised tokens to the totals; no logits are made."""
+        self._stop_evaluation_if_asked()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             mean = model(**inputs).loss.detach().float()
@@ -230,6 +289,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
                 process_index=self.args.process_index,
                 world_size=self.args.world_size,
                 device=self.args.device,
+                before_batch=self._stop_evaluation_if_asked,
             )
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         metrics |= {
@@ -274,6 +334,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
+        self._last_saved_step = step
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights or adapter, tokenizer and generation config, so that the folder loads, and stops, by itself."""
@@ -299,6 +360,8 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         """Take the counters from the checkpoint, the intervals of logging, saving, evaluating from the config."""
         progress = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
+        self._last_saved_step = self.state.global_step  # of the checkpoint, or 0
+        self._owes_evaluation = self._was_stopped_before_evaluation()
         return progress
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
