@@ -33,6 +33,8 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
     settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
+    # Every trained weight takes part in every step: a batch without image runs the vision part on a blank one.
+    settings.setdefault("ddp_find_unused_parameters", False)
     settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
     settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), os.cpu_count() or 1)
     if settings.get("deepspeed"):

@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 
 from glm_edge_ft import recipe
-from glm_edge_ft.console import show_problems
+from glm_edge_ft.console import is_main_process, show_failure, show_problems
 from glm_edge_ft.errors import EXIT_DONE, EXIT_UNEXPECTED, EXIT_USER_ERROR, RunStopped, UserError
 from glm_edge_ft.preflight import RunRequest
-from glm_edge_ft.training.termination import end_helper_processes
+from glm_edge_ft.training.termination import Terminated, end_helper_processes
 
 DataDir = Annotated[
     Path,
@@ -146,14 +146,23 @@ def _run_and_report(action: Callable[[], None], problems_end: str, stopped_end: 
     except UserError as error:
         show_problems(error.problems, problems_end)
         return EXIT_USER_ERROR
+    except Terminated as error:
+        _show_end(f"stopped: {error}")
+        return EXIT_UNEXPECTED
     except RunStopped as error:
-        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        show_failure(f"stopped: {error}")
         return EXIT_UNEXPECTED
     except KeyboardInterrupt:
-        print(f"stopped by Ctrl-C{stopped_end}", file=sys.stderr)
+        _show_end(f"stopped by Ctrl-C{stopped_end}")
         return EXIT_UNEXPECTED
     except Exception as error:
-        traceback.print_exc()
-        print(f"error: unexpected {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        text = f"{traceback.format_exc()}error: unexpected {type(error).__name__}: {error}"
+        show_failure(text, may_follow_another=True)
         return EXIT_UNEXPECTED
     return EXIT_DONE
+
+
+def _show_end(text: str) -> None:
+    """Print what a signal did; it reaches all ranks."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)

@@ -42,6 +42,10 @@ class Processes:
         return f"with ZeRO-{self.zero_stage}" if self.zero_stage else "with DeepSpeed, ZeRO off"
 
 
+ONE_PROCESS = Processes(1, None, {})
+"""Of a run that nothing shares."""
+
+
 def plan_processes(world_size: int, deepspeed: Mapping[str, Any] | None) -> Processes:
     """Return how a run with these DeepSpeed settings, or without any, shares its work."""
     if deepspeed is None:

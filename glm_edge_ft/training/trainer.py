@@ -26,7 +26,7 @@ from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import RANDOM_STATE_PREFIX, STATE_FILE, publish, staging_folder
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches, start_loader_process
 from glm_edge_ft.training.loss import IGNORED_LABEL
-from glm_edge_ft.training.processes import Processes, write_processes
+from glm_edge_ft.training.processes import ONE_PROCESS, Processes, write_processes
 from glm_edge_ft.training.prompt import prompt_from_weights
 from glm_edge_ft.training.termination import Terminated, Termination
 
@@ -70,7 +70,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         on_nonfinite_loss: stop with NonFiniteLossError, or warn, skip nothing and go on.
         complete_saved_folder: adds to a folder that was just saved what other tools need in it.
         processes: how the run shares its work, for the record in each checkpoint.
-        termination: whether the run was asked to end.
+        termination: whether the run was asked to end; None: it never will be.
         kwargs: those of Seq2SeqTrainer. `train_dataset` needs `lengths`; evaluation datasets are EvaluationData.
     """
 
@@ -83,15 +83,15 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         reply_tools: ReplyTools,
         on_nonfinite_loss: Literal["stop", "warn"] = "stop",
         complete_saved_folder: Callable[[Path], None],
-        processes: Processes,
-        termination: Termination,
+        processes: Processes = ONE_PROCESS,
+        termination: Termination | None = None,
         **kwargs: Any,
     ) -> None:
         self.reply_tools = reply_tools
         self.on_nonfinite_loss = on_nonfinite_loss
         self.complete_saved_folder = complete_saved_folder
         self.processes = processes
-        self.termination = termination
+        self.termination = termination or Termination()
         self._tokens_since_log = 0  # real (non-pad) tokens of this process, for the throughput in the log
         self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
         self._use_cache_as_released = bool(kwargs["model"].config.use_cache)
