@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
 from glm_edge_ft.console import show_notice
+from glm_edge_ft.distributed import be_group_of_one
 from glm_edge_ft.errors import ProblemList, UserError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
     settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), os.cpu_count() or 1)
     if settings.get("deepspeed"):
+        be_group_of_one()
         settings["deepspeed"] = complete_deepspeed(
             read_deepspeed(settings["deepspeed"]),
             has_gpu=torch.cuda.is_available(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -12,18 +15,36 @@ from glm_edge_ft.node import is_first_of_node
 SECONDS_TO_COMPILE = 600
 
 
+def be_group_of_one() -> None:
+    """Say to DeepSpeed what torchrun would have said, where it did not start this process.
+
+    Without it DeepSpeed looks for an MPI launcher, and ends the run where there is none.
+    """
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+
+
 def start_deepspeed() -> None:
     """Let DeepSpeed join the process group, over which ZeRO-3 shares the weights while they are read.
 
-    On GPUs accelerate has done so; on the CPU it starts the group and leaves DeepSpeed out of it.
+    On GPUs accelerate has done so; on the CPU it starts the group and leaves DeepSpeed out of it, and for one process
+    it starts none.
     """
     import torch
 
     remove_stale_locks()
     from deepspeed import comm
 
-    if torch.distributed.is_initialized() and not comm.is_initialized():
-        comm.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    if not comm.is_initialized():
+        of_machine = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else of_machine
+        with contextlib.redirect_stdout(io.StringIO()):  # each rank prints there that an operator was built
+            comm.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 
 def remove_stale_locks() -> None:

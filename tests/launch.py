@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tests.runs import write_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ZERO_2, ZERO_3 = (str(REPOSITORY / "configs" / f"ds_zero_{stage}.json") for stage in (2, 3))
-SECONDS = 240  # a run takes ten
+SECONDS = 600  # a run takes ten, on a busy machine many times as long
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,28 @@ def start(
         settings: those of `tests.runs.write_config`.
     """
     config = write_config(output, **settings)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(REPOSITORY / script)]
-    command += [str(data), str(model), str(config), *([resume] if resume else [])]
+    arguments = [str(data), str(model), str(config), *([resume] if resume else [])]
+    variables = {"GLM_EDGE_FT_CACHE": str(output.parent / "cache")} | dict(environment or {})
     log = output.parent / f"{output.name}.log"
-    variables = os.environ | {"GLM_EDGE_FT_CACHE": str(output.parent / "cache")} | dict(environment or {})
+    return start_script(REPOSITORY / script, arguments, log, processes=processes, environment=variables)
+
+
+def start_script(
+    script: Path, arguments: Sequence[str], log: Path, *, processes: int, environment: Mapping[str, str]
+) -> Started:
+    """Start a script by python alone, or in several processes under torchrun, and return at once.
+
+    Args:
+        script: the script.
+        arguments: those of its command line.
+        log: takes what is printed.
+        processes: 1: python alone; more: that many ranks under torchrun.
+        environment: further variables.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT)
     return Started(process, log)
 
 

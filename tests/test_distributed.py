@@ -1,4 +1,4 @@
-"""What a run does before several processes work together."""
+"""What a run does before several processes work together, and how all of them end where one fails."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ from pathlib import Path
 import pytest
 
 from glm_edge_ft.distributed import remove_stale_locks
+from tests.launch import REPOSITORY, start_script
+
+# Rank 1 fails while rank 0 waits for it in a collective; or both fail alike.
+FAILING_SCRIPT = """
+import os, sys, typer
+from glm_edge_ft.cli import run_command
+from glm_edge_ft.errors import RunStopped, UserError
+
+def act():
+    import torch
+    torch.distributed.init_process_group("gloo")
+    if os.environ["RANK"] == "1" or sys.argv[2] == "all":
+        if sys.argv[1] == "input":
+            raise UserError.single("cat.png", "is no image", "replace it")
+        raise {"stop": RunStopped("the loss is nan"), "crash": ZeroDivisionError("division by zero")}[sys.argv[1]]
+    torch.distributed.barrier()
+
+app = typer.Typer()
+app.command(context_settings={"allow_extra_args": True})(lambda: run_command(act))
+app()
+"""
 
 
 def test_the_lock_of_a_killed_compilation_is_removed(
@@ -28,3 +49,35 @@ def test_the_lock_of_a_killed_compilation_is_removed(
     assert fresh.exists()
     assert foreign.exists()
     assert f"{stale}: removed" in capsys.readouterr().err
+
+
+def fail(folder: Path, kind: str, who: str) -> str:
+    """Let one rank of two fail, or both, and return what was printed."""
+    script = folder / "failing.py"
+    script.write_text(FAILING_SCRIPT, encoding="utf-8")
+    environment = {"PYTHONPATH": str(REPOSITORY)}
+    run = start_script(script, [kind, who], folder / "log.txt", processes=2, environment=environment)
+    return run.end(code=1)  # torchrun's own
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("input", "rank 1: error: 1 problem in the input\ncat.png: is no image\n    -> replace it\n"),
+        ("stop", "rank 1: stopped: the loss is nan\n"),
+        ("crash", "error: unexpected ZeroDivisionError: division by zero\n"),
+    ],
+)
+def test_a_rank_that_fails_alone_ends_all_with_its_message(tmp_path: Path, kind: str, message: str) -> None:
+    """T7: rank 0, whose connection to it is lost, adds none of its own."""
+    said = fail(tmp_path, kind, "one")
+    assert said.count(message) == 1
+    assert said.count("rank 1: ") == 1
+    assert "Connection closed" not in said
+
+
+def test_what_all_ranks_have_in_common_is_said_once(tmp_path: Path) -> None:
+    """T7: by rank 0."""
+    said = fail(tmp_path, "input", "all")
+    assert said.count("error: 1 problem in the input") == 1
+    assert "rank 1: " not in said

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
 
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.training.processes import PROCESSES_FILE, read_processes
 from tests.conftest import TokenizerMaker
 from tests.launch import ZERO_2, ZERO_3, launch
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, do_run, losses, weights, write_chat_data
+from tests.runs import LORA, PREFIX, do_run, losses, metrics, weights, write_chat_data
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
 
 KINDS: dict[str, dict[str, Any] | None] = {"lora": {**LORA, "lora_dropout": 0.0}, "full": None, "prefix": PREFIX}
 MODES: dict[str, dict[str, Any]] = {"ddp": {}, "zero2": {"deepspeed": ZERO_2}, "zero3": {"deepspeed": ZERO_3}}
+SLOW = {("lora", "zero2"), ("full", "ddp"), ("full", "zero2"), ("prefix", "ddp"), ("prefix", "zero2")}
 # Full fine-tuning of random weights: a step that is too long makes rounding errors grow.
 TRAINING: dict[str, Any] = {"learning_rate": 1e-3, "save_steps": 4}
 
@@ -28,12 +32,14 @@ Runs = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: TokenizerMaker) -> Path:
-    """Return a folder with a tiny chat model and its data."""
+def folder(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: TokenizerMaker) -> Iterator[Path]:
+    """Give a folder with a tiny chat model, its data and the cache of all runs."""
     folder = tmp_path_factory.mktemp("distributed")
     save_model_folder(folder / "model", make_tokenizer("glm"))
     write_chat_data(folder / "data", train=20)  # whole batches alone: two processes fill up the last one
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLM_EDGE_FT_CACHE", str(folder / "cache"))
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +57,19 @@ def runs(folder: Path) -> Runs:
                 done[kind, mode] = do_run(output, data, model, peft=KINDS[kind], **TRAINING)
             else:
                 settings = {**TRAINING, "per_device_train_batch_size": 2, **MODES[mode]}
+                if (kind, mode) == ("lora", "zero3"):
+                    settings["deepspeed"] = without_gathering()
                 done[kind, mode] = launch(output, data, model, processes=2, peft=KINDS[kind], **settings)
         return done[kind, mode]
 
     return run
+
+
+def without_gathering() -> dict[str, Any]:
+    """Return the settings of ZeRO-3 without the key that makes DeepSpeed gather whole weights for saving."""
+    settings: dict[str, Any] = json.loads(Path(ZERO_3).read_text(encoding="utf-8"))
+    del settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    return settings
 
 
 def assert_close(expected: Path, found: Path) -> None:
@@ -68,11 +83,43 @@ def assert_close(expected: Path, found: Path) -> None:
         torch.testing.assert_close(other[name], values, rtol=0, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        pytest.param(kind, mode, marks=[pytest.mark.slow] if (kind, mode) in SLOW else [])
+        for kind in KINDS
+        for mode in MODES
+    ],
+)
 def test_two_processes_train_the_model_of_one(runs: Runs, kind: str, mode: str) -> None:
     """T3, T1: the same global batch gives the same losses and weights; a prefix is saved under ZeRO-3 and all."""
     assert_close(runs(kind, "one"), runs(kind, mode))
+
+
+def test_an_adapter_of_zero_3_loads_without_deepspeed(runs: Runs, folder: Path) -> None:
+    """T4: with no key in the JSON that asks for whole weights."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model = PeftModel.from_pretrained(base, str(runs("lora", "zero3")))
+    loaded = get_peft_model_state_dict(model)
+    expected = weights(runs("lora", "one"))
+    assert loaded.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(loaded[name], values, rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_finished_run_of_zero_3_is_evaluated(runs: Runs, folder: Path) -> None:
+    """R4: with the weights of its last checkpoint, of which each process takes its share."""
+    output = folder / "finished"
+    shutil.copytree(runs("full", "zero3"), output)
+    settings = {**TRAINING, "per_device_train_batch_size": 2, "deepspeed": ZERO_3, "test": "test.jsonl"}
+    launch(output, folder / "data", folder / "model", processes=2, resume="yes", peft=None, **settings)
+    assert_close(runs("full", "zero3"), output)
+    again = folder / "evaluated"
+    shutil.copytree(runs("full", "one"), again)
+    do_run(again, folder / "data", folder / "model", peft=None, resume="yes", test="test.jsonl", **TRAINING)
+    (expected,), (found,) = ([line for line in metrics(run) if "test_loss" in line] for run in (again, output))
+    assert found["step"] == expected["step"] == 6
+    assert found["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-4)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -82,7 +129,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     shutil.copy(source / "run.json", target / "run.json")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_a_checkpoint_tells_how_its_run_shared_the_work(runs: Runs, mode: str) -> None:
     """R5: by its record, and by the names of its files as well."""
     checkpoint = runs("lora", mode) / "checkpoint-4"
@@ -107,7 +154,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(
         assert losses(runs("lora", "ddp"))[step][0] == pytest.approx(loss, abs=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+@pytest.mark.parametrize("mode", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_a_checkpoint_of_deepspeed_does_not_go_on_without_it(runs: Runs, folder: Path, mode: str) -> None:
     """R5: refused before the weights; transformers would go on with a new optimizer and say nothing."""
     output = folder / f"without-{mode}"
@@ -115,3 +162,45 @@ def test_a_checkpoint_of_deepspeed_does_not_go_on_without_it(runs: Runs, folder:
     settings = {**TRAINING, "per_device_train_batch_size": 2}
     with pytest.raises(UserError, match=f"2 processes with ZeRO-{mode[-1]}, this run works without DeepSpeed"):
         do_run(output, folder / "data", folder / "model", peft=KINDS["lora"], resume="yes", **settings)
+
+
+def test_deepspeed_works_in_one_process_that_torchrun_did_not_start(runs: Runs, folder: Path) -> None:
+    """T3: `python finetune.py` with a DeepSpeed file."""
+    settings = {**TRAINING, "deepspeed": ZERO_2}
+    alone = launch(folder / "alone", folder / "data", folder / "model", peft=KINDS["lora"], **settings)
+    assert_close(runs("lora", "one"), alone)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_replies_of_very_different_length_are_counted_once(folder: Path, mode: str) -> None:
+    """T6: two processes, three rows each of dev and test data; the same files and metrics as one process gives."""
+    data = folder / "lengths"
+    if not data.exists():
+        data.mkdir()
+        (data / "train.jsonl").write_text((folder / "data" / "train.jsonl").read_text(encoding="utf-8"))
+        questions = ("hello", "你好", "帮我写一个很长的故事，至少一百个字")
+        lines = []
+        for number, text in enumerate(questions):
+            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "fine " * 7**number}]
+            lines.append(json.dumps({"messages": messages}) + "\n")
+        for name in ("dev", "test"):
+            (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    settings: dict[str, Any] = {
+        **{"max_steps": 1, "learning_rate": 1e-6, "save_strategy": "no", "val": "dev.jsonl", "test": "test.jsonl"},
+        **{"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1},
+        **{"predict_with_generate": True, "generation_config": {"max_new_tokens": 96}, "peft": KINDS["lora"]},
+    }
+    one = folder / "one-lengths"
+    if not one.exists():
+        do_run(one, data, "glm-edge-nano", **settings)
+    settings = {**settings, **MODES[mode], "per_device_train_batch_size": 2}
+    two = launch(folder / f"{mode}-lengths", data, "glm-edge-nano", processes=2, **settings)
+    for split, name in (("eval", "dev"), ("test", "test")):
+        expected, found = ((run / "predictions" / f"{split}-1.jsonl").read_text(encoding="utf-8") for run in (one, two))
+        assert found == expected, name
+        lengths = [len(json.loads(line)["prediction"]) for line in expected.splitlines()]
+        assert len(lengths) == 3
+        assert max(lengths) > 3 * min(lengths)
+        (before,), (after,) = ([line for line in metrics(run) if f"{split}_loss" in line] for run in (one, two))
+        for metric in ("loss", "rouge-1", "rouge-l", "bleu-4"):
+            assert after[f"{split}_{metric}"] == pytest.approx(before[f"{split}_{metric}"], abs=1e-4), metric

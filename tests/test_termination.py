@@ -14,9 +14,9 @@ import torch
 from glm_edge_ft.training.checkpoints import find_checkpoints
 from glm_edge_ft.training.termination import Terminated, Termination
 from tests.conftest import TokenizerMaker
-from tests.launch import Started, start
+from tests.launch import ZERO_3, Started, launch, start
 from tests.model_folders import save_model_folder
-from tests.runs import assert_same_bits, do_run, losses, metrics, write_chat_data
+from tests.runs import LORA, assert_same_bits, do_run, losses, metrics, write_chat_data
 
 # Endless, unless it is stopped; the learning rate does not depend on the number of steps.
 ENDLESS: dict[str, Any] = {
@@ -104,6 +104,24 @@ def test_the_evaluation_after_training_is_broken_off_and_done_again(folder: Path
     assert [line["step"] for line in metrics(output) if "test_loss" in line] == [2]
 
 
+@pytest.mark.parametrize("mode", ["zero3", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_two_processes_stop_together(folder: Path, mode: str) -> None:
+    """torchrun hands the signal on; the checkpoint is whole, one of them speaks, and going on equals one process."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
+    output, data, model = folder / "stopped", folder / "data", folder / "model"
+    settings = {**ENDLESS, "peft": LORA | {"lora_dropout": 0.0}}
+    shared = settings | {"per_device_train_batch_size": 2} | ({"deepspeed": ZERO_3} if mode == "zero3" else {})
+    run = start(output, data, model, processes=2, **shared)
+    run.wait_until(has_logged(output, 3), "step 3")
+    run.process.terminate()
+    step = saved_step(run, output)
+    launch(output, data, model, processes=2, resume="yes", **(shared | {"max_steps": step + 2}))
+    one = do_run(folder / "one", data, model, **(settings | {"max_steps": step + 2}))
+    assert sorted(losses(output)) == list(range(1, step + 3))
+    for number, (loss, *_) in losses(one).items():
+        assert losses(output)[number][0] == pytest.approx(loss, abs=1e-4), number
+
+
 def test_before_training_the_run_ends_at_once() -> None:
     """There is nothing to save."""
     with pytest.raises(Terminated, match="before training began; there was nothing to save"), Termination():
@@ -124,10 +142,15 @@ def test_a_forked_process_dies_of_the_signal_as_ever() -> None:
     """It must neither save nor speak for the run."""
     with Termination() as termination:
         termination.defer(torch.device("cpu"))
+        ready, say_ready = os.pipe()  # Python drops signals that reach a child before it is set up
         child = os.fork()
         if child == 0:
-            signal.pause()
-            os._exit(0)
+            try:
+                os.write(say_ready, b"x")
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.read(ready, 1)
         os.kill(child, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
         assert not termination.agreed()

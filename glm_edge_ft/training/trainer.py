@@ -17,8 +17,10 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Seq2SeqTrainer, TrainerState
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -28,6 +30,7 @@ from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan
 from glm_edge_ft.training.loss import IGNORED_LABEL
 from glm_edge_ft.training.processes import ONE_PROCESS, Processes, write_processes
 from glm_edge_ft.training.prompt import prompt_from_weights
+from glm_edge_ft.training.shares import load_shares
 from glm_edge_ft.training.termination import Terminated, Termination
 
 _NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the uninterrupted run"
@@ -384,11 +387,14 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Load the weights and the state of a finished run's checkpoint, to evaluate it without training."""
-        self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         best = self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and best is not None and Path(best).is_dir():
-            self._load_best_model()
+        keeps_best = self.args.load_best_model_at_end and best is not None and Path(best).is_dir()
+        source = Path(best) if keeps_best and best is not None else checkpoint
+        if is_deepspeed_zero3_enabled() and not isinstance(self.model, PeftModel):
+            load_shares(self.model, source)
+        else:
+            self._load_from_checkpoint(str(source))
 
     def final_step(self) -> int:
         """Return the step whose weights the model holds after training: the best one's where the best is loaded."""
