@@ -18,7 +18,7 @@ def load_shares(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         RunStopped: a weight of the model is not there.
     """
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight is saved under one of its names
     read: set[int] = set()

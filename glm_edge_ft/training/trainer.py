@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Seq2SeqTrainer, TrainerState
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -395,6 +395,11 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             load_shares(self.model, source)
         else:
             self._load_from_checkpoint(str(source))
+        if is_deepspeed_zero3_enabled():
+            deepspeed_init(self, num_training_steps=0, inference=True)
+            self.model_wrapped = self.deepspeed = self.accelerator.prepare(self.model)
+        else:  # each process holds the whole model; DeepSpeed evaluates none but shared ones
+            self.is_deepspeed_enabled = False
 
     def final_step(self) -> int:
         """Return the step whose weights the model holds after training: the best one's where the best is loaded."""
