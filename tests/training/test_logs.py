@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-from glm_edge_ft.training.logs import cut_back, format_comparison
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from glm_edge_ft.training.logs import RunLog, cut_back, format_comparison
 
 
 def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(tmp_path: Path) -> None:
@@ -48,3 +52,16 @@ def test_there_is_no_table_without_two_evaluations() -> None:
     only = {"step": 6, "eval_loss": 1.0}
     assert format_comparison([only], only) == ""
     assert format_comparison([], None) == ""
+
+
+def test_the_log_line_tells_where_the_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Step, loss, learning rate, gradient norm, tokens per second and the time left, on one line."""
+    log = RunLog(tmp_path, "title", show=True)
+    arguments = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, report_to="none")
+    state, control = TrainerState(max_steps=100), TrainerControl()
+    log.on_train_begin(arguments, state, control)
+    state.global_step = 10
+    logs = {"loss": 2.5, "learning_rate": 1e-4, "grad_norm": 0.75, "tokens_per_second": 12345.6}
+    log.on_log(arguments, state, control, logs)
+    line = r"step  10/100  loss 2\.5000  lr 1\.00e-04  grad 0\.75  12,346 tokens/s  left [\d:]+:\d\d\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
