@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterable
 
 from glm_edge_ft.errors import Problem
-
-SECONDS_FOR_TORCHRUN = 2.0
-"""In which torchrun, which looks at its processes ten times a second, sees that one has ended and ends the others."""
-SECONDS_FOR_RANK_0 = 10.0
-"""In which rank 0 fails as the others did, where the reason is common to all."""
+from glm_edge_ft.node import is_first_to_say
 
 
 def is_main_process() -> bool:
@@ -45,17 +40,13 @@ def show_problems(problems: Iterable[Problem], outcome: str = "; nothing was tra
 
 
 def show_failure(text: str, may_follow_another: bool = False) -> None:
-    """Print on stderr why this process ends, once for all ranks that fail alike, and also where one fails alone.
-
-    Rank 0 speaks for all. Another rank waits first: where rank 0 fails as well, torchrun ends the others meanwhile; one
-    that is still there stands alone, and says so with its number.
+    """Print on stderr why this process ends: once for all ranks of a machine that fail alike, by the first of them.
 
     Args:
-        text: what to print.
-        may_follow_another: whether the failure may be another rank's, seen from here, such as a lost connection. Rank 0
-            then waits too, a shorter time, in which torchrun ends it.
+        text: what to print; a line with the number of the rank follows, unless it is 0.
+        may_follow_another: whether the failure may be another rank's, seen from here, such as a lost connection.
+            Nothing is printed then where another has failed before.
     """
-    rank = os.environ.get("RANK", "0")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        time.sleep(SECONDS_FOR_RANK_0 if rank != "0" else SECONDS_FOR_TORCHRUN if may_follow_another else 0)
-    print(text if rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)
+    if is_first_to_say(text, of_all=may_follow_another):
+        end = "" if is_main_process() else f"\n(rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')})"
+        print(f"{text}{end}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -41,8 +42,7 @@ def shared_on_node(name: str, folder: Path, work: Callable[[], Any]) -> Any:
     """
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
         return work()
-    launch = "-".join(os.environ.get(variable, "") for variable in _LAUNCH_VARIABLES)
-    path = folder / f"{name}-{uuid.uuid5(uuid.NAMESPACE_OID, launch).hex}.json"
+    path = folder / f"{name}-{_launch_id()}.json"
     if not is_first_of_node():
         return wait_for(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
     result = work()
@@ -51,3 +51,32 @@ def shared_on_node(name: str, folder: Path, work: Callable[[], Any]) -> Any:
     written.write_text(json.dumps(result), encoding="utf-8")
     written.replace(path)
     return result
+
+
+def is_first_to_say(text: str, of_all: bool = False) -> bool:
+    """Return whether this process is the first of its machine to say `text`, or anything at all; note that it did.
+
+    Notes are empty files in the system's temporary folder.
+
+    Args:
+        text: what is to be said.
+        of_all: whether anything that was said before counts.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+        return True
+    folder = Path(tempfile.gettempdir()) / f"glm_edge_ft-{_launch_id(str(os.getppid()))}"  # torchrun's number, too
+    try:
+        folder.mkdir(exist_ok=True)
+        if of_all and any(folder.iterdir()):
+            return False
+        (folder / ("any" if of_all else uuid.uuid5(uuid.NAMESPACE_OID, text).hex)).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk: rather twice than never
+        return True
+    return True
+
+
+def _launch_id(*more: str) -> str:
+    launch = "-".join([*(os.environ.get(variable, "") for variable in _LAUNCH_VARIABLES), *more])
+    return uuid.uuid5(uuid.NAMESPACE_OID, launch).hex

@@ -63,21 +63,21 @@ def fail(folder: Path, kind: str, who: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("input", "rank 1: error: 1 problem in the input\ncat.png: is no image\n    -> replace it\n"),
-        ("stop", "rank 1: stopped: the loss is nan\n"),
-        ("crash", "error: unexpected ZeroDivisionError: division by zero\n"),
+        ("input", "error: 1 problem in the input\ncat.png: is no image\n    -> replace it\n(rank 1 of 2)\n"),
+        ("stop", "stopped: the loss is nan\n(rank 1 of 2)\n"),
+        ("crash", "error: unexpected ZeroDivisionError: division by zero\n(rank 1 of 2)\n"),
     ],
 )
 def test_a_rank_that_fails_alone_ends_all_with_its_message(tmp_path: Path, kind: str, message: str) -> None:
     """T7: rank 0, whose connection to it is lost, adds none of its own."""
     said = fail(tmp_path, kind, "one")
     assert said.count(message) == 1
-    assert said.count("rank 1: ") == 1
     assert "Connection closed" not in said
 
 
-def test_what_all_ranks_have_in_common_is_said_once(tmp_path: Path) -> None:
-    """T7: by rank 0."""
-    said = fail(tmp_path, "input", "all")
-    assert said.count("error: 1 problem in the input") == 1
-    assert "rank 1: " not in said
+@pytest.mark.parametrize(
+    ("kind", "message"), [("input", "error: 1 problem in the input"), ("crash", "error: unexpected")]
+)
+def test_what_all_ranks_have_in_common_is_said_once(tmp_path: Path, kind: str, message: str) -> None:
+    """T7: whichever of them comes first."""
+    assert fail(tmp_path, kind, "all").count(message) == 1
