@@ -388,6 +388,8 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     def restore(self, checkpoint: Path) -> None:
         """Load the weights and the state of a finished run's checkpoint, to evaluate it without training."""
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self.state.is_local_process_zero = self.is_local_process_zero()  # rank 0 wrote the state of all
+        self.state.is_world_process_zero = self.is_world_process_zero()
         best = self.state.best_model_checkpoint
         keeps_best = self.args.load_best_model_at_end and best is not None and Path(best).is_dir()
         source = Path(best) if keeps_best and best is not None else checkpoint
