@@ -171,7 +171,7 @@ def test_deepspeed_works_in_one_process_that_torchrun_did_not_start(runs: Runs, 
     assert_close(runs("lora", "one"), alone)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])
 def test_replies_of_very_different_length_are_counted_once(folder: Path, mode: str) -> None:
     """T6: two processes, three rows each of dev and test data; the same files and metrics as one process gives."""
     data = folder / "lengths"
