@@ -6,10 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from glm_edge_ft.training.logs import RunLog, cut_back, format_comparison
+from glm_edge_ft.training.logs import RunLog, cut_back, format_comparison, peak_memory
 
 
 def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(tmp_path: Path) -> None:
@@ -55,7 +57,7 @@ def test_there_is_no_table_without_two_evaluations() -> None:
 
 
 def test_the_log_line_tells_where_the_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Step, loss, learning rate, gradient norm, tokens per second and the time left, on one line."""
+    """Step, loss, learning rate, gradient norm, tokens per second and the time left; the file has the memory too."""
     log = RunLog(tmp_path, "title", show=True)
     arguments = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, report_to="none")
     state, control = TrainerState(max_steps=100), TrainerControl()
@@ -63,5 +65,20 @@ def test_the_log_line_tells_where_the_run_is(tmp_path: Path, capsys: pytest.Capt
     state.global_step = 10
     logs = {"loss": 2.5, "learning_rate": 1e-4, "grad_norm": 0.75, "tokens_per_second": 12345.6}
     log.on_log(arguments, state, control, logs)
+    written = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8"))
+    assert isinstance(written.pop("peak_memory_bytes"), int)
+    assert written == {"step": 10, **logs}
     line = r"step  10/100  loss 2\.5000  lr 1\.00e-04  grad 0\.75  12,346 tokens/s  left [\d:]+:\d\d\n"
     assert re.fullmatch(line, capsys.readouterr().out)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the peak is the GPU's")
+def test_the_peak_of_memory_stays_after_what_made_it_is_gone() -> None:
+    """300 MB held for a moment, in bytes."""
+    before = psutil.Process().memory_info().rss
+    held = b"x" * 300_000_000
+    length = len(held)
+    del held
+    peak = peak_memory()
+    assert peak is not None
+    assert peak > 0.95 * (before + length)
