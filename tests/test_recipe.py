@@ -570,7 +570,14 @@ def test_nothing_asks_for_a_login(run: Run) -> None:
 
 
 def test_tensorboard_works_with_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`report_to: tensorboard` writes its events."""
+    """`report_to: tensorboard` writes what metrics.jsonl has, read back as TensorBoard reads it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    run(max_steps=2, report_to="tensorboard", save_strategy="no")
-    assert list((tmp_path / "events").rglob("events.out.tfevents*"))
+    output = run(max_steps=2, report_to="tensorboard", save_strategy="no")
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert shown == pytest.approx({step: loss for step, (loss, _, _) in losses(output).items()})
+    assert list(shown) == [1, 2]
+    assert {"train/learning_rate", "train/grad_norm", "train/tokens_per_second"} <= set(events.Tags()["scalars"])
