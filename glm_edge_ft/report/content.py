@@ -6,6 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ MAXIMUM_POINTS = 1500
 """Points of one curve; more of them than the screen has pixels show nothing."""
 MAXIMUM_ROWS = 1000
 """Rows of one predictions file: the best and the worst halves of more."""
+MAXIMUM_ROWS_IN_ALL = 8000
+"""Rows of the page: where it has more files than fit with MAXIMUM_ROWS each, every file gets fewer of them."""
+MINIMUM_ROWS = 50
 MAXIMUM_CHARACTERS = 4000
 MAXIMUM_IMAGES = 400
 THUMBNAIL_PIXELS = 160
@@ -25,14 +29,15 @@ _PREFIXES = ("eval", "test")
 
 
 def build_content(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Return the data of the page: `runs`, each with curves, evaluations and predictions, and the `images` they share.
+    """Return the data of the page: `runs`, each with curves, evaluations and predictions, and what they share.
 
     Every number is finite or None. A row of predictions is
-    `[place, prompt, reference, prediction, [scores in the order of "metrics"], [numbers in "images"]]`.
+    `[place, prompt, reference, prediction, [scores in the order of "metrics"], [numbers in "images"]]`, the first four
+    as numbers in "texts": each evaluation of a run repeats all prompts and references.
     """
-    thumbnails = _Thumbnails()
-    described = [_describe(run, name, thumbnails) for run, name in zip(runs, _names(runs), strict=True)]
-    return {"metrics": METRIC_NAMES, "runs": described, "images": thumbnails.urls}
+    shared = _Shared.for_files(sum(len(run.predictions) for run in runs))
+    described = [_describe(run, name, shared) for run, name in zip(runs, _names(runs), strict=True)]
+    return {"metrics": METRIC_NAMES, "runs": described, "texts": list(shared.texts), "images": shared.thumbnails.urls}
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
@@ -47,9 +52,9 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
     return names
 
 
-def _describe(run: RunFolder, name: str, thumbnails: _Thumbnails) -> dict[str, Any]:
-    notes = list(run.notes)
-    files = [_describe_file(file, thumbnails, notes) for file in run.predictions]
+def _describe(run: RunFolder, name: str, shared: _Shared) -> dict[str, Any]:
+    notes, thumbnails = list(run.notes), shared.thumbnails
+    files = [_describe_file(file, shared, notes) for file in run.predictions]
     if thumbnails.missing:
         notes.append(Note("images_missing", (str(len(thumbnails.missing)), sorted(thumbnails.missing)[0])))
         thumbnails.missing.clear()
@@ -71,19 +76,28 @@ def curves(log_lines: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
     """Return the points `[step, value]` of every key that training logs over its steps, by step.
 
     Where a step comes twice, the later line counts, as in `loss.png`. Curves of more than `MAXIMUM_POINTS` are thinned
-    out evenly; their last point stays.
+    out: of each stretch its lowest and its highest point stay, so that one spike of a long run is seen.
     """
     keys = ["loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"]
     keys += [f"eval_{name}" for name in ("loss", *METRIC_NAMES)]
     drawn = {}
     for key in keys:
         values = {line["step"]: line[key] for line in log_lines if _is_number(line.get(key)) and _is_step(line)}
-        points = [[step, values[step]] for step in sorted(values)]
-        stride = -(-len(points) // MAXIMUM_POINTS) or 1
-        kept = points[::-stride][::-1]
-        if kept:
-            drawn[key] = kept
+        if values:
+            drawn[key] = _thinned([[step, values[step]] for step in sorted(values)])
     return drawn
+
+
+def _thinned(points: list[list[float]]) -> list[list[float]]:
+    """Return at most MAXIMUM_POINTS of the points, the first and the last among them."""
+    if len(points) <= MAXIMUM_POINTS:
+        return points
+    stretches = MAXIMUM_POINTS // 2 - 1
+    kept = {0, len(points) - 1}
+    for number in range(stretches):
+        stretch = range(len(points) * number // stretches, len(points) * (number + 1) // stretches)
+        kept |= {choose(stretch, key=lambda index: points[index][1]) for choose in (min, max)}
+    return [points[index] for index in sorted(kept)]
 
 
 def evaluations(log_lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,24 +128,25 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _describe_file(file: PredictionFile, thumbnails: _Thumbnails, notes: list[Note]) -> dict[str, Any]:
+def _describe_file(file: PredictionFile, shared: _Shared, notes: list[Note]) -> dict[str, Any]:
     rows = list(file.rows)
-    if len(rows) > MAXIMUM_ROWS:
+    if len(rows) > shared.rows_of_a_file:
         order = sorted(range(len(rows)), key=lambda index: _score(rows[index], CAPPED_BY) or 0.0)
-        half = MAXIMUM_ROWS // 2
+        half = shared.rows_of_a_file // 2
         rows = [rows[index] for index in sorted(order[:half] + order[-half:])]
         notes.append(Note("rows_capped", (file.name, str(len(rows)), str(len(file.rows)), str(half))))
-    return {"name": file.name, "rows": [_describe_row(row, thumbnails) for row in rows]}
+    return {"name": file.name, "rows": [_describe_row(row, shared) for row in rows]}
 
 
-def _describe_row(row: dict[str, Any], thumbnails: _Thumbnails) -> list[Any]:
+def _describe_row(row: dict[str, Any], shared: _Shared) -> list[Any]:
     place = ":".join(str(row[key]) for key in ("file", "line", "turn") if key in row)
     prompt = str(row.get("prompt") or "")
     prompt = prompt if len(prompt) <= MAXIMUM_CHARACTERS else "… " + prompt[-MAXIMUM_CHARACTERS:]
     images = row.get("images")
-    numbers = [thumbnails.add(path) for path in images if isinstance(path, str)] if isinstance(images, list) else []
+    paths = [path for path in images if isinstance(path, str)] if isinstance(images, list) else []
+    texts = (place, prompt, _shorten(row["reference"]), _shorten(row["prediction"]))
     scores = [_score(row, name) for name in METRIC_NAMES]
-    return [place, prompt, _shorten(row["reference"]), _shorten(row["prediction"]), scores, numbers]
+    return [*map(shared.number, texts), scores, [shared.thumbnails.add(path) for path in paths]]
 
 
 def _score(row: dict[str, Any], name: str) -> float | None:
@@ -178,3 +193,19 @@ class _Thumbnails:
         image.save(file, "JPEG", quality=80)
         self.urls.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
         return len(self.urls) - 1
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the files of predictions share: the number of each text, the pictures, how many rows a file may have."""
+
+    rows_of_a_file: int
+    texts: dict[str, int] = field(default_factory=dict)
+    thumbnails: _Thumbnails = field(default_factory=_Thumbnails)
+
+    @classmethod
+    def for_files(cls, files: int) -> _Shared:
+        return cls(min(MAXIMUM_ROWS, max(MINIMUM_ROWS, MAXIMUM_ROWS_IN_ALL // max(files, 1))))
+
+    def number(self, text: str) -> int:
+        return self.texts.setdefault(text, len(self.texts))

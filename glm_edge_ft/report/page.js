@@ -290,9 +290,12 @@ function dataReports() {
 
 // ---- predictions ----
 
-const ROWS = RUNS.flatMap((run, runIndex) => run.files.flatMap((file) => file.rows.map((row) => (
-  { run: runIndex, file: file.name, place: row[0], prompt: row[1], reference: row[2], prediction: row[3], scores: row[4], images: row[5],
-    text: [row[0], row[1], row[2], row[3]].join("\n").toLowerCase() }))));
+const LOWER = [];  // of DATA.texts, for the search; made when it is first used
+const lower = (number) => (LOWER[number] ??= DATA.texts[number].toLowerCase());
+const ROWS = RUNS.flatMap((run, runIndex) => run.files.flatMap((file) => file.rows.map((row) => {
+  const [place, prompt, reference, prediction] = row.slice(0, 4).map((number) => DATA.texts[number]);
+  return { run: runIndex, file: file.name, place, prompt, reference, prediction, scores: row[4], images: row[5], texts: row.slice(0, 4) };
+})));
 const words = (text) => text.match(/[\p{L}\p{N}_](?:(?![\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff])[\p{L}\p{N}_'])*|\s+|[^]/gu) || [];
 function difference(first, second) {
   // The longest common subsequence of words, of characters where the script has no spaces; null where that is too slow.
@@ -335,7 +338,7 @@ function pair(row) {
 }
 function selected() {
   const wanted = view.search.trim().toLowerCase(), at = DATA.metrics.indexOf(view.metric);
-  const rows = ROWS.filter((row) => (!view.file || row.file === view.file) && (view.run === "" || row.run === Number(view.run)) && row.text.includes(wanted));
+  const rows = ROWS.filter((row) => (!view.file || row.file === view.file) && (view.run === "" || row.run === Number(view.run)) && (!wanted || row.texts.some((number) => lower(number).includes(wanted))));
   if (view.order === "order") return rows;
   const sign = view.order === "best" ? -1 : 1, missing = sign * Infinity;  // rows without a score come last
   const score = (row) => row.scores[at] ?? missing;

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from glm_edge_ft import __main__ as tool
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.report import report, write_report
-from glm_edge_ft.report.content import MAXIMUM_POINTS, MAXIMUM_ROWS, curves
+from glm_edge_ft.report.content import MAXIMUM_POINTS, MAXIMUM_ROWS, MAXIMUM_ROWS_IN_ALL, curves
 from glm_edge_ft.report.reading import read_run
 from tests.report.runs import LOG, SCRIPT, lines, prediction, read_page, write_run
 from tests.vision_folders import draw
@@ -29,6 +29,11 @@ def page_of(*folders: Path, out: Path) -> dict[str, Any]:
     """Write a page and return its data."""
     write_report(folders, out, "both")
     return read_page(out)[1]
+
+
+def texts(content: dict[str, Any], rows: list[list[Any]]) -> list[list[str]]:
+    """Return place, prompt, reference and prediction of rows, which name them by number."""
+    return [[content["texts"][number] for number in row[:4]] for row in rows]
 
 
 def notes(content: dict[str, Any], run: int = 0) -> list[list[str]]:
@@ -65,8 +70,8 @@ def test_text_of_the_data_is_never_markup(tmp_path: Path) -> None:
     assert reader.elements.count("script") == 2
     assert "b" not in reader.elements
     assert "<b>run" not in (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert content["runs"][0]["files"][0]["rows"][0][1] == nasty.replace("\ud800", "?")
-    assert content["runs"][0]["files"][0]["rows"][0][3] == nasty.replace("\ud800", "?")
+    (shown,) = texts(content, content["runs"][0]["files"][0]["rows"])
+    assert (shown[1], shown[3]) == (nasty.replace("\ud800", "?"),) * 2
     assert not set("<>&\u2028\u2029") & set(reader.json)
 
 
@@ -90,14 +95,15 @@ def test_the_rows_are_those_of_the_predictions(tmp_path: Path) -> None:
     files = {"eval-120": ROWS, "eval-40": ROWS[:1], "test-120": ROWS}
     content = page_of(write_run(tmp_path / "run", files), out=tmp_path / "page.html")
     assert [file["name"] for file in content["runs"][0]["files"]] == ["eval-40", "eval-120", "test-120"]
-    assert content["runs"][0]["files"][1]["rows"][1] == [
-        "dev.jsonl:2:1",
-        "<|user|>\n问题2<|assistant|>",
-        "今天天气很好",
-        "今天下雨",
-        [30.0] * 5,
-        [],
-    ]
+    rows = content["runs"][0]["files"][1]["rows"]
+    assert texts(content, rows)[1] == ["dev.jsonl:2:1", "<|user|>\n问题2<|assistant|>", "今天天气很好", "今天下雨"]
+    assert rows[1][4:] == [[30.0] * 5, []]
+
+
+def test_a_text_stands_once_however_many_files_repeat_it(tmp_path: Path) -> None:
+    """Each evaluation of a run has the same prompts and references; here one reply equals its reference as well."""
+    content = page_of(write_run(tmp_path / "run", {"eval-0": ROWS, "eval-20": ROWS}), out=tmp_path / "page.html")
+    assert len(content["texts"]) == len(set(content["texts"])) == 6
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
@@ -129,9 +135,29 @@ def test_of_many_rows_the_worst_and_the_best_are_kept(tmp_path: Path) -> None:
     rows = [prediction(line, "a", 100 * line / count) for line in range(count)]
     content = page_of(write_run(tmp_path / "run", {"eval-20": rows}), out=tmp_path / "page.html")
     half = MAXIMUM_ROWS // 2
-    kept = [row[0] for row in content["runs"][0]["files"][0]["rows"]]
+    kept = [row[0] for row in texts(content, content["runs"][0]["files"][0]["rows"])]
     assert kept == [f"dev.jsonl:{line}:1" for line in [*range(half), *range(count - half, count)]]
     assert notes(content) == [["rows_capped", "eval-20", str(MAXIMUM_ROWS), str(count), str(half)]]
+
+
+def test_many_files_have_fewer_rows_each(tmp_path: Path) -> None:
+    """Forty evaluations of a hundred rows fit; of a thousand they would make a page that no mail takes."""
+    rows = [prediction(line, f"{line} " * 100, 0.0) for line in range(1000)]
+    files = {f"eval-{step}": rows for step in range(40)}
+    target = tmp_path / "page.html"
+    content = page_of(write_run(tmp_path / "run", files), out=target)
+    assert {len(file["rows"]) for file in content["runs"][0]["files"]} == {MAXIMUM_ROWS_IN_ALL // 40}
+    assert len(notes(content)) == 40
+    assert target.stat().st_size < 2_000_000
+
+
+def test_a_spike_of_a_long_curve_is_kept() -> None:
+    """One step of 20,000 whose loss jumped."""
+    log = [{"step": step, "loss": 50.0 if step == 12_345 else 1.0 + step % 7} for step in range(20_000)]
+    points = curves(log)["loss"]
+    assert len(points) <= MAXIMUM_POINTS
+    assert [12_345, 50.0] in points
+    assert points[0] == [0, 1.0]
 
 
 def test_long_curves_are_thinned_out_to_their_last_point() -> None:
