@@ -137,7 +137,8 @@ def _read_predictions(folder: Path, notes: list[Note]) -> tuple[PredictionFile, 
     read = []
     for path in files:
         rows, broken = [], 0
-        for line in path.read_bytes().split(b"\n"):
+        *whole, torn = path.read_bytes().split(b"\n")  # the last one is empty, or just being written
+        for line in [*whole, torn] if _parse(torn) else whole:
             if line.strip():
                 row = _parse(line)
                 rows += [row] if row is not None else []

@@ -183,7 +183,17 @@ def test_a_run_that_is_still_going_gives_a_page(tmp_path: Path) -> None:
     content = page_of(run, out=tmp_path / "page.html")
     assert content["runs"][0]["curves"]["loss"] == [[10, 4.5], [20, 3.25]]
     assert len(content["runs"][0]["files"][0]["rows"]) == 2
-    assert notes(content) == [["unfinished", "20 / 20"], ["broken_lines", "predictions/eval-20.jsonl", "1"]]
+    assert notes(content) == [["unfinished", "20 / 20"]]
+
+
+def test_broken_lines_among_the_predictions_are_counted(tmp_path: Path) -> None:
+    """Something else than an object, an object without a reply; not the last line, which is still being written."""
+    run = write_run(tmp_path / "run", {"eval-20": ROWS})
+    path = run / "predictions/eval-20.jsonl"
+    path.write_text('[1]\n{"reference": "a"}\n' + path.read_text(encoding="utf-8") + "{", encoding="utf-8")
+    content = page_of(run, out=tmp_path / "page.html")
+    assert len(content["runs"][0]["files"][0]["rows"]) == 2
+    assert notes(content) == [["broken_lines", "predictions/eval-20.jsonl", "2"]]
 
 
 @pytest.mark.parametrize(

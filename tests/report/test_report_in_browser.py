@@ -70,6 +70,15 @@ def test_a_complaint_would_be_heard(opened: Page) -> None:
     assert "louder" in "".join(opened.complaints)
 
 
+def test_no_other_script_would_run(opened: Page) -> None:
+    """Markup that came in after all, which it should not, is kept from running by the page's policy."""
+    opened.evaluate("document.body.insertAdjacentHTML('beforeend', '<button onclick=\"window.ran = 1\">')")
+    opened.evaluate("document.querySelector('body > button').click()")
+    opened.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.ran = 2'}))")
+    assert opened.evaluate("window.ran === undefined") is True
+    assert sum("Content Security Policy" in complaint for complaint in opened.complaints) >= 2
+
+
 def test_curves_of_all_runs_are_drawn(opened: Page) -> None:
     """Loss has train and dev of both runs, the learning rate one line each; a pointer over it shows the values."""
     counts = opened.evaluate(
