@@ -25,7 +25,7 @@ from glm_edge_ft.memory_check import estimate_states
 from glm_edge_ft.model.loading import ModelLocation, locate_model
 from glm_edge_ft.node import is_first_of_node, wait_for
 from glm_edge_ft.resume_check import compare_with_checkpoint
-from glm_edge_ft.training.checkpoints import ResumePlan, find_checkpoints, resolve_resume
+from glm_edge_ft.training.checkpoints import RUN_RECORD, ResumePlan, find_checkpoints, resolve_resume
 from glm_edge_ft.training.processes import Processes, plan_processes
 from glm_edge_ft.vision_check import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
 
@@ -157,7 +157,7 @@ def _check_output_dir(output_dir: Path, data_dir: Path, location: ModelLocation 
         if model == target or target in model.parents:
             what = f"{output_dir} holds MODEL {location.name}, which the run would move or write over"
             return [Problem(where, what, "name another folder")]
-    is_run = (output_dir / "run.json").is_file() or bool(find_checkpoints(output_dir))
+    is_run = (output_dir / RUN_RECORD).is_file() or bool(find_checkpoints(output_dir))
     if not is_run and any(output_dir.glob("*model*.safetensors")):
         what = f"{output_dir} holds a model that no run of this toolkit left there"
         return [Problem(where, what, "name another folder, so that it is not written over")]

@@ -20,7 +20,14 @@ from glm_edge_ft.errors import UserError
 from glm_edge_ft.memory_check import advise, describe_memory, look_at_memory, run_memory_facts
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
 from glm_edge_ft.run_record import describe_model, model_facts, run_title, write_json, write_run_record
-from glm_edge_ft.training.checkpoints import set_aside, set_aside_earlier_run
+from glm_edge_ft.training.checkpoints import (
+    CURVE_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FOLDER,
+    RUN_RECORD,
+    set_aside,
+    set_aside_earlier_run,
+)
 from glm_edge_ft.training.termination import Terminated, Termination
 
 if TYPE_CHECKING:
@@ -121,7 +128,7 @@ def train(prepared: Prepared, termination: Termination) -> None:
 
 def train_and_evaluate(trainer: GlmEdgeTrainer, plan: Plan, evaluations: Mapping[str, EvaluationData]) -> None:
     """Take the steps that are left, save the final model and evaluate it."""
-    from glm_edge_ft.training.logs import METRICS_FILE, forget_evaluations
+    from glm_edge_ft.training.logs import forget_evaluations
 
     finished = plan.resume.path is not None and not trainer.has_steps_left(plan.resume.path)
     if finished:
@@ -278,7 +285,7 @@ def evaluate(trainer: GlmEdgeTrainer, evaluations: Mapping[str, EvaluationData],
 
 def show_results(trainer: GlmEdgeTrainer, plan: Plan) -> None:
     """Print the metrics before and after, and the names of what was written."""
-    from glm_edge_ft.training.logs import CURVE_FILE, METRICS_FILE, format_comparison
+    from glm_edge_ft.training.logs import format_comparison
 
     table = format_comparison(trainer.state.log_history, trainer.best_or_last_evaluation())
     if table and trainer.args.eval_strategy != "no":
@@ -288,7 +295,7 @@ def show_results(trainer: GlmEdgeTrainer, plan: Plan) -> None:
         "final model": folder,
         "metrics": folder / METRICS_FILE,
         "curve": folder / CURVE_FILE,
-        "predictions": folder / "predictions",
-        "record of the run": folder / "run.json",
+        "predictions": folder / PREDICTIONS_FOLDER,
+        "record of the run": folder / RUN_RECORD,
     }
     show("\n" + "\n".join(f"{label + ':':<19}{path}" for label, path in names.items() if path.exists()))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import Problem
+from glm_edge_ft.training.checkpoints import RUN_RECORD
 from glm_edge_ft.training.processes import Processes, read_processes
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def compare_with_checkpoint(
     problems = _compare_adapters(checkpoint, _read(checkpoint / "adapter_config.json"), adapter)
     before = read_processes(checkpoint)
     problems += compare_processes(checkpoint, before, processes, is_adapter=adapter is not None)
-    record = _read(checkpoint.parent / "run.json")
+    record = _read(checkpoint.parent / RUN_RECORD)
     if record is None:
         return problems, []
     again = "write the old value, or start afresh (RESUME no)"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import is_main_process
 from glm_edge_ft.memory_check import format_bytes, memory_facts
+from glm_edge_ft.training.checkpoints import RUN_RECORD
 
 if TYPE_CHECKING:
     from glm_edge_ft.preflight import Prepared
@@ -37,7 +38,7 @@ def write_run_record(prepared: Prepared) -> None:
         "data": {split: _data_facts(prepared, split) for split in prepared.datasets},
         "versions": versions,
     }
-    write_json(plan.output_dir / "run.json", record)
+    write_json(plan.output_dir / RUN_RECORD, record)
 
 
 def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:

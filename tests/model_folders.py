@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 
-def tiny_config(vocab_size: int, pad: int, stops: list[int]) -> GlmConfig:
+def tiny_config(vocab_size: int, pad: int, stops: list[int], **widths: int) -> GlmConfig:
     """Return the config of GLM-Edge at small widths: full rotary, no attention bias, untied head."""
+    tiny: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     return GlmConfig(
         vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        **(tiny | widths),
         attention_bias=False,
         tie_word_embeddings=False,
         max_position_embeddings=8192,

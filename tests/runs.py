@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -142,3 +143,14 @@ def assert_same_bits(first: Path, second: Path) -> None:
     one, other = weights(first), weights(second)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_close(expected: Path, found: Path) -> None:
+    """Fail unless both runs logged the same losses and both folders hold the same weights, within 1e-4."""
+    assert losses(found).keys() == losses(expected).keys()
+    for step, (loss, *_) in losses(expected).items():
+        assert losses(found)[step][0] == pytest.approx(loss, abs=1e-4), step
+    one, other = weights(expected), weights(found)
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        torch.testing.assert_close(other[name], values, rtol=0, atol=1e-4, msg=name)

@@ -18,7 +18,7 @@ from glm_edge_ft.training.processes import PROCESSES_FILE, read_processes
 from tests.conftest import TokenizerMaker
 from tests.launch import ZERO_2, ZERO_3, launch
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, do_run, losses, metrics, weights, write_chat_data
+from tests.runs import LORA, PREFIX, assert_close, do_run, losses, metrics, weights, write_chat_data
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
 
@@ -70,17 +70,6 @@ def without_gathering() -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(Path(ZERO_3).read_text(encoding="utf-8"))
     del settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     return settings
-
-
-def assert_close(expected: Path, found: Path) -> None:
-    """Fail unless both runs logged the same losses and both folders hold the same weights, within 1e-4."""
-    assert losses(found).keys() == losses(expected).keys()
-    for step, (loss, *_) in losses(expected).items():
-        assert losses(found)[step][0] == pytest.approx(loss, abs=1e-4), step
-    one, other = weights(expected), weights(found)
-    assert one.keys() == other.keys()
-    for name, values in one.items():
-        torch.testing.assert_close(other[name], values, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(

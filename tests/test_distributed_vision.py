@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import Tokenizer
 
 from tests.launch import ZERO_3, launch
-from tests.runs import LORA, losses, weights
+from tests.runs import LORA, assert_close
 from tests.vision_folders import save_vision_folder, write_vision_data
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
@@ -50,9 +49,4 @@ def test_two_processes_train_the_model_of_one(folder: Path, peft: dict[str, Any]
         launch(one, data, model, per_device_train_batch_size=2, **settings)
     shared = {**settings, **MODES[mode], "per_device_train_batch_size": 1}
     two = launch(folder / f"{mode}-{kind}", data, model, processes=2, **shared)
-    for step, (loss, *_) in losses(one).items():
-        assert losses(two)[step][0] == pytest.approx(loss, abs=1e-4), step
-    expected, found = weights(one), weights(two)
-    assert expected.keys() == found.keys()
-    for name, values in expected.items():
-        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-4, msg=name)
+    assert_close(one, two)

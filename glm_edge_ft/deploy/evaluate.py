@@ -24,14 +24,18 @@ from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG
 from glm_edge_ft.preflight import Prepared
 from glm_edge_ft.recipe import build_collator, build_reply_tools, load_evaluations, make_output_dir, quiet_libraries
-from glm_edge_ft.training.checkpoints import find_checkpoints, move_aside
+from glm_edge_ft.training.checkpoints import (
+    METRICS_FILE,
+    PREDICTIONS_FOLDER,
+    RUN_RECORD,
+    find_checkpoints,
+    move_aside,
+)
 
 if TYPE_CHECKING:
     from glm_edge_ft.model.loading import Checkpoint
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
-METRICS_FILE = "metrics.jsonl"
-PREDICTIONS = "predictions"
 PREFIX = "test"
 
 
@@ -56,7 +60,7 @@ def evaluate(request: EvaluateRequest) -> None:
     quiet_libraries()
     opened = _open_all(sources, config, request)
     make_output_dir(request.out)
-    earlier = [request.out / name for name in (METRICS_FILE, PREDICTIONS) if (request.out / name).exists()]
+    earlier = [request.out / name for name in (METRICS_FILE, PREDICTIONS_FOLDER) if (request.out / name).exists()]
     if earlier:
         show_notice(f"what was in {request.out} now lies in {move_aside(request.out, earlier)}")
     measured = []
@@ -64,12 +68,12 @@ def evaluate(request: EvaluateRequest) -> None:
         show_notice(f"{request.data_file.name}: {remark}")
     for source, prepared, label in zip(sources, opened, _labels(sources), strict=True):
         metrics = _measure(prepared)
-        written = request.out / PREDICTIONS / f"{PREFIX}-0.jsonl"
+        written = request.out / PREDICTIONS_FOLDER / f"{PREFIX}-0.jsonl"
         written.replace(written.with_name(f"{label}.jsonl"))
         measured.append(metrics)
         _write_metrics(request, source, metrics)
     show(_table([source.name for source in sources], measured))
-    show(f"\nmetrics:     {request.out / METRICS_FILE}\npredictions: {request.out / PREDICTIONS}")
+    show(f"\nmetrics:     {request.out / METRICS_FILE}\npredictions: {request.out / PREDICTIONS_FOLDER}")
 
 
 def _check(request: EvaluateRequest) -> tuple[list[Source], RunConfig]:
@@ -107,7 +111,7 @@ def _check_data_file(path: Path) -> list[Problem]:
 def _check_out(out: Path) -> list[Problem]:
     if out.exists() and not out.is_dir():
         return [Problem(f"--out {out}", "is a file", "name a folder")]
-    if (out / "run.json").is_file() or find_checkpoints(out):
+    if (out / RUN_RECORD).is_file() or find_checkpoints(out):
         return [Problem(f"--out {out}", "is the output folder of a run", "name a folder of its own")]
     return []
 

@@ -15,9 +15,8 @@ from typing import Any
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.loading import ModelLocation, locate_model
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG, SavedAdapter, read_adapter
-from glm_edge_ft.training.checkpoints import find_checkpoints
+from glm_edge_ft.training.checkpoints import RUN_RECORD, find_checkpoints
 
-RUN_RECORD = "run.json"
 _SHOWN = 8
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _GIVE_BASE = "give it: --base MODEL"

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_edge_ft.deploy.evaluate import PREDICTIONS
-from glm_edge_ft.deploy.source import RUN_RECORD
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.training.curves import METRICS_FILE, read_metrics
+from glm_edge_ft.training.checkpoints import METRICS_FILE, PREDICTIONS_FOLDER, RUN_RECORD
+from glm_edge_ft.training.curves import read_metrics
 
 SECRETS = ("hub_token", "push_to_hub_token")
 """Training arguments that may hold a password, which no page for others may show."""
@@ -80,7 +79,7 @@ def read_run(folder: Path) -> RunFolder:
         planned = _as_dict(_as_dict(record.get("config")).get("training_args")).get("max_steps")
         is_known = isinstance(planned, int) and planned > 0
         notes.append(Note("unfinished", (f"{last} / {planned}" if is_known else str(last),)))
-    predictions = _read_predictions(folder / PREDICTIONS, notes)
+    predictions = _read_predictions(folder / PREDICTIONS_FOLDER, notes)
     return RunFolder(folder, log_lines, record, predictions, tuple(notes))
 
 
@@ -90,9 +89,9 @@ def _refuse_other_folders(folder: Path) -> None:
         raise UserError.single(where, "there is no such folder", "name the output_dir of a run")
     if not folder.is_dir():
         raise UserError.single(where, "is a file", f"name the run's folder: {folder.parent}")
-    if (folder / METRICS_FILE).is_file() or (folder / RUN_RECORD).is_file() or any(_files(folder / PREDICTIONS)):
+    if (folder / METRICS_FILE).is_file() or (folder / RUN_RECORD).is_file() or any(_files(folder / PREDICTIONS_FOLDER)):
         return
-    what = f"is no output folder of a run: it has no {RUN_RECORD}, no {METRICS_FILE}, no {PREDICTIONS}/*.jsonl"
+    what = f"is no output folder of a run: it has no {RUN_RECORD}, no {METRICS_FILE}, no {PREDICTIONS_FOLDER}/*.jsonl"
     is_checkpoint = _CHECKPOINT.fullmatch(folder.name)
     fix = f"name the folder of the whole run: {folder.parent}" if is_checkpoint else "name the output_dir of a run"
     raise UserError.single(where, what, fix)
@@ -144,7 +143,7 @@ def _read_predictions(folder: Path, notes: list[Note]) -> tuple[PredictionFile, 
                 rows += [row] if row is not None else []
                 broken += row is None
         if broken:
-            notes.append(Note("broken_lines", (f"{PREDICTIONS}/{path.name}", str(broken))))
+            notes.append(Note("broken_lines", (f"{PREDICTIONS_FOLDER}/{path.name}", str(broken))))
         if rows:
             read.append(PredictionFile(path.stem, tuple(rows)))
     if not read:

@@ -18,6 +18,10 @@ from pathlib import Path
 from glm_edge_ft.errors import UserError
 
 MANIFEST = "manifest.json"
+RUN_RECORD = "run.json"
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss.png"
+PREDICTIONS_FOLDER = "predictions"
 STAGING_FOLDER = ".saving"
 STATE_FILE = "trainer_state.json"
 RANDOM_STATE_PREFIX = "rng_state"
@@ -219,7 +223,7 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-RUN_FILES = ("checkpoint-*", STAGING_FOLDER, "predictions", "metrics.jsonl", "loss.png", "run.json")
+RUN_FILES = ("checkpoint-*", STAGING_FOLDER, PREDICTIONS_FOLDER, METRICS_FILE, CURVE_FILE, RUN_RECORD)
 """What a run leaves in its output folder besides the final model."""
 
 FINAL_MODEL_FILES = (
@@ -239,7 +243,7 @@ def set_aside_earlier_run(output_dir: Path) -> Path | None:
     Returns that folder, or None when no run was there. The final model is moved only where `run.json` shows that it
     is a run's: another file of the same name in a folder that the user chose is left alone.
     """
-    has_record = (output_dir / "run.json").is_file()
+    has_record = (output_dir / RUN_RECORD).is_file()
     if not has_record and not find_checkpoints(output_dir):
         return None
     patterns = RUN_FILES + (FINAL_MODEL_FILES if has_record else ())

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METRICS_FILE = "metrics.jsonl"
 TRAIN_COLOR = "#1f6fb2"
 EVAL_COLOR = "#d9480f"
 RATE_COLOR = "#4a5560"

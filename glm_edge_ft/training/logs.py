@@ -14,10 +14,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from glm_edge_ft.training.curves import METRICS_FILE, read_metrics, write_loss_curve
+from glm_edge_ft.training.checkpoints import CURVE_FILE, METRICS_FILE
+from glm_edge_ft.training.curves import read_metrics, write_loss_curve
 from glm_edge_ft.training.metrics import METRIC_NAMES
-
-CURVE_FILE = "loss.png"
 
 
 class RunLog(TrainerCallback):

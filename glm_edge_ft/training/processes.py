@@ -73,7 +73,7 @@ def read_processes(checkpoint: Path) -> Processes:
     try:
         return Processes(**json.loads((checkpoint / PROCESSES_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        pass
+        pass  # written before there were records, or broken: its files tell most of it
     random_states = len(list(checkpoint.glob("rng_state*.pth"))) or None
     if not any(checkpoint.glob("global_step*")):
         return Processes(random_states, None)

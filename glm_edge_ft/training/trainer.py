@@ -25,7 +25,13 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from glm_edge_ft.errors import RunStopped
-from glm_edge_ft.training.checkpoints import RANDOM_STATE_PREFIX, STATE_FILE, publish, staging_folder
+from glm_edge_ft.training.checkpoints import (
+    PREDICTIONS_FOLDER,
+    RANDOM_STATE_PREFIX,
+    STATE_FILE,
+    publish,
+    staging_folder,
+)
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches, start_loader_process
 from glm_edge_ft.training.loss import IGNORED_LABEL
 from glm_edge_ft.training.processes import ONE_PROCESS, Processes, write_processes
@@ -301,7 +307,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(data))
 
     def _predictions_file(self, prefix: str) -> Path:
-        return Path(self.args.output_dir) / "predictions" / f"{prefix}-{self.state.global_step}.jsonl"
+        return Path(self.args.output_dir) / PREDICTIONS_FOLDER / f"{prefix}-{self.state.global_step}.jsonl"
 
     # ---- checkpoints ----
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GlmConfig, GlmForCausalLM
+from transformers import GlmForCausalLM
 
 from glm_edge_ft.model.activations import BatchShape, StepFormats
 from glm_edge_ft.model.adapters import apply_adapter, freeze_vision
@@ -25,6 +25,7 @@ from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.model.vision_fixtures import Shape, released_config
+from tests.model_folders import tiny_config
 
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
 PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 16}
@@ -56,18 +57,14 @@ def build_model(name: str, formats: StepFormats) -> Any:
         fields = released_config(shape) | {"tie_word_embeddings": False}
         vision_model: Any = GlmEdgeVForCausalLM(GlmEdgeVConfig(**fields))
         return vision_model.to(formats.frozen)
-    config = GlmConfig(
-        vocab_size=16384,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        attention_bias=False,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
+    widths = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+    }
+    config = tiny_config(16384, 0, [0], **widths)
     model: Any = GlmForCausalLM(config)
     return model.to(formats.frozen)
 

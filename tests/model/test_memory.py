@@ -31,6 +31,7 @@ from glm_edge_ft.training.loss import install_supervised_loss
 from tests.conftest import TokenizerMaker
 from tests.model.measure_memory import CASES, FLOAT32, build_model
 from tests.model.measure_sharing import BATCH
+from tests.model_folders import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # DeepSpeed file → processes
@@ -163,19 +164,14 @@ def test_a_deepspeed_file_is_read_for_what_it_means() -> None:
 def model_folder(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: TokenizerMaker) -> Path:
     """Return a model of 640 MB in float32, saved in 16 bit as the released ones are."""
     folder = tmp_path_factory.mktemp("sharing") / "model"
-    config = GlmConfig(
-        vocab_size=8192,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=128,
-        attention_bias=False,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=[0],
-    )
+    widths = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "head_dim": 128,
+    }
+    config = tiny_config(8192, 0, [0], **widths)
     model: Any = GlmForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer("glm").save_pretrained(folder)
