@@ -10,6 +10,7 @@ from typing import Any
 from glm_edge_ft.config.document import Document, KeyPath, nearest
 from glm_edge_ft.config.schema import Field, Kind, TypeOption
 
+LARGEST_INTEGER = 2**63 - 1
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _EXPECTED = {
@@ -113,6 +114,8 @@ class _Coercion:
     def _number(self, value: float, path: KeyPath, options: tuple[TypeOption, ...]) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             raise self._mismatch(value, path, options)
+        if abs(value) > LARGEST_INTEGER and (isinstance(value, int) or _find(options, "int")):
+            raise Mismatch(path, f"{shown(value)} has more than the 64 bits of a whole number", "write a smaller one")
         if not options or _find(options, "any"):
             return value
         if _find(options, "int") and value == int(value):
@@ -120,16 +123,10 @@ class _Coercion:
         if _find(options, "float"):
             # step counts are declared as floats because they may be fractions; a whole one stays whole
             keeps_int = isinstance(value, int) and self.field.name.endswith(("_steps", "_delay"))
-            return value if keeps_int else self._as_float(value, path, options)
+            return value if keeps_int else float(value)
         if _find(options, "choice") or _find(options, "text"):
             return self._text(self._written(path) or str(value), path, options)
         raise self._mismatch(value, path, options)
-
-    def _as_float(self, value: float, path: KeyPath, options: tuple[TypeOption, ...]) -> float:
-        try:
-            return float(value)
-        except OverflowError:  # a whole number of more than 308 digits
-            raise self._mismatch(value, path, options) from None
 
     def _text(self, value: str, path: KeyPath, options: tuple[TypeOption, ...]) -> Any:
         choices, as_list = _choices(options), _find(options, "list")

@@ -166,3 +166,10 @@ def test_num_proc_may_be_null(tmp_path: Path, number: str) -> None:
     """C4: null means one process."""
     config = load(tmp_path, overrides=(f"data_config.num_proc={number}",))
     assert config.data_config.num_proc == (1 if number == "null" else int(number))
+
+
+@pytest.mark.parametrize("written", ["1" + "0" * 400, str(2**63), "1e300"])
+def test_a_whole_number_beyond_64_bits_is_refused(tmp_path: Path, written: str) -> None:
+    """C4: no library counts so far; PEFT would end in an OverflowError."""
+    (problem,) = refused(tmp_path, f"max_steps: {written}")
+    assert problem.what.endswith("has more than the 64 bits of a whole number")
