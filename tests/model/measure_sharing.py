@@ -43,7 +43,10 @@ def measure(model_folder: str, deepspeed_file: str, output: Path) -> dict[str, i
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    start_deepspeed()  # also without DeepSpeed, so that all processes have imported the same
+    if settings is None:
+        import deepspeed.comm  # noqa: F401  # so that all processes have imported the same
+    else:
+        start_deepspeed()
     checkpoint = read_checkpoint(locate_model(model_folder))
     reset_peak()
     before = memory_status("VmRSS")
