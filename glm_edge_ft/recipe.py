@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from glm_edge_ft.console import is_main_process, show, show_notice
 from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.feature_cache import open_image_features
 from glm_edge_ft.memory_check import advise, describe_memory, look_at_memory, run_memory_facts
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
 from glm_edge_ft.run_record import describe_model, model_facts, run_title, write_json, write_run_record
@@ -33,7 +34,11 @@ from glm_edge_ft.training.termination import Terminated, Termination
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
+    from transformers import PreTrainedModel
+
     from glm_edge_ft.data.collator import PaddedCollator, VisionCollator
+    from glm_edge_ft.feature_cache import ImageFeatures
     from glm_edge_ft.training.evaluation import EvaluationData, ReplyTools
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
@@ -124,6 +129,8 @@ def train(prepared: Prepared, termination: Termination) -> None:
         raise
     show_results(trainer, plan)
     leave_together(trainer)
+    if trainer.image_features is not None:
+        trainer.image_features.remove()
 
 
 def train_and_evaluate(trainer: GlmEdgeTrainer, plan: Plan, evaluations: Mapping[str, EvaluationData]) -> None:
@@ -218,18 +225,21 @@ def build_trainer(
     base = load_weights(checkpoint, getattr(torch, prepared.precision.weights))
     install_supervised_loss(base)
     torch.manual_seed(args.seed)  # the adapter's first values
+    model = apply_adapter(base, config.peft_config, prepared.keeps_vision)
+    features = keep_image_features(prepared, base)
     trainer = GlmEdgeTrainer(
-        model=apply_adapter(base, config.peft_config, prepared.keeps_vision),
+        model=model,
         args=args,
         train_dataset=prepared.datasets["train"],
         eval_dataset=evaluations.get("val"),
         processing_class=checkpoint.tokenizer,
-        data_collator=build_collator(prepared, "right"),
-        reply_tools=build_reply_tools(prepared),
+        data_collator=build_collator(prepared, "right", features),
+        reply_tools=build_reply_tools(prepared, features),
         on_nonfinite_loss=config.on_nonfinite_loss,
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
         processes=processes_of(prepared.plan),
         termination=termination,
+        image_features=features,
         callbacks=[RunLog(prepared.plan.output_dir, title=run_title(prepared), show=is_main_process())],
     )
     trainer.remove_callback(ProgressCallback)
@@ -237,15 +247,28 @@ def build_trainer(
     return trainer
 
 
-def build_collator(prepared: Prepared, padding_side: Literal["left", "right"]) -> PaddedCollator | VisionCollator:
-    """Return what makes a batch: padded ids, and in vision runs the pixels of its images."""
+def build_collator(
+    prepared: Prepared, padding_side: Literal["left", "right"], features: ImageFeatures | None = None
+) -> PaddedCollator | VisionCollator:
+    """Return what makes a batch: padded ids, and in vision runs the pixels of its images, where they are needed."""
     from glm_edge_ft.data.collator import PaddedCollator, VisionCollator
 
     padded = PaddedCollator(prepared.checkpoint.tokenizer.pad_token_id, padding_side)
-    return padded if prepared.image_processor is None else VisionCollator(padded, prepared.image_processor)
+    if prepared.image_processor is None:
+        return padded
+    return VisionCollator(padded, prepared.image_processor, features.store if features else None)
 
 
-def build_reply_tools(prepared: Prepared) -> ReplyTools:
+def keep_image_features(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | None:
+    """Return what keeps the vectors of images that the base model's vision part makes; None where none are kept."""
+    from glm_edge_ft.data.collator import decode
+
+    if prepared.image_processor is None:
+        return None
+    return open_image_features(prepared, base, functools.partial(decode, image_processor=prepared.image_processor))
+
+
+def build_reply_tools(prepared: Prepared, features: ImageFeatures | None = None) -> ReplyTools:
     """Return what evaluation needs to generate: greedy unless the config says otherwise, up to a stop id."""
     from glm_edge_ft.data.collator import PromptCollator
     from glm_edge_ft.data.prompts import clean_prediction
@@ -260,9 +283,12 @@ def build_reply_tools(prepared: Prepared) -> ReplyTools:
         placeholder = str(tokenizer.convert_ids_to_tokens(images.placeholder_id))
         return text.replace(placeholder * images.placeholders_per_image, placeholder)
 
+    def generate_from(model: Any, **inputs: Any) -> torch.Tensor:
+        return generate(model, **(features.complete(inputs) if features else inputs))
+
     return ReplyTools(
-        generate=generate,
-        collate=PromptCollator(build_collator(prepared, "left")),
+        generate=generate_from,
+        collate=PromptCollator(build_collator(prepared, "left", features)),
         loader_processes=prepared.training_arguments.dataloader_num_workers if prepared.image_processor else 0,
         clean=lambda ids: clean_prediction(prepared.encoder, tokenizer, ids),
         decode=lambda ids: shorten_images(str(tokenizer.decode(list(ids)))),

@@ -3,7 +3,7 @@
 The keys are those of the fine-tuning guide: `data_config`, `max_input_length`, `max_output_length`, `freezeV`,
 `training_args` (what `Seq2SeqTrainingArguments` takes, with `generation_config` inside), `peft_config` (what PEFT's
 LORA and PREFIX_TUNING take); and this toolkit's own: `max_images`, `on_bad_image`, `image_placeholder_tokens`,
-`on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at once.
+`cache_image_features`, `on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at once.
 
     yaml_file    file and --set → values with their lines
     schema       what the installed libraries accept
@@ -65,6 +65,8 @@ class RunConfig:
         max_images: most images of a conversation; the released vision models take one.
         on_bad_image: what a row does whose image cannot be opened: stop the run, or be left out.
         image_placeholder_tokens: placeholder tokens of an image, where it is not what the checkpoint's geometry says.
+        cache_image_features: whether a vision part that stays as it is sees each image once, and its vectors are kept
+            on disk until the run has ended.
         training_args: keyword arguments of `Seq2SeqTrainingArguments` under today's names, without
             `generation_config`; bf16 and fp16 are absent unless the file sets them.
         generation_config: keyword arguments of `GenerationConfig`; empty when nothing is set.
@@ -84,6 +86,7 @@ class RunConfig:
     max_images: int = 1
     on_bad_image: Literal["error", "skip"] = "error"
     image_placeholder_tokens: int | None = None
+    cache_image_features: bool = True
     on_nonfinite_loss: Literal["stop", "warn"] = "stop"
     notices: tuple[str, ...] = ()
 
@@ -103,6 +106,7 @@ class RunConfig:
             "max_images": self.max_images,
             "on_bad_image": self.on_bad_image,
             "image_placeholder_tokens": self.image_placeholder_tokens,
+            "cache_image_features": self.cache_image_features,
             "on_nonfinite_loss": self.on_nonfinite_loss,
             "training_args": {**training, "generation_config": copy.deepcopy(self.generation_config)},
             "peft_config": copy.deepcopy(self.peft_config),
@@ -272,6 +276,7 @@ def _finish(draft: Draft, path: Path) -> RunConfig:
         max_images=top.get("max_images", 1),
         on_bad_image=top.get("on_bad_image", "error"),
         image_placeholder_tokens=top.get("image_placeholder_tokens"),
+        cache_image_features=top.get("cache_image_features", True),
         training_args=draft.training,
         generation_config=_set_values(draft.generation),
         peft_config=draft.peft,

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from glm_edge_ft.data.feature_store import FeatureStore
 from glm_edge_ft.data.images import load_image, preprocess
 from glm_edge_ft.errors import RunStopped, UserError
 
@@ -61,10 +63,12 @@ class VisionCollator:
     Attributes:
         padded: pads ids and labels.
         image_processor: of the checkpoint (`model.loading.load_image_processor`).
+        features: what the vision part made of images before; their pixels are not needed again.
     """
 
     padded: PaddedCollator
     image_processor: Any
+    features: FeatureStore | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return what `padded` returns and `pixel_values`, (images, 3, 672, 672) float32.
@@ -72,18 +76,37 @@ class VisionCollator:
         The images stand in the order of their placeholders: sample by sample, and in order within one. Without an image
         in the batch there are no `pixel_values`. An image that several samples share is decoded once.
 
+        With `features`, `pixel_values` has the distinct images that have no record yet, or is absent, and two more keys
+        say what each image of the batch is, (images,) int64: `image_records`, the number of its record or -1, and
+        `image_pixels`, its place in `pixel_values` or -1. `feature_cache.ImageFeatures` makes vectors of them.
+
         Raises:
             RunStopped: an image can no longer be read.
         """
         batch = self.padded(samples)
         paths = [path for sample in samples for path in sample.get("images", ())]
-        try:
-            pixels = {path: preprocess(load_image(path), self.image_processor) for path in dict.fromkeys(paths)}
-        except UserError as error:  # a loader's worker can only pass on an exception that is made of one text
-            raise RunStopped(f"an image that was there before training cannot be read now: {error}") from None
-        if paths:
+        if not paths:
+            return batch
+        if self.features is None:
+            pixels = {path: decode(path, self.image_processor) for path in dict.fromkeys(paths)}
             batch["pixel_values"] = torch.from_numpy(np.stack([pixels[path] for path in paths]))
+            return batch
+        records = [self.features.numbers.get(path, -1) for path in paths]
+        missing = [path for path, record in zip(paths, records, strict=True) if not self.features.holds(record)]
+        places = {path: place for place, path in enumerate(dict.fromkeys(missing))}
+        batch["image_records"] = torch.tensor(records)
+        batch["image_pixels"] = torch.tensor([places.get(path, -1) for path in paths])
+        if places:
+            batch["pixel_values"] = torch.from_numpy(np.stack([decode(path, self.image_processor) for path in places]))
         return batch
+
+
+def decode(path: str, image_processor: Any) -> NDArray[np.float32]:
+    """Return an image as the model gets it, (3, 672, 672). Raises RunStopped when it can no longer be read."""
+    try:
+        return preprocess(load_image(path), image_processor)
+    except UserError as error:  # a loader's worker can only pass on an exception that is made of one text
+        raise RunStopped(f"an image that was there before training cannot be read now: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -97,5 +120,5 @@ class PromptCollator:
     collator: PaddedCollator | VisionCollator
 
     def __call__(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `attention_mask` and, where the prompts have images, `pixel_values`."""
+        """Return `input_ids`, `attention_mask` and, where the prompts have images, what `VisionCollator` adds."""
         return self.collator([{"input_ids": prompt.prompt_ids, "images": prompt.images} for prompt in prompts])

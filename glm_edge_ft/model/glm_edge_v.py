@@ -67,14 +67,19 @@ class GlmEdgeVModel(GlmModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As `GlmModel.forward`; images and their placeholders as in `GlmEdgeVForCausalLM.forward`."""
-        if pixel_values is not None:
+        if pixel_values is not None or image_features is not None:
             if input_ids is None:
-                raise ValueError("pixel_values need input_ids: the placeholders are found by their id")
-            inputs_embeds = self.merge_images(input_ids, pixel_values)
+                raise ValueError("images need input_ids: the placeholders are found by their id")
+            if image_features is None:
+                assert pixel_values is not None
+                inputs_embeds = self.merge_images(input_ids, pixel_values)
+            else:
+                inputs_embeds = self.merge_features(input_ids, image_features)
             input_ids = None
         elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
             self.count_images(input_ids, images=0)
@@ -118,7 +123,20 @@ class GlmEdgeVModel(GlmModel):
         """
         images = self.flatten_images(pixel_values)
         self.count_images(input_ids, images=len(images))
-        vectors = self.vision(images)  # (images, tokens_per_image, hidden)
+        return self._scatter(input_ids, self.vision(images))
+
+    def merge_features(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
+        """Return what `merge_images` does, of vectors `(images, tokens_per_image, hidden)` that were computed before.
+
+        Raises ValueError as `count_images`, and when a vector has another width.
+        """
+        if image_features.shape[1:] != (self.config.tokens_per_image, self.config.hidden_size):
+            expected = f"(images, {self.config.tokens_per_image}, {self.config.hidden_size})"
+            raise ValueError(f"image_features must be {expected}, but have the shape {tuple(image_features.shape)}")
+        self.count_images(input_ids, images=len(image_features))
+        return self._scatter(input_ids, image_features)
+
+    def _scatter(self, input_ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         embeddings = self.embed_tokens(input_ids)
         is_placeholder = input_ids.eq(self.placeholder_id).unsqueeze(-1).to(embeddings.device)
         return embeddings.masked_scatter(is_placeholder, vectors.to(embeddings))
@@ -178,6 +196,7 @@ class GlmEdgeVForCausalLM(GlmForCausalLM):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -190,9 +209,11 @@ class GlmEdgeVForCausalLM(GlmForCausalLM):
             pixel_values: `(images, 3, 672, 672)`, or the released `(samples, images, tiles, 3, 672, 672)`, in any
                 floating format; images in the order of their placeholders over the batch. None: no row has an image,
                 and the vision part is not run. Needed only where the placeholders are fed: with a cache, once.
+            image_features: `(images, tokens_per_image, hidden)`, what `model.vision` made of the pixels before; in
+                place of `pixel_values`, where the vision part does not change.
 
         Raises:
-            ValueError: the placeholders are not those of the images, or the pixels have another size.
+            ValueError: the placeholders are not those of the images, or pixels or vectors have another size.
         """
         return super().forward(
             input_ids=input_ids,
@@ -200,7 +221,8 @@ class GlmEdgeVForCausalLM(GlmForCausalLM):
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,  # handed on to GlmEdgeVModel with the other keyword arguments
+            pixel_values=pixel_values,  # handed on to GlmEdgeVModel, as are the vectors, with the keyword arguments
+            image_features=image_features,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
@@ -221,16 +243,25 @@ class GlmEdgeVForCausalLM(GlmForCausalLM):
 
         transformers repeats each image by itself, which mixes up rows with two images or more.
         """
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and input_ids is not None and expand_size > 1:
-            images = self.model.flatten_images(pixel_values)
-            of_rows = images.split(self.model.count_images(input_ids, images=len(images)))
-            pixel_values = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in of_rows])
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
+        images = {name: of_batch for name, of_batch in images.items() if of_batch is not None}
+        if input_ids is not None and expand_size > 1:
+            for name, of_batch in images.items():
+                flat = self.model.flatten_images(of_batch) if name == "pixel_values" else of_batch
+                of_rows = flat.split(self.model.count_images(input_ids, images=len(flat)))
+                images[name] = torch.cat([copy for row in of_rows for copy in [row] * expand_size])
         expand = super()._expand_inputs_for_generation  # type: ignore[misc]
         input_ids, model_kwargs = expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return input_ids, {**model_kwargs, **images}
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Leave the vectors of images out once the cache has them, as transformers does with pixels."""
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if updated.get("use_cache", True):
+            updated.pop("image_features", None)
+        return updated
 
 
 def load_glm_edge_v(source: str | Path, dtype: torch.dtype) -> GlmEdgeVForCausalLM:

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,13 @@ _NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the unin
 
 class NonFiniteLossError(RunStopped):
     """The loss of a batch is NaN or infinite."""
+
+
+class BatchCompletion(Protocol):
+    """What adds to a batch what the loader's workers could not make, and keeps it for later batches."""
+
+    def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]: ...
+    def remove(self) -> None: ...
 
 
 class LengthGroupedEpochSampler(Sampler[int]):
@@ -80,6 +87,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         complete_saved_folder: adds to a folder that was just saved what other tools need in it.
         processes: how the run shares its work, for the record in each checkpoint.
         termination: whether the run was asked to end; None: it never will be.
+        image_features: completes batches by vectors of their images that are kept; None: batches are complete.
         kwargs: those of Seq2SeqTrainer. `train_dataset` needs `lengths`; evaluation datasets are EvaluationData.
     """
 
@@ -94,6 +102,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         complete_saved_folder: Callable[[Path], None],
         processes: Processes = ONE_PROCESS,
         termination: Termination | None = None,
+        image_features: BatchCompletion | None = None,
         **kwargs: Any,
     ) -> None:
         self.reply_tools = reply_tools
@@ -101,6 +110,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self.complete_saved_folder = complete_saved_folder
         self.processes = processes
         self.termination = termination or Termination()
+        self.image_features = image_features
         self._tokens_since_log = 0  # real (non-pad) tokens of this process, for the throughput in the log
         self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
         self._use_cache_as_released = bool(kwargs["model"].config.use_cache)
@@ -150,6 +160,9 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         if not torch.isfinite(loss):
             self._report_nonfinite_loss(float(loss))
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs(self.image_features.complete(inputs) if self.image_features else inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does; a training line also gets this process's real tokens per second, pauses left out."""

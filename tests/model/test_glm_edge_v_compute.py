@@ -180,6 +180,31 @@ def test_beams_keep_each_rows_images_together(model: Any) -> None:
         assert torch.equal(got[row : row + 1], alone)
 
 
+def test_vectors_that_were_computed_before_stand_for_their_images(model: Any) -> None:
+    """In the logits, in greedy generation with and without a cache, and in beams; the vision part is not run again."""
+    ids, mask = pad_left(SMALL, TWO_IMAGES, TEXT, ONE_IMAGE)
+    images = random_images(3)
+    ways: tuple[dict[str, Any], ...] = ({}, {"use_cache": False}, {"num_beams": 2})
+    with torch.no_grad():
+        features = model.model.vision(images)
+        wanted = model(input_ids=ids, attention_mask=mask, pixel_values=images).logits
+        replies = [generate(model, ids, mask, pixel_values=images, **GREEDY, **options) for options in ways]
+        model.model.vision.register_forward_hook(lambda *_: pytest.fail("the vision part was run"))
+        got = model(input_ids=ids, attention_mask=mask, image_features=features).logits
+    assert torch.equal(got, wanted)
+    for options, reply in zip(ways, replies, strict=True):
+        assert torch.equal(generate(model, ids, mask, image_features=features, **GREEDY, **options), reply)
+
+
+def test_vectors_of_another_shape_are_refused(model: Any) -> None:
+    """With both shapes."""
+    ids, mask = pad_left(SMALL, ONE_IMAGE)
+    with pytest.raises(
+        ValueError, match=r"image_features must be \(images, \d+, \d+\), but have the shape \(1, 3, 4\)"
+    ):
+        model(input_ids=ids, attention_mask=mask, image_features=torch.zeros(1, 3, 4))
+
+
 def test_placeholders_that_are_not_those_of_the_images_are_refused(model: Any) -> None:
     """Both numbers are named; I4: an image is never ignored."""
     cases = [
@@ -205,7 +230,7 @@ def test_pixels_of_another_size_are_refused(model: Any) -> None:
     """The learned positions are those of 672 x 672."""
     with pytest.raises(ValueError, match=r"must end in \(3, 672, 672\), but have the shape \(1, 3, 336, 336\)"):
         logits(model, ONE_IMAGE, images=torch.zeros(1, 3, 336, 336))
-    with pytest.raises(ValueError, match="pixel_values need input_ids"):
+    with pytest.raises(ValueError, match="images need input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, 32), pixel_values=random_images(1))
 
 

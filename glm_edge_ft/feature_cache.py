@@ -1,0 +1,201 @@
+"""Vectors of images that a frozen vision part makes once, and every later epoch and evaluation reads.
+
+Each image goes through the vision part by itself, so that its vectors depend on it alone, not on the batch that it came
+in first: a resumed run has the same as one that was never interrupted. The vectors lie in the cache folder until the
+run has ended.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.memory_check import format_bytes
+from glm_edge_ft.node import is_first_of_node
+
+if TYPE_CHECKING:
+    import torch
+
+    from glm_edge_ft.data.dataset import EncodedDataset
+    from glm_edge_ft.data.feature_store import FeatureStore
+    from glm_edge_ft.preflight import Prepared
+
+FEATURES_FOLDER = "features"
+MOST_OF_FREE_SPACE = 0.5
+
+
+@dataclass
+class ImageFeatures:
+    """Completes batches with the vectors of their images.
+
+    Attributes:
+        store: where the vectors lie.
+        vision: pixels (1, 3, 672, 672) to vectors (1, tokens_per_image, hidden).
+        dtype: the format in which they are kept: that in which the run computes.
+        shape: (tokens_per_image, hidden).
+        device: where `vision` computes.
+        pixels: decodes an image, (3, 672, 672); for records that turn out to be damaged.
+    """
+
+    store: FeatureStore
+    vision: Callable[[torch.Tensor], torch.Tensor]
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    device: torch.device
+    pixels: Callable[[str], Any]
+    computed: int = field(default=0, init=False)  # images that went through the vision part
+
+    def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch of `VisionCollator` with `image_features`, (images, tokens_per_image, hidden), on `device`.
+
+        Pixels are turned into vectors and these are kept. A batch without images stays as it is.
+        """
+        import torch
+
+        batch = dict(batch)
+        if "image_records" not in batch:
+            return batch
+        records, places = batch.pop("image_records").tolist(), batch.pop("image_pixels").tolist()
+        pixels = batch.pop("pixel_values", None)
+        made: dict[int, torch.Tensor] = {}  # by place
+        vectors = []
+        for record, place in zip(records, places, strict=True):
+            known = made.get(place) if place >= 0 else None
+            stored = self.store.read(record) if known is None else None
+            if stored is not None:
+                known = torch.frombuffer(stored, dtype=self.dtype).reshape(self.shape).to(self.device)
+            elif known is None:
+                image = pixels[place] if place >= 0 else torch.from_numpy(self.pixels(self.store.images[record]))
+                known = self._compute(image)
+                self._keep(record, known)
+            if place >= 0:
+                made[place] = known
+            vectors.append(known)
+        batch["image_features"] = torch.stack(vectors)
+        return batch
+
+    def _compute(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        self.computed += 1
+        is_mixed = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
+            return self.vision(pixels.unsqueeze(0).to(self.device))[0].to(self.dtype)
+
+    def _keep(self, record: int, vectors: torch.Tensor) -> None:
+        import torch
+
+        try:
+            self.store.write(record, vectors.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        except OSError as error:
+            show_notice(
+                f"vectors of images can no longer be kept in {self.store.folder} ({error.strerror}): the vision part "
+                "computes them anew in every epoch; make room, or write cache_image_features: false"
+            )
+
+    def remove(self) -> None:
+        """Remove what is kept; the run has ended."""
+        if is_first_of_node():
+            self.store.remove()
+
+
+def open_image_features(prepared: Prepared, model: Any, pixels: Callable[[str], Any]) -> ImageFeatures | None:
+    """Return what keeps the vectors of the run's images; None where they are computed anew each time.
+
+    That is where a weight of the vision part is trained, where it is shared among processes (ZeRO-3), where the config
+    says so, where no image is seen twice, and where the disk has no room for them, which is said.
+
+    Args:
+        prepared: the run.
+        model: the vision model with its weights, and the adapter in place.
+        pixels: decodes an image.
+    """
+    import torch
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from glm_edge_ft.data.cache import default_cache_dir
+    from glm_edge_ft.data.feature_store import FeatureStore, remove_abandoned, store_key
+
+    vision = model.model.vision
+    is_trained = any(parameter.requires_grad for parameter in vision.parameters())
+    if is_trained or not prepared.plan.config.cache_image_features or is_deepspeed_zero3_enabled():
+        return None
+    images = images_seen_again(prepared)
+    formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = formats[prepared.precision.weights]
+    dtype = torch.bfloat16 if prepared.precision.bf16 else torch.float16 if prepared.precision.fp16 else dtype
+    shape = (model.config.tokens_per_image, model.config.hidden_size)
+    record_bytes = shape[0] * shape[1] * dtype.itemsize
+    folder = default_cache_dir() / FEATURES_FOLDER
+    if is_first_of_node():
+        remove_abandoned(folder)
+    if not images or not _has_room(folder, len(images) * record_bytes):
+        return None
+    device = prepared.training_arguments.device
+    facts = {
+        "weights": _fingerprint(vision),
+        "processor": prepared.image_processor.to_json_string(),
+        "dtype": str(dtype),
+        "computed_by": [device.type, torch.__version__],
+    }
+    try:
+        store = FeatureStore(folder / store_key(images, facts), images, record_bytes)
+    except OSError as error:
+        show_notice(
+            f"vectors of images cannot be kept in {folder} ({error.strerror}): they are computed anew each time"
+        )
+        return None
+    show(
+        f"images: the vision part computes each of {len(images):,} once; until the run has ended their vectors lie in "
+        f"{folder}, {format_bytes(len(images) * record_bytes)} at most"
+    )
+    return ImageFeatures(store, vision, dtype, shape, device, pixels)
+
+
+def images_seen_again(prepared: Prepared) -> list[str]:
+    """Return the images that the run needs more than once, each once, in the order of the data.
+
+    In an evaluation that is twice, for the loss and for the replies.
+    """
+    args, datasets = prepared.training_arguments, prepared.datasets
+    rows_of_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.max_steps * rows_of_step if args.max_steps > 0 else args.num_train_epochs * len(datasets["train"])
+    again = {
+        "train": rows > len(datasets["train"]),
+        "val": args.eval_strategy != "no" or args.eval_on_start,
+        "test": args.predict_with_generate,
+    }
+    return list(dict.fromkeys(path for split in datasets if again[split] for path in _images(datasets[split])))
+
+
+def _images(dataset: EncodedDataset) -> list[str]:
+    return [path for index in range(len(dataset)) for path in dataset.images(index)]
+
+
+def _has_room(folder: Path, needed: int) -> bool:
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    if needed <= MOST_OF_FREE_SPACE * free:
+        return True
+    show_notice(
+        f"vectors of images are not kept: they need {format_bytes(needed)}, and {nearest} has {format_bytes(free)} "
+        "free; set GLM_EDGE_FT_CACHE to a folder on a larger disk, and each image goes through the vision part once"
+    )
+    return False
+
+
+def _fingerprint(module: torch.nn.Module) -> str:
+    """Return a hash of the weights of a module (BLAKE2b, 128 bits)."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in module.state_dict().items():
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
