@@ -4,16 +4,17 @@
 
 The committed files come from the default seed. Each picture has one to three coloured shapes, each in one of its nine
 parts, or a house with trees by day or night, and belongs to one row alone. Questions ask for colours, shapes, places
-and numbers; the answers are a word or two and spread evenly, so that guessing does not help. A third of the rows are
-English, a third have several questions, a tenth have no picture. A few rows put the text before the picture, show the
-picture in the second turn, write plain strings for lists of parts, or begin with a system turn.
+and numbers; the answers are a word or two, spread evenly, and never told by an earlier turn, so that guessing does not
+help. A quarter of the rows are English, a tenth have no picture. Most training rows have several questions, since each
+teaches more of the same picture at hardly any cost; of dev and test a third have. A few rows put the text before the
+picture, show the picture in the second turn, write plain strings for lists of parts, or begin with a system turn.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -27,9 +28,15 @@ from glm_edge_ft.model.nano_v_exchanges import CHINESE, ENGLISH, side_of
 from glm_edge_ft.model.nano_v_pictures import Item, Picture, draw, random_scene, random_shapes
 
 ROWS = {"dev": 80, "test": 80, "train": 1000}
-ENGLISH_SHARE, TEXT_SHARE, SCENE_SHARE, JPEG_SHARE = 0.33, 0.10, 0.30, 0.10
+QUESTIONS_IN_A_HUNDRED = {  # rows with so many of them
+    "train": {1: 10, 2: 25, 3: 35, 4: 30},
+    "dev": {1: 66, 2: 22, 3: 12},
+    "test": {1: 66, 2: 22, 3: 12},
+}
+ENGLISH_EVERY = 4  # rows
+TEXT_SHARE, SCENE_SHARE, JPEG_SHARE = 0.10, 0.30, 0.10
 SIDES = (128, 160, 192)
-SHAPES_IN_A_HUNDRED = {1: 55, 2: 35, 3: 10}  # pictures of shapes with so many of them
+SHAPES_IN_A_HUNDRED = {1: 66, 2: 26, 3: 8}  # pictures of shapes with so many of them
 
 Exchange = tuple[str, str]
 Message = dict[str, Any]
@@ -135,9 +142,9 @@ def answer(text: str) -> str:
 
 
 def some_questions(found: Sequence[tuple[str, Exchange]], count: int, rng: Random) -> list[Exchange]:
-    """Return `count` questions, every kind of answer as likely as any other, none asked twice."""
+    """Return up to `count` questions, every kind of answer as likely as any other, no answer told by earlier turns."""
     # the answers to these are guessed half of the time, where all others are not asked for
-    rare = {kind for kind, often in (("time", 0.1), ("number", 0.5)) if rng.random() > often}
+    rare = {kind for kind, often in (("time", 0.1), ("number", 0.35)) if rng.random() > often}
     kinds = sorted({kind for kind, _ in found} - rare)
     chosen: dict[str, str] = {}
     for _ in range(20 * count):
@@ -145,8 +152,15 @@ def some_questions(found: Sequence[tuple[str, Exchange]], count: int, rng: Rando
             break
         kind = rng.choice(kinds)
         question, reply = rng.choice([exchange for of_kind, exchange in found if of_kind == kind])
-        chosen.setdefault(question, reply)
+        told = " ".join([*chosen, *chosen.values()]).lower()
+        if reply.lower() not in told:
+            chosen[question] = reply
     return list(chosen.items())
+
+
+def draw_from(weights: Mapping[int, int], rng: Random) -> int:
+    """Return a key, each as likely as its weight says."""
+    return rng.choices(list(weights), weights=list(weights.values()))[0]
 
 
 def text_part(text: str) -> Message:
@@ -181,7 +195,7 @@ def as_strings(messages: Sequence[Message]) -> list[Message]:
 
 def make_row(name: str, number: int, rng: Random, write: Callable[[str, Picture], str]) -> list[Message]:
     """Return the messages of one row; `write` draws the picture into a file and returns its path."""
-    language = "en" if rng.random() < ENGLISH_SHARE else "zh"
+    language = "en" if number % ENGLISH_EVERY == 2 else "zh"
     if number % round(1 / TEXT_SHARE) == 9:
         messages = messages_of(rng.sample(TEXT_ONLY[language], rng.choice((1, 1, 2))), None, rng)
         return as_strings(messages) if rng.random() < 0.3 else messages
@@ -189,13 +203,18 @@ def make_row(name: str, number: int, rng: Random, write: Callable[[str, Picture]
         picture = random_scene(rng)
         found = scene_questions(picture, language, rng)
     else:
-        numbers, shares = zip(*SHAPES_IN_A_HUNDRED.items(), strict=True)
-        picture = random_shapes(rng, rng.choices(numbers, weights=shares)[0])
+        picture = random_shapes(rng, draw_from(SHAPES_IN_A_HUNDRED, rng))
         found = shape_questions(picture, language, rng)
-    exchanges = some_questions(found, rng.choices((1, 2, 3), weights=(66, 22, 12))[0], rng)
+    exchanges = some_questions(found, draw_from(QUESTIONS_IN_A_HUNDRED[name], rng), rng)
     messages = messages_of(exchanges, write(f"{name}_{number:04}", picture), rng)
     if rng.random() < 0.05:  # the picture comes in the second turn
-        messages = messages_of([rng.choice(TEXT_ONLY[language])], None, rng) + messages
+        replies = {reply for _, reply in exchanges}
+        others = [
+            exchange
+            for exchange in TEXT_ONLY[language]
+            if not any(reply.lower() in " ".join(exchange).lower() for reply in replies)
+        ]
+        messages = messages_of([rng.choice(others)], None, rng) + messages
     if rng.random() < 0.03:
         messages = as_strings(messages)
     if name == "train" and number % 400 == 1:
