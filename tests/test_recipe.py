@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm_edge_ft.errors import RunStopped, UserError
+from glm_edge_ft.model.precision import look_at_machine
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
 from tests.runs import (
@@ -167,6 +169,24 @@ def test_every_lora_matrix_moves_fresh_and_resumed(run: Run, checkpointing: bool
     run(activation_checkpointing=checkpointing, max_steps=4, resume="2")
     after = weights(output)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.skipif(not look_at_machine().cpu_has_bf16, reason="this CPU has no bfloat16 instructions")
+def test_all_that_is_trained_is_in_float32_on_a_16_bit_base(run: Run) -> None:
+    """C7: `modules_to_save` too, which a small update must move; evaluated, resumed and saved in that format."""
+    peft = LORA | {"modules_to_save": ["embed_tokens", "lm_head"]}
+    settings = {"peft": peft, "bf16": True, "val": "dev.jsonl", "eval_strategy": "steps", "eval_steps": 4}
+    whole = run("whole", save_steps=4, learning_rate=1e-4, **settings)
+    stored = load_file(whole / "adapter_model.safetensors")
+    assert {values.dtype for values in stored.values()} == {torch.float32}
+    assert any("embed_tokens" in name for name in stored)
+    moved = [values for name, values in stored.items() if "embed_tokens" in name or "lm_head" in name]
+    assert all(torch.count_nonzero(values - values.bfloat16().float()) for values in moved)
+    assert any("eval_loss" in line and "eval_bleu-4" in line for line in metrics(whole))
+    (whole.parent / "resumed").mkdir()
+    (whole / "checkpoint-4").rename(whole.parent / "resumed" / "checkpoint-4")
+    resumed = run("resumed", resume="yes", save_steps=4, learning_rate=1e-4, **settings)
+    assert_same_bits(whole, resumed)
 
 
 def test_activation_checkpointing_changes_no_loss(run: Run) -> None:

@@ -245,9 +245,11 @@ def apply_adapter(
 ) -> PreTrainedModel | PeftModel:
     """Return `model` wrapped by PEFT, or as it is, all parameters trainable, when `settings` is None.
 
-    With `keep_vision` nothing of the vision part is trained in either case. Adapter weights are kept in float32
-    whatever the base model's format (PEFT's `autocast_adapter_dtype`). Raises UserError when PEFT refuses: some ways to
-    initialise read the weights, so that only now it shows.
+    With `keep_vision` nothing of the vision part is trained in either case. All that is trained is in float32 whatever
+    the base model's format: the adapter (PEFT's `autocast_adapter_dtype`), and what PEFT trains of the base model with
+    it (`modules_to_save`, `bias`), which it would leave in 16 bit, where small updates vanish.
+
+    Raises UserError when PEFT refuses: some ways to initialise read the weights, so that only now it shows.
     """
     from peft import get_peft_model
 
@@ -257,9 +259,13 @@ def apply_adapter(
             freeze_vision(model)
         return model
     try:
-        return get_peft_model(model, build_peft_config(settings, model, keep_vision))
+        wrapped = get_peft_model(model, build_peft_config(settings, model, keep_vision))
     except _REFUSALS as error:
         raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
 
 
 def freeze_vision(model: torch.nn.Module) -> None:

@@ -271,7 +271,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         """Add the batch's summed loss and its number of supervised tokens to the totals; no logits are made."""
         self._stop_evaluation_if_asked()
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             mean = model(**inputs).loss.detach().float()
         count = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
         if self._counted_batches > 0:
@@ -302,17 +302,18 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         metrics = {f"{metric_key_prefix}_loss": loss_sum / tokens}
         if self.args.predict_with_generate and data.prompts:
             self.model.eval()
-            scores = generate_and_score(
-                model=self.model,
-                prompts=data.prompts,
-                tools=self.reply_tools,
-                batch_size=self.args.per_device_eval_batch_size,
-                predictions_file=self._predictions_file(metric_key_prefix),
-                process_index=self.args.process_index,
-                world_size=self.args.world_size,
-                device=self.args.device,
-                before_batch=self._stop_evaluation_if_asked,
-            )
+            with self.accelerator.autocast():  # as in training: parts of a 16-bit model may be in float32
+                scores = generate_and_score(
+                    model=self.model,
+                    prompts=data.prompts,
+                    tools=self.reply_tools,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    predictions_file=self._predictions_file(metric_key_prefix),
+                    process_index=self.args.process_index,
+                    world_size=self.args.world_size,
+                    device=self.args.device,
+                    before_batch=self._stop_evaluation_if_asked,
+                )
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         metrics |= {
             key: value for key, value in (output.metrics or {}).items() if not key.endswith("_model_preparation_time")
