@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from glm_edge_ft.model.precision import Precision
     from glm_edge_ft.preflight import Plan
 
+CPU_TOKENS_PER_PASS = 2048
+
 
 def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainingArguments:
     """Return the Trainer's arguments: the config's, with the precision that was chosen.
@@ -52,6 +54,17 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
         return Seq2SeqTrainingArguments(**settings)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError.single("training_args", f"transformers refuses these settings: {error}") from error
+
+
+def tokens_per_pass(config: RunConfig, args: Seq2SeqTrainingArguments) -> int | None:
+    """Return the most tokens that go through the model at once in training; None: the whole batch.
+
+    A CPU is as fast with few tokens at once as with many, and needs less memory for them; a GPU is faster with many.
+    DeepSpeed reduces the gradients in each backward pass, so that all processes would need as many of them.
+    """
+    if args.deepspeed:
+        return None
+    return config.max_tokens_per_pass or (CPU_TOKENS_PER_PASS if args.use_cpu else None)
 
 
 def clamp_workers(wanted: int, cores: int) -> int:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.arguments import tokens_per_pass
+
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
 
@@ -167,15 +169,19 @@ def step_formats(precision: Precision, deepspeed: bool, on_gpu: bool) -> StepFor
 
 
 def largest_batch(prepared: Prepared) -> BatchShape:
-    """Return the shape of the batch of the longest training rows, which batches by length come close to."""
+    """Return what goes through the model at once of the longest training rows; batches by length come close to it."""
     import numpy as np
 
     from glm_edge_ft.model.activations import BatchShape
     from glm_edge_ft.model.glm_edge_v_config import siglip_config
+    from glm_edge_ft.training.micro_batches import plan_parts
 
-    train, config = prepared.datasets["train"], prepared.checkpoint.config
+    train, config, args = prepared.datasets["train"], prepared.checkpoint.config, prepared.training_arguments
     lengths = train.lengths
-    rows = [int(row) for row in np.argsort(lengths)[-prepared.training_arguments.per_device_train_batch_size :]]
+    rows = [int(row) for row in np.argsort(lengths)[-args.per_device_train_batch_size :]]
+    limit = tokens_per_pass(prepared.plan.config, args)
+    if limit is not None:
+        rows = [rows[number] for number in plan_parts(lengths[rows].tolist(), limit)[0]]
     supervised = sum(int((train[row]["labels"][1:] != -100).sum()) for row in rows)
     pictures = sum(len(train.images(row)) for row in rows) if prepared.image_processor and train.has_images else 0
     shape = None

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from glm_edge_ft.arguments import tokens_per_pass
 from glm_edge_ft.console import is_main_process, show, show_notice
 from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
 from glm_edge_ft.errors import UserError
@@ -239,6 +240,7 @@ def build_trainer(
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
         processes=processes_of(prepared.plan),
         termination=termination,
+        max_tokens_per_pass=tokens_per_pass(config, args),
         image_features=features,
         callbacks=[RunLog(prepared.plan.output_dir, title=run_title(prepared), show=is_main_process())],
     )

@@ -132,6 +132,19 @@ def test_accumulated_batches_equal_one_large_batch(run: Run, peft: dict[str, Any
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("peft", [LORA | {"lora_dropout": 0.0}, None, PREFIX], ids=["lora", "full", "prefix"])
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+def test_a_batch_in_parts_trains_as_the_whole_batch(run: Run, peft: dict[str, Any] | None, strategy: str) -> None:
+    """T3: 6 rows at once, and the same in parts of at most 60 tokens: losses, norms and weights within 1e-5."""
+    settings = {"peft": peft, "train_sampling_strategy": strategy, "per_device_train_batch_size": 6, "max_steps": 3}
+    whole = run("whole", learning_rate=1e-4, **settings)
+    parts = run("parts", learning_rate=1e-4, top={"max_tokens_per_pass": 60}, **settings)
+    for name, values in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], values, rtol=0, atol=1e-5)
+    for step, logged in losses(whole).items():
+        assert losses(parts)[step] == pytest.approx(logged, abs=1e-5)
+
+
 def test_the_logged_loss_is_the_mean_over_supervised_tokens(run: Run, model_folder: Path) -> None:
     """Step 1 against a loss computed apart: every row by itself, on full logits."""
     output = run(

@@ -3,7 +3,8 @@
 The keys are those of the fine-tuning guide: `data_config`, `max_input_length`, `max_output_length`, `freezeV`,
 `training_args` (what `Seq2SeqTrainingArguments` takes, with `generation_config` inside), `peft_config` (what PEFT's
 LORA and PREFIX_TUNING take); and this toolkit's own: `max_images`, `on_bad_image`, `image_placeholder_tokens`,
-`cache_image_features`, `on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at once.
+`cache_image_features`, `max_tokens_per_pass`, `on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at
+once.
 
     yaml_file    file and --set → values with their lines
     schema       what the installed libraries accept
@@ -67,6 +68,8 @@ class RunConfig:
         image_placeholder_tokens: placeholder tokens of an image, where it is not what the checkpoint's geometry says.
         cache_image_features: whether a vision part that stays as it is sees each image once, and its vectors are kept
             on disk until the run has ended.
+        max_tokens_per_pass: most tokens, padding included, that go through the model at once; None: what suits the
+            machine.
         training_args: keyword arguments of `Seq2SeqTrainingArguments` under today's names, without
             `generation_config`; bf16 and fp16 are absent unless the file sets them.
         generation_config: keyword arguments of `GenerationConfig`; empty when nothing is set.
@@ -87,6 +90,7 @@ class RunConfig:
     on_bad_image: Literal["error", "skip"] = "error"
     image_placeholder_tokens: int | None = None
     cache_image_features: bool = True
+    max_tokens_per_pass: int | None = None
     on_nonfinite_loss: Literal["stop", "warn"] = "stop"
     notices: tuple[str, ...] = ()
 
@@ -107,6 +111,7 @@ class RunConfig:
             "on_bad_image": self.on_bad_image,
             "image_placeholder_tokens": self.image_placeholder_tokens,
             "cache_image_features": self.cache_image_features,
+            "max_tokens_per_pass": self.max_tokens_per_pass,
             "on_nonfinite_loss": self.on_nonfinite_loss,
             "training_args": {**training, "generation_config": copy.deepcopy(self.generation_config)},
             "peft_config": copy.deepcopy(self.peft_config),
@@ -277,6 +282,7 @@ def _finish(draft: Draft, path: Path) -> RunConfig:
         on_bad_image=top.get("on_bad_image", "error"),
         image_placeholder_tokens=top.get("image_placeholder_tokens"),
         cache_image_features=top.get("cache_image_features", True),
+        max_tokens_per_pass=top.get("max_tokens_per_pass"),
         training_args=draft.training,
         generation_config=_set_values(draft.generation),
         peft_config=draft.peft,

@@ -60,7 +60,10 @@ class Range:
 _POSITIVE, _COUNT, _STEPS = Range(above=0), Range(low=1), Range(above=0, steps=True)
 _NOT_NEGATIVE, _SHARE, _SEED = Range(low=0), Range(low=0, below=1), Range(low=0, high=2**32 - 1)
 RANGES: Mapping[KeyPath, Mapping[str, Range]] = {
-    (): dict.fromkeys(("max_input_length", "max_output_length", "max_images", "image_placeholder_tokens"), _COUNT),
+    (): dict.fromkeys(
+        ("max_input_length", "max_output_length", "max_images", "image_placeholder_tokens", "max_tokens_per_pass"),
+        _COUNT,
+    ),
     ("data_config",): {"num_proc": _COUNT},
     TRAINING: {
         "per_device_train_batch_size": _COUNT,

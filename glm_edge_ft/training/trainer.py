@@ -34,6 +34,7 @@ from glm_edge_ft.training.checkpoints import (
 )
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches, start_loader_process
 from glm_edge_ft.training.loss import IGNORED_LABEL
+from glm_edge_ft.training.micro_batches import split_batch
 from glm_edge_ft.training.processes import ONE_PROCESS, Processes, write_processes
 from glm_edge_ft.training.prompt import prompt_from_weights
 from glm_edge_ft.training.shares import load_shares
@@ -87,6 +88,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         complete_saved_folder: adds to a folder that was just saved what other tools need in it.
         processes: how the run shares its work, for the record in each checkpoint.
         termination: whether the run was asked to end; None: it never will be.
+        max_tokens_per_pass: most tokens that go through the model at once in training; None: the whole batch.
         image_features: completes batches by vectors of their images that are kept; None: batches are complete.
         kwargs: those of Seq2SeqTrainer. `train_dataset` needs `lengths`; evaluation datasets are EvaluationData.
     """
@@ -102,6 +104,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         complete_saved_folder: Callable[[Path], None],
         processes: Processes = ONE_PROCESS,
         termination: Termination | None = None,
+        max_tokens_per_pass: int | None = None,
         image_features: BatchCompletion | None = None,
         **kwargs: Any,
     ) -> None:
@@ -110,6 +113,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self.complete_saved_folder = complete_saved_folder
         self.processes = processes
         self.termination = termination or Termination()
+        self.max_tokens_per_pass = max_tokens_per_pass
         self.image_features = image_features
         self._tokens_since_log = 0  # real (non-pad) tokens of this process, for the throughput in the log
         self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
@@ -152,14 +156,25 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Take one forward and backward pass, as the parent does; see to it that the loss is finite (M4)."""
+        """Add up the batch's gradients, as the parent does, in parts; see to it that the loss is finite (M4)."""
         self._clock_since_log = self._clock_since_log or time.perf_counter()
         mask = inputs.get("attention_mask")
         self._tokens_since_log += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = torch.zeros((), device=self.args.device)
+        *others, last = self._parts_of(self._prepare_inputs(inputs), num_items_in_batch)
+        for part in others:
+            with self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, part, num_items_in_batch)
+        loss = loss + super().training_step(model, last, num_items_in_batch)
         if not torch.isfinite(loss):
             self._report_nonfinite_loss(float(loss))
         return loss
+
+    def _parts_of(self, inputs: dict[str, Any], num_items_in_batch: Any) -> list[dict[str, Any]]:
+        if self.max_tokens_per_pass is None or num_items_in_batch is None:
+            return [inputs]
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return split_batch(inputs, self.max_tokens_per_pass, getattr(model.get_decoder(), "count_images", None))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return super()._prepare_inputs(self.image_features.complete(inputs) if self.image_features else inputs)
