@@ -107,12 +107,12 @@ def test_one_image_turn_of_the_embedded_model_costs_what_the_guide_says(tmp_path
 
 
 def test_check_counts_images_apart(tmp_path: Path) -> None:
-    """900 pictures of 578 tokens; no weights are read, nothing is trained."""
+    """1,260 pictures of 578 tokens; no weights are read, nothing is trained."""
     path = tmp_path / "report.json"
     done = run_script(tmp_path, *DEMO, "--check", "--json", str(path))
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text(encoding="utf-8"))["data"]["train"]
-    assert report["role_tokens"]["image"] == 900 * 578
+    assert report["role_tokens"]["image"] == 1260 * 578
     assert any("system" in notice for notice in report["notices"])
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "data" / "demo_vision"
-SPLITS = {"train": 1000, "dev": 80, "test": 80}
+SPLITS = {"train": 1400, "dev": 80, "test": 80}
 MAKER = ROOT / "data" / "make_demo_vision.py"
 KINDS = {  # what a question asks for, by words of it, first match wins
     "time": ("白天还是晚上", "day or night"),
@@ -106,11 +106,11 @@ def test_every_picture_exists_and_belongs_to_one_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_a_tenth_of_the_rows_is_text_alone_and_a_quarter_english(name: str) -> None:
+def test_a_tenth_of_the_rows_is_text_alone_and_a_fifth_english(name: str) -> None:
     """I2: rows without an image are mixed in, and are no more than that."""
     rows = read_rows(name)
     assert sum(not images_of(row) for row in rows) == len(rows) // 10
-    assert 0.2 < sum(exchanges_of(row)[-1][1].isascii() for row in rows) / len(rows) < 0.35
+    assert sum(exchanges_of(row)[-1][1].isascii() for row in rows) == len(rows) // 5
     several = sum(len(exchanges_of(row)) > 1 for row in rows) / len(rows)
     assert 0.7 < several < 0.9 if name == "train" else 0.25 < several < 0.5
 
@@ -129,7 +129,7 @@ def test_train_has_every_form_that_the_guide_allows() -> None:
     """I4, D4: text before the image, the image in the second turn, plain strings, system turns; PNG and JPEG."""
     rows = read_rows("train")
     starts = Counter(row["messages"][0]["role"] for row in rows)
-    assert starts["system"] == 3
+    assert starts["system"] == 4
     user_parts = [m["content"] for row in rows for m in row["messages"] if m["role"] == "user"]
     orders = Counter(tuple(part["type"] for part in parts) for parts in user_parts if isinstance(parts, list))
     assert orders["image", "text"] > 700
@@ -145,7 +145,7 @@ def test_train_has_every_form_that_the_guide_allows() -> None:
 def test_no_picture_of_dev_or_test_occurs_elsewhere() -> None:
     """What is evaluated was never trained on, pixel by pixel."""
     train, dev, test = (pixel_hashes(name) for name in ("train", "dev", "test"))
-    assert (len(train), len(dev), len(test)) == (900, 72, 72)
+    assert (len(train), len(dev), len(test)) == (1260, 72, 72)
     assert not dev & train
     assert not test & train
     assert not dev & test
@@ -201,5 +201,5 @@ def test_another_seed_writes_other_rows(tmp_path: Path) -> None:
 
 
 def test_demo_data_is_small() -> None:
-    """Below 2 MB in all."""
-    assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) < 2_000_000
+    """Below 3 MB in all."""
+    assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) < 3_000_000
