@@ -1,7 +1,4 @@
-"""`python -m glm_edge_ft merge`: an adapter into its base model, as a folder that needs neither of them.
-
-Merged in float32 and then cast: in 16 bits a small change would be lost to the rounding of each addition.
-"""
+"""`python -m glm_edge_ft merge`: an adapter into its base model, as a folder that needs neither of them."""
 
 from __future__ import annotations
 
@@ -9,9 +6,10 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.source import Source, find_source
 from glm_edge_ft.distributed import keep_deepspeed_out
@@ -20,13 +18,11 @@ from glm_edge_ft.recipe import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from glm_edge_ft.model.loading import Checkpoint
 
 Format = Literal["float32", "bfloat16", "float16"]
-_NO_WEIGHTS_CHANGED = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
 
 
 @dataclass(frozen=True)
@@ -50,10 +46,8 @@ def merge(request: MergeRequest) -> None:
     quiet_libraries()
     keep_deepspeed_out()
     checkpoint = open_checkpoint(source)
-    if getattr(checkpoint.config, "quantization_config", None) is not None:
-        what = f"its base model {source.location.name} is stored in a quantized form, whose weights cannot be added to"
-        raise UserError.single(f"MODEL {source.name}", what, "give the model that it was quantized from: --base MODEL")
-    model = _merged(checkpoint)
+    check_not_quantized(source, checkpoint)
+    model = load_merged(checkpoint)
     _cast(model, checkpoint, request.dtype)
     _save(model, checkpoint, request)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -83,48 +77,7 @@ def _check_kind(source: Source) -> None:
         raise UserError.single(
             f"MODEL {source.name}", "is a whole model: there is nothing to merge", "use the folder as it is"
         )
-    if source.adapter.peft_type in _NO_WEIGHTS_CHANGED:
-        what = f"is an adapter of the type {source.adapter.peft_type}, which changes no weights: it puts trained "
-        what += "vectors before every text, and a model's files have no place for them"
-        raise UserError.single(
-            f"MODEL {source.name}", what, "use it beside its base model, or train with peft_type: LORA"
-        )
-
-
-def _merged(checkpoint: Checkpoint) -> PreTrainedModel:
-    import torch
-
-    from glm_edge_ft.model.loading import load_weights
-    from glm_edge_ft.model.saved_adapter import load_adapter
-
-    adapter = checkpoint.location.adapter
-    assert adapter is not None
-    base: Any = load_weights(checkpoint, torch.float32)
-    was_tied = _untie(base)
-    wrapped: PeftModel = load_adapter(base, adapter)
-    try:
-        merged: Any = wrapped.merge_and_unload(safe_merge=True)
-    except (ValueError, AttributeError, NotImplementedError) as error:
-        raise UserError.single(str(adapter), f"PEFT cannot merge this adapter: {error}", "") from error
-    if was_tied and torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight):
-        merged.config.tie_word_embeddings = True
-        merged.tie_weights()
-    return merged
-
-
-def _untie(model: Any) -> bool:
-    """Give a model with tied embeddings a head of its own, so that merging into one leaves the other as it is.
-
-    Returns whether it was tied.
-    """
-    import torch
-
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
-        return False
-    head.weight = torch.nn.Parameter(embeddings.weight.detach().clone())
-    model.config.tie_word_embeddings = False
-    return True
+    check_adapter_kind(source)
 
 
 def _cast(model: PreTrainedModel, checkpoint: Checkpoint, wanted: Format | None) -> None:

@@ -1,0 +1,81 @@
+"""An adapter into its base model, in memory: what `merge` saves as a folder and `export-gguf` as one file.
+
+Merged in float32: in 16 bits a small change would be lost to the rounding of each addition.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.deploy.source import Source
+from glm_edge_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from glm_edge_ft.model.loading import Checkpoint
+
+_NO_WEIGHTS_CHANGED = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+
+
+def check_adapter_kind(source: Source) -> None:
+    """Raise UserError for an adapter that changes no weights, such as a prefix; a whole model passes."""
+    if source.adapter is None or source.adapter.peft_type not in _NO_WEIGHTS_CHANGED:
+        return
+    what = f"is an adapter of the type {source.adapter.peft_type}, which changes no weights: it puts trained "
+    what += "vectors before every text, and a model's files have no place for them"
+    raise UserError.single(f"MODEL {source.name}", what, "use it beside its base model, or train with peft_type: LORA")
+
+
+def check_not_quantized(source: Source, checkpoint: Checkpoint) -> None:
+    """Raise UserError for a model whose files hold no plain numbers."""
+    if getattr(checkpoint.config, "quantization_config", None) is None:
+        return
+    if source.adapter is None:
+        what, fix = "is stored in a quantized form, which is not read", "give the model that it was quantized from"
+    else:
+        what = f"its base model {source.location.name} is stored in a quantized form, whose weights cannot be added to"
+        fix = "give the model that it was quantized from: --base MODEL"
+    raise UserError.single(f"MODEL {source.name}", what, fix)
+
+
+def load_merged(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the base model in float32 with the adapter of the checkpoint's location added to its weights.
+
+    Embeddings that were tied stay tied where both are still the same. Raises UserError when weights cannot be read,
+    the adapter does not fit them, or PEFT cannot merge it.
+    """
+    import torch
+
+    from glm_edge_ft.model.loading import load_weights
+    from glm_edge_ft.model.saved_adapter import load_adapter
+
+    adapter = checkpoint.location.adapter
+    assert adapter is not None
+    base: Any = load_weights(checkpoint, torch.float32)
+    was_tied = _untie(base)
+    wrapped: PeftModel = load_adapter(base, adapter)
+    try:
+        merged: Any = wrapped.merge_and_unload(safe_merge=True)
+    except (ValueError, AttributeError, NotImplementedError) as error:
+        raise UserError.single(str(adapter), f"PEFT cannot merge this adapter: {error}", "") from error
+    if was_tied and torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight):
+        merged.config.tie_word_embeddings = True
+        merged.tie_weights()
+    return merged
+
+
+def _untie(model: Any) -> bool:
+    """Give a model with tied embeddings a head of its own, so that merging into one leaves the other as it is.
+
+    Returns whether it was tied.
+    """
+    import torch
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return False
+    head.weight = torch.nn.Parameter(embeddings.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return True
