@@ -1,4 +1,4 @@
-"""Before and after training: convert data; talk to a model, measure it, show its run, merge its adapter into its base.
+"""Before and after training: convert data; talk to a model, measure it, show its run, merge it, ship it.
 
 \b
     python -m glm_edge_ft convert alpaca.json data/mine/train.jsonl --from alpaca
@@ -6,6 +6,7 @@
     python -m glm_edge_ft evaluate data/demo/test.jsonl glm-edge-nano output/demo
     python -m glm_edge_ft report output/demo
     python -m glm_edge_ft merge output/demo output/merged
+    python -m glm_edge_ft export-gguf output/demo output/demo.gguf
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from glm_edge_ft.console import show
 from glm_edge_ft.data.convert import convert_file
 from glm_edge_ft.deploy.chat import ChatRequest, chat
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
+from glm_edge_ft.deploy.export_gguf import TYPES, ExportRequest, export_gguf
 from glm_edge_ft.deploy.merge import Format, MergeRequest, merge
 from glm_edge_ft.report import report
 
@@ -190,6 +192,33 @@ def merge_command(
         python -m glm_edge_ft merge output/demo/checkpoint-120 output/merged-120 --dtype float32
     """
     run_command(lambda: merge(MergeRequest(checkpoint, out_dir, base, dtype, max_shard_size)))
+
+
+@app.command("export-gguf")
+def export_gguf_command(
+    model: Source,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT.gguf", help="The new file; nothing is written over.", show_default=False)
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            metavar="|".join(TYPES),
+            help="Number format of the matrices: f32 is exact, q8_0 the smallest.",
+        ),
+    ] = "f16",
+    base: Base = None,
+) -> None:
+    """Write a model as one GGUF file for llama.cpp and Ollama, tokenizer and chat template inside, adapter merged.
+
+    \b
+    For a laptop:
+        python -m glm_edge_ft export-gguf output/demo output/demo.gguf
+    For a phone, half as large:
+        python -m glm_edge_ft export-gguf output/demo output/demo-q8.gguf --type q8_0
+    """
+    run_command(lambda: export_gguf(ExportRequest(model, out, base, kind)))
 
 
 @app.command("convert")

@@ -1,0 +1,127 @@
+"""How a GGUF file is started: llama.cpp's command line, and the Modelfile that Ollama makes a model of.
+
+llama.cpp renders the chat template that the file holds. Ollama has templates of its own kind (Go), so the checkpoint's
+is read off a few rendered turns, and left out where it is more than text around contents.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm_edge_ft.data.template import ChatTemplate, TemplateRefusal
+
+_CONTENTS = {"system": "Juniper", "user": "Kestrel", "assistant": "Marigold"}
+# Names of transformers' generation settings, in Ollama's Modelfile and on llama.cpp's command line.
+_SAMPLING = {
+    "temperature": ("temperature", "--temp"),
+    "top_k": ("top_k", "--top-k"),
+    "top_p": ("top_p", "--top-p"),
+    "repetition_penalty": ("repeat_penalty", "--repeat-penalty"),
+}
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A chat template as text around contents.
+
+    Attributes:
+        leading: text before the first turn.
+        around: text before and after the content of each role that is rendered.
+        reply: text before a reply, with what the model has been trained to begin every reply with.
+    """
+
+    leading: str
+    around: Mapping[str, tuple[str, str]]
+    reply: str
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the prompt for the reply to these messages."""
+        texts = [self.leading]
+        for message in messages:
+            if message["role"] in self.around:
+                before, after = self.around[message["role"]]
+                texts += [before, message["content"], after]
+        return "".join([*texts, self.reply])
+
+    def as_go_template(self) -> str:
+        """Return Ollama's form of it."""
+        branches = [
+            f'{{{{ {"if" if index == 0 else "else if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+            for index, (role, (before, after)) in enumerate(self.around.items())
+        ]
+        return f"{self.leading}{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}{self.reply}"
+
+
+def read_turns(template: ChatTemplate) -> Turns | None:
+    """Return a chat template as text around contents, or None where it is more than that."""
+    user, reply = ({"role": role, "content": _CONTENTS[role]} for role in ("user", "assistant"))
+    system = {"role": "system", "content": _CONTENTS["system"]}
+    try:
+        leading = template.render([])
+        asked = template.render([user])
+        around = {"user": _split(asked.removeprefix(leading), "user")}
+        answered = template.render([user, reply])
+        around["assistant"] = _split(answered.removeprefix(asked), "assistant")
+        with_system = template.render([system, user]).removeprefix(leading).removesuffix(asked.removeprefix(leading))
+        if _CONTENTS["system"] in with_system:
+            around = {"system": _split(with_system, "system"), **around}
+        generation = template.render([user], add_generation_prompt=True).removeprefix(asked)
+        talk = [system, user, reply, user]
+        expected = template.render(talk, add_generation_prompt=True)
+    except (TemplateRefusal, ValueError):
+        return None
+    header = around["assistant"][0]
+    turns = Turns(leading, around, header if header.startswith(generation) else generation)
+    written = "".join([leading, *(part for pair in around.values() for part in pair), turns.reply])
+    if not turns.render(talk).startswith(expected) or "{{" in written or '"""' in written:
+        return None
+    return turns
+
+
+def _split(text: str, role: str) -> tuple[str, str]:
+    """Return what is before and after the content of a role. Raises ValueError where it is not there once."""
+    before, after = text.split(_CONTENTS[role])
+    return before, after
+
+
+def modelfile(files: Sequence[Path], turns: Turns | None, stops: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """Return the Modelfile for files that lie beside it.
+
+    Args:
+        files: the language part, then a vision part if there is one.
+        turns: the chat template; without it Ollama looks for one that it knows.
+        stops: texts that end a reply.
+        settings: those of `sampling`, with `num_ctx`.
+    """
+    lines = [f"FROM ./{file.name}" for file in files]
+    if turns is not None:
+        lines.append(f'TEMPLATE """{turns.as_go_template()}"""')
+    lines += [f'PARAMETER stop "{text}"' for text in stops]
+    lines += [f"PARAMETER {name} {value}" for name, value in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a run's evaluation chose tokens, by transformers' names: greedily is a temperature of 0."""
+    if not generation.get("do_sample"):
+        generation = {key: generation[key] for key in ("repetition_penalty",) if key in generation}
+        return {"temperature": 0, **generation}
+    return {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
+
+
+def for_ollama(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of `sampling` by the names of a Modelfile."""
+    return {_SAMPLING[key][0]: value for key, value in chosen.items()}
+
+
+def llama_command(out: Path, vision_part: Path | None, chosen: Mapping[str, Any]) -> str:
+    """Return the line that talks to the file with llama.cpp."""
+    options = [word for key, value in chosen.items() for word in (_SAMPLING[key][1], str(value))]
+    if vision_part is None:
+        return shlex.join(["llama-cli", "-m", str(out), "--jinja", *options])
+    line = shlex.join(["llama-mtmd-cli", "-m", str(out), "--mmproj", str(vision_part), "--jinja", *options])
+    return f"{line} --image PICTURE -p QUESTION"
