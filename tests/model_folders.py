@@ -42,11 +42,17 @@ def tiny_model(vocab_size: int = 300, pad: int = 0, stops: tuple[int, ...] = (1,
     return model
 
 
-def save_model_folder(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """Save a freshly initialised tiny model with `tokenizer`; its stop tokens are those of the released models."""
+def save_model_folder(folder: Path, tokenizer: PreTrainedTokenizerFast, **widths: int) -> Path:
+    """Save a freshly initialised tiny model with `tokenizer`; its stop tokens are those of the released models.
+
+    Args:
+        folder: where.
+        tokenizer: its tokenizer.
+        widths: as `tiny_config` takes them.
+    """
     ids = tokenizer.get_vocab()
     stops = [ids[token] for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     torch.manual_seed(0)
-    GlmForCausalLM(tiny_config(len(tokenizer), stops[0], stops)).save_pretrained(folder)
+    GlmForCausalLM(tiny_config(len(tokenizer), stops[0], stops, **widths)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -34,7 +34,16 @@ if TYPE_CHECKING:
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 INSTALL = "pip install gguf==0.19.0"
-_OTHER_NAMES = {"fp32": "f32", "float32": "f32", "fp16": "f16", "float16": "f16", "half": "f16", "bfloat16": "bf16"}
+_OTHER_NAMES = {
+    "fp32": "f32",
+    "float32": "f32",
+    "fp16": "f16",
+    "float16": "f16",
+    "half": "f16",
+    "bfloat16": "bf16",
+    "q8": "q8_0",
+    "int8": "q8_0",
+}
 _SUFFIX = ".gguf"
 
 
