@@ -89,7 +89,7 @@ def test_the_tokenizer_is_in_the_file(model_folder: Path, tmp_path: Path) -> Non
     content = json.loads((model_folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == ("gpt2", "glm4")
     assert keys["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    kinds = dict(zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"], strict=True))
+    kinds: dict[str, int] = dict(zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"], strict=True))
     assert {token for token, kind in kinds.items() if kind == CONTROL} == set(SPECIAL_TOKENS)
     assert set(kinds.values()) == {NORMAL, CONTROL}
     assert keys["tokenizer.ggml.merges"] == [" ".join(pair) for pair in content["model"]["merges"]]
@@ -112,7 +112,7 @@ def test_embeddings_without_a_token_are_unused(nano: Path, tmp_path: Path) -> No
     """The embedded model has embeddings for 5,120 ids and 5,112 tokens, as released models have more than tokens."""
     keys = export(nano, tmp_path / "model.gguf").keys
     assert keys["tokenizer.ggml.tokens"][5111:5114] == ["<|end_of_image|>", "[PAD5112]", "[PAD5113]"]
-    assert keys["tokenizer.ggml.token_type"][5111:] == [CONTROL, *[UNUSED] * 8]
+    assert keys["tokenizer.ggml.token_type"][5111:] == [CONTROL, *([UNUSED] * 8)]
     assert keys["tokenizer.ggml.eot_token_id"] == 5107
 
 
@@ -190,7 +190,7 @@ def test_heads_wider_than_the_hidden_states_are_written_as_llama_cpp_wants_them(
     A model is built from the file's own keys and numbers, and compared with the embedded one.
     """
     file = export(nano, tmp_path / "model.gguf", type="f32")
-    config = GlmConfig.from_pretrained(nano)
+    config: Any = GlmConfig.from_pretrained(nano)
     config.hidden_size = file.keys["chatglm.embedding_length"]
     config.rms_norm_eps = file.keys["chatglm.attention.layer_norm_rms_epsilon"]
     wide = GlmForCausalLM(config).float().eval()
@@ -406,15 +406,14 @@ def change_config(folder: Path, model: Path, **values: Any) -> Path:
 
 def test_a_computation_that_llama_cpp_does_not_know_is_refused(model_folder: Path, tmp_path: Path) -> None:
     """Another activation, scaled positions, narrow heads, quantized weights: each with its value."""
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    for number, (values, text) in enumerate(
-        (
-            ({"hidden_act": "gelu"}, "its hidden_act is 'gelu'; llama.cpp computes GLM-Edge with 'silu'"),
-            ({"rope_parameters": rope}, "its positions are scaled (linear)"),
-            ({"head_dim": 8}, "its 4 heads of 8 are together less wide than its hidden states (64)"),
-            ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is stored in a quantized form"),
-        )
-    ):
+    rope: dict[str, Any] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"hidden_act": "gelu"}, "its hidden_act is 'gelu'; llama.cpp computes GLM-Edge with 'silu'"),
+        ({"rope_parameters": rope}, "its positions are scaled (linear)"),
+        ({"head_dim": 8}, "its 4 heads of 8 are together less wide than its hidden states (64)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is stored in a quantized form"),
+    ]
+    for number, (values, text) in enumerate(cases):
         folder = change_config(tmp_path / f"model-{number}", model_folder, **values)
         assert text in refusal(folder, tmp_path / "a.gguf")
 

@@ -1,0 +1,126 @@
+"""Ollama's Modelfile and llama.cpp's command line say what the checkpoint's own template and the run's settings say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_edge_ft.data.template import ChatTemplate
+from glm_edge_ft.deploy.modelfile import Turns, for_ollama, llama_command, modelfile, read_turns, sampling
+from tests.conftest import TEMPLATES, TokenizerMaker
+
+TALK = (
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hello,\n\nyou"},
+    {"role": "assistant", "content": "你好 {x}"},
+    {"role": "user", "content": "And?"},
+)
+
+
+def turns_of(make_tokenizer: TokenizerMaker, template: str) -> tuple[ChatTemplate, Turns | None]:
+    """Return a template, and what was read off it."""
+    chat_template = ChatTemplate(make_tokenizer(template))
+    return chat_template, read_turns(chat_template)
+
+
+def render_go(template: str, messages: Sequence[Mapping[str, str]]) -> str:
+    """Do what Ollama does with the few actions that are written: range, if, else if, eq, end."""
+    head, body, tail = re.fullmatch(
+        r"(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    pattern = r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}(.*?)(?=\{\{ else if|\Z)'
+    branches = dict(re.findall(pattern, body, re.DOTALL))
+    texts = [branches.get(message["role"], "").replace("{{ .Content }}", message["content"]) for message in messages]
+    return "".join([head, *texts, tail])
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_the_go_template_renders_what_the_checkpoint_renders(template: str, make_tokenizer: TokenizerMaker) -> None:
+    """R7: system, several turns; a line break that every reply begins with stands before it already."""
+    chat_template, turns = turns_of(make_tokenizer, template)
+    assert turns is not None
+    expected = chat_template.render(TALK, add_generation_prompt=True)
+    begun = "\n" if template == "glm" else ""
+    assert render_go(turns.as_go_template(), TALK) == expected + begun
+    assert turns.render(TALK) == expected + begun
+
+
+def test_text_before_the_first_turn_is_written_once(make_tokenizer: TokenizerMaker) -> None:
+    """GLM-4 begins a conversation with two tokens of its own."""
+    chat_template, turns = turns_of(make_tokenizer, "[gMASK]<sop>" + TEMPLATES["glm-newline"])
+    assert turns is not None
+    assert render_go(turns.as_go_template(), TALK) == chat_template.render(TALK, add_generation_prompt=True)
+
+
+def test_roles_that_the_template_leaves_out_are_left_out(make_tokenizer: TokenizerMaker) -> None:
+    """The template of vision models drops system turns."""
+    template = TEMPLATES["glm-literal"].replace("['system', ", "[")
+    chat_template, turns = turns_of(make_tokenizer, template)
+    assert turns is not None
+    assert set(turns.around) == {"user", "assistant"}
+    assert render_go(turns.as_go_template(), TALK) == chat_template.render(TALK, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # the first user turn gets a text that later ones do not get
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.index0 == 1 %}first{% endif %}{{ m['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        # a content that is rendered twice
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ m['content'] }}{% endfor %}",
+        # text that is an action in Go
+        "{% for m in messages %}{{ '{{' }}{{ m['role'] }}{{ m['content'] }}{% endfor %}",
+    ],
+    ids=["first", "twice", "action"],
+)
+def test_a_template_that_is_more_than_text_around_contents_is_left_out(
+    template: str, make_tokenizer: TokenizerMaker
+) -> None:
+    """A wrong template would be worse than none."""
+    assert turns_of(make_tokenizer, template)[1] is None
+
+
+def test_the_modelfile_names_files_template_stops_and_settings(make_tokenizer: TokenizerMaker) -> None:
+    """The whole text, for the template of the released chat models."""
+    _, turns = turns_of(make_tokenizer, "glm-newline")
+    text = modelfile([Path("out/a.gguf")], turns, ["<|endoftext|>", "<|user|>"], {"num_ctx": 8192, "temperature": 0})
+    header = ('{{ if eq .Role "system" }}', '{{ else if eq .Role "user" }}', '{{ else if eq .Role "assistant" }}')
+    roles = "".join(
+        f"{action}<|{role}|>\n{{{{ .Content }}}}"
+        for action, role in zip(header, ("system", "user", "assistant"), strict=True)
+    )
+    assert text == (
+        "FROM ./a.gguf\n"
+        f'TEMPLATE """{{{{ range .Messages }}}}{roles}{{{{ end }}}}{{{{ end }}}}<|assistant|>\n"""\n'
+        'PARAMETER stop "<|endoftext|>"\n'
+        'PARAMETER stop "<|user|>"\n'
+        "PARAMETER num_ctx 8192\n"
+        "PARAMETER temperature 0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("generation", "ollama", "command"),
+    [
+        ({"max_new_tokens": 8}, {"temperature": 0}, "--temp 0"),
+        ({"temperature": 0.9, "top_p": 0.5}, {"temperature": 0}, "--temp 0"),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1},
+            {"temperature": 0.7, "top_p": 0.9, "repeat_penalty": 1.1},
+            "--temp 0.7 --top-p 0.9 --repeat-penalty 1.1",
+        ),
+    ],
+    ids=["greedy", "not sampled", "sampled"],
+)
+def test_the_runs_own_way_to_choose_tokens_is_kept(
+    generation: dict[str, Any], ollama: dict[str, Any], command: str
+) -> None:
+    """R7: the device answers as the evaluation did, not by the runtime's own defaults."""
+    assert for_ollama(sampling(generation)) == ollama
+    line = llama_command(Path("a b.gguf"), None, sampling(generation))
+    assert line == f"llama-cli -m 'a b.gguf' --jinja {command}"
