@@ -187,10 +187,14 @@ def read_arrays(weights: Mapping[str, torch.Tensor], planned: list[PlannedTensor
     import numpy as np
 
     for tensor in planned:
-        numbers = weights[tensor.key].detach().float().numpy() * np.float32(tensor.scale)
+        numbers = weights[tensor.key].detach().float().numpy()
+        if tensor.scale != 1:
+            numbers = numbers * np.float32(tensor.scale)
         numbers = numbers.reshape(numbers.shape[-len(tensor.shape) :])
-        missing = [tensor.shape[axis] - numbers.shape[axis] for axis in range(numbers.ndim)]
-        yield np.pad(numbers, [(0, count) for count in missing])
+        if numbers.shape != tensor.shape:
+            missing = [tensor.shape[axis] - numbers.shape[axis] for axis in range(numbers.ndim)]
+            numbers = np.pad(numbers, [(0, count) for count in missing])
+        yield numbers
 
 
 def _check_numbers(tensor: PlannedTensor, numbers: np.ndarray[Any, Any]) -> None:

@@ -193,7 +193,7 @@ def test_adapter_merged_folder_and_file_give_the_same_answers(runtime: Any, tune
             assert done.stdout == row["prediction"] + "\n"
 
 
-@pytest.mark.parametrize(("kind", "least"), [("f16", 0.9), ("bf16", 0.8), ("q8_0", 0.7)])
+@pytest.mark.parametrize(("kind", "least"), [("f16", 0.9), ("bf16", 0.9), ("q8_0", 0.6)])
 def test_most_answers_survive_rounding(kind: str, least: float, runtime: Any, tuned: Path, tmp_path: Path) -> None:
     """R7: whole answers that are the same, letter by letter, after the file's rounding."""
     rows = [row for row in predictions(tuned, "test-120") if row["turn"] == 1]
