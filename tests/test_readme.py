@@ -34,6 +34,9 @@ from glm_edge_ft.config.schema import PEFT_TYPES, generation_fields, peft_fields
 from glm_edge_ft.console import show_problems
 from glm_edge_ft.data.conversation import parse_conversation
 from glm_edge_ft.data.rows import RawRow
+from glm_edge_ft.deploy.export_gguf import TYPES
+from glm_edge_ft.deploy.gguf_vision import plan_vision_tensors
+from glm_edge_ft.deploy.gguf_weights import plan_tensors
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.memory_check import step_formats
 from glm_edge_ft.memory_table import LENGTH, MODELS, build_released_model, estimate_row, format_table
@@ -53,8 +56,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("README.md", "README_zh.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-USERS_FOLDERS = {"data/AdvertiseGen/", "data/CogVLM-311K/"}  # stand for the reader's own data
-USERS_FILES = {"data/mine/train.jsonl", "data/pictures/train.jsonl"}
+USERS_FOLDERS = {"data/AdvertiseGen/", "data/CogVLM-311K/", "data/ads/"}  # stand for the reader's own data
+USERS_FILES = {"data/mine/train.jsonl", "data/pictures/train.jsonl", "data/ads/train.jsonl", "data/ads/dev.jsonl"}
 TWO_COMMANDS = (
     "pip install -r requirements.txt && python finetune.py data/demo glm-edge-nano configs/demo.yaml",
     "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest",
@@ -225,7 +228,10 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TOOL = "python -m glm_edge_ft "
-TOOL_COMMANDS = [line.removeprefix(TOOL) for line in command_lines("README.md") if line.startswith(TOOL)]
+(WHOLE_WAY,) = (block.splitlines() for block in blocks("README.md", "bash") if "--from advertisegen" in block)
+TOOL_COMMANDS = [
+    line.removeprefix(TOOL) for line in command_lines("README.md") if line.startswith(TOOL) and line not in WHOLE_WAY
+]
 
 
 @pytest.mark.parametrize("line", TOOL_COMMANDS)
@@ -252,9 +258,64 @@ def test_commands_before_and_after_training_do_what_they_say(
         assert (demonstrations / page).read_text(encoding="utf-8").startswith("<!doctype html>")
     elif arguments[0] == "merge":
         assert (demonstrations / arguments[2] / "model.safetensors").is_file()
+    elif arguments[0] == "export-gguf":
+        assert (demonstrations / arguments[2]).read_bytes()[:4] == b"GGUF"
+        assert done.stdout.startswith(f"GGUF file: {arguments[2]} (")
     elif arguments[0] == "convert":
         assert done.stdout.startswith(f"{arguments[2]}: 1 conversations")
         assert "not there" not in done.stdout
+
+
+def test_the_whole_way_from_a_file_to_a_phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R7: each line of section 8's path in its turn, with two steps on the demonstration's first rows in that form.
+
+    What the last line prints is what the README shows of it.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "AdvertiseGen").mkdir()
+    for split in ("train", "dev"):
+        lines = (ROOT / "data" / "demo" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        talks = [json.loads(line)["messages"] for line in lines]
+        pairs = [(talk[0]["content"], talk[1]["content"]) for talk in talks if len(talk) == 2][:2]
+        rows = [json.dumps({"content": content, "summary": summary}) for content, summary in pairs]
+        (tmp_path / "AdvertiseGen" / f"{split}.json").write_text("\n".join(rows), encoding="utf-8")
+    short = ("max_steps=2", "eval_strategy=no", "eval_on_start=false", "per_device_train_batch_size=1")
+    printed = []
+    for line in WHOLE_WAY:
+        script, arguments = re.search(r"^python (-m glm_edge_ft|finetune\.py) (.*)", line).groups()  # type: ignore[union-attr]
+        options = [part for setting in short for part in ("--set", f"training_args.{setting}")]
+        is_run = script == "finetune.py"
+        app = finetune.app if is_run else tool.app
+        done = CliRunner().invoke(app, [*shlex.split(arguments), *(options if is_run else [])])
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+        printed.append(done.stdout)
+    assert (tmp_path / "output/ads.gguf").read_bytes()[:4] == b"GGUF"
+    shown = "".join(blocks("README.md", "text"))
+    for line in printed[-1].splitlines()[1:3]:
+        assert f"{line}\n" in shown
+    for text in printed[:2]:
+        assert text.splitlines()[0].replace(": 2 ", ": N ") in re.sub(r": \d+ conv", ": N conv", shown)
+
+
+def test_the_sizes_of_gguf_files_are_those_that_are_written() -> None:
+    """The table of section 8, for the released geometry, from the tensors that an export would write."""
+    from gguf import GGMLQuantizationType
+
+    header = ("glm-edge-1.5b-chat", "glm-edge-4b-chat", "glm-edge-v-2b", "glm-edge-v-5b")
+    rows = {}
+    for row in re.findall(r"^\| `(f32|f16|bf16|q8_0)` \|(.*)\|$", prose("README.md"), flags=re.MULTILINE):
+        rows[row[0]] = [cell.strip() for cell in row[1].split("|")][:4]
+    assert list(rows) == list(TYPES)
+    for index, name in enumerate(header):
+        model = build_released_model(name)
+        for kind, cells in rows.items():
+            gguf_kind = GGMLQuantizationType[kind.upper()]
+            plans = [plan(model, gguf_kind) for plan in (plan_tensors, plan_vision_tensors)]
+            sizes = [sum(tensor.nbytes for tensor in planned) / 1e9 for planned in plans if planned]
+            assert cells[index] == f"{' + '.join(f'{size:.2f}' for size in sizes)} GB"
+            assert f"| `{kind}` | {' | '.join(cells)} |" in TEXTS["README_zh.md"]
 
 
 def test_every_command_before_and_after_training_is_shown() -> None:
@@ -485,7 +546,8 @@ def test_the_refused_checkpoint_number_is_what_the_program_prints(
     with pytest.raises(UserError) as caught:
         resolve_resume("99", Path("output/demo"))
     show_problems(caught.value.problems)
-    assert capsys.readouterr().err == blocks("README.md", "text")[-1]
+    (shown,) = (block for block in blocks("README.md", "text") if "RESUME 99" in block)
+    assert capsys.readouterr().err == shown
 
 
 def output_of(request: RunRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
