@@ -146,7 +146,7 @@ def _check_model(source: Source, checkpoint: Checkpoint) -> Vocabulary:
 def _parts(request: ExportRequest, source: Source, checkpoint: Checkpoint, vocabulary: Vocabulary) -> list[Part]:
     from glm_edge_ft.deploy.gguf_parts import language_part, vision_part
 
-    name = Path(source.name).name
+    name = Path(source.name).name or Path(source.name).absolute().name  # of "." too
     parts = [language_part(request.out, name, checkpoint, vocabulary, request.type)]
     if checkpoint.is_vision:
         parts.append(vision_part(vision_path(request.out), name, checkpoint, request.type))
