@@ -6,6 +6,7 @@ a word that is a token as a whole is taken as it is, under `chatglm-bpe` it is m
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -109,18 +110,19 @@ def _check_model(where: str, content: dict[str, Any]) -> None:
 
 
 def _check_pre_tokenizer(where: str, backend: Tokenizer) -> None:
-    own, known = _pieces(backend.pre_tokenizer), _pieces(_glm4())
-    if own == known:
-        return
-    place = next(index for index, (one, other) in enumerate(zip(own, known, strict=False)) if one != other)
-    shown = (" + ".join(repr(piece) for piece in pieces[place : place + 3]) for pieces in (own, known))
-    what = "its tokenizer splits text in another way than llama.cpp's glm4: {} instead of {}".format(*shown)
-    raise UserError.single(where, what, _OUTSIDE)
+    for as_made in (False, True):  # the text itself first: it reads better in the message
+        own, known = (_pieces(one, as_made) for one in (backend.pre_tokenizer, _glm4()))
+        if own != known:
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, known, strict=False))
+            start = len(list(same))
+            shown = (" + ".join(map(repr, pieces[start : start + 3])) for pieces in (own, known))
+            what = "its tokenizer splits text in another way than llama.cpp's glm4: {} instead of {}".format(*shown)
+            raise UserError.single(where, what, _OUTSIDE)
 
 
-def _pieces(pre_tokenizer: PreTokenizer) -> list[str]:
-    spans = pre_tokenizer.pre_tokenize_str(_PROBE)
-    return [_PROBE[start:end] for _, (start, end) in spans]
+def _pieces(pre_tokenizer: PreTokenizer, as_made: bool) -> list[str]:
+    """Return the pieces of the probe: as the tokenizer goes on with them, or the text that each was made of."""
+    return [made if as_made else _PROBE[start:end] for made, (start, end) in pre_tokenizer.pre_tokenize_str(_PROBE)]
 
 
 def _glm4() -> PreTokenizer:

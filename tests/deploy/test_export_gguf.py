@@ -275,6 +275,20 @@ def test_another_split_pattern_is_refused_with_what_differs(tmp_path: Path, back
     assert "splits text in another way than llama.cpp's glm4: '2' + '2' + ' ' instead of '22' + ' ' + '333'" in message
 
 
+def test_the_same_pieces_in_another_form_are_refused(tmp_path: Path, backend: Tokenizer) -> None:
+    """A space put before every text, and pieces that are not in the byte-level alphabet."""
+
+    def space_before(content: dict[str, Any]) -> None:
+        content["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+
+    def no_bytes(content: dict[str, Any]) -> None:
+        content["pre_tokenizer"]["pretokenizers"].pop()
+
+    for change, shown in ((space_before, "'ĠIt' + "), (no_bytes, "' we' + ")):
+        message = refusal(save_with(tmp_path / change.__name__, backend, change), tmp_path / "model.gguf")
+        assert f"splits text in another way than llama.cpp's glm4: {shown}" in message
+
+
 def test_a_pattern_written_in_another_way_is_accepted(tmp_path: Path, backend: Tokenizer) -> None:
     """What counts is how text is split: here the letters of contractions are written out."""
 
