@@ -12,7 +12,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from glm_edge_ft.deploy.gguf_parts import Part
     from glm_edge_ft.deploy.gguf_vocabulary import Vocabulary
+    from glm_edge_ft.deploy.modelfile import Turns
     from glm_edge_ft.model.loading import Checkpoint
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -140,7 +141,19 @@ def _check_model(source: Source, checkpoint: Checkpoint) -> Vocabulary:
     vocabulary = read_vocabulary(checkpoint)
     if vocabulary.unstopped:
         show_notice(f"llama.cpp will not stop at {', '.join(vocabulary.unstopped)}: a GGUF file has three stop tokens")
+    turns = _read_turns(checkpoint)
+    if turns is None:
+        show_notice("the chat template is more than text around contents: the Modelfile has none, and Ollama guesses")
+    elif checkpoint.is_vision:
+        vocabulary = replace(vocabulary, chat_template=turns.as_jinja_template())
     return vocabulary
+
+
+def _read_turns(checkpoint: Checkpoint) -> Turns | None:
+    from glm_edge_ft.data.template import ChatTemplate
+    from glm_edge_ft.deploy.modelfile import read_turns
+
+    return read_turns(ChatTemplate(checkpoint.tokenizer, "parts" if checkpoint.is_vision else "string"))
 
 
 def _parts(request: ExportRequest, source: Source, checkpoint: Checkpoint, vocabulary: Vocabulary) -> list[Part]:
@@ -202,16 +215,12 @@ def _write_whole(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
 
 
 def _modelfile(parts: list[Part], checkpoint: Checkpoint, vocabulary: Vocabulary, generation: Mapping[str, Any]) -> str:
-    from glm_edge_ft.data.template import ChatTemplate
-    from glm_edge_ft.deploy.modelfile import for_ollama, modelfile, read_turns, sampling
+    from glm_edge_ft.deploy.modelfile import for_ollama, modelfile, sampling
 
-    turns = read_turns(ChatTemplate(checkpoint.tokenizer, "parts" if checkpoint.is_vision else "string"))
-    if turns is None:
-        show_notice("the chat template is more than text around contents: the Modelfile has none, and Ollama guesses")
     config: Any = checkpoint.config
     stops = [vocabulary.tokens[token_id] for token_id in checkpoint.stop_ids]
     settings = {"num_ctx": config.max_position_embeddings, **for_ollama(sampling(generation))}
-    return modelfile([part.path for part in parts], turns, stops, settings)
+    return modelfile([part.path for part in parts], _read_turns(checkpoint), stops, settings)
 
 
 def _show_files(out: Path, parts: list[Part], generation: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ class Vocabulary:
         pre_tokenizer: llama.cpp's name for the split pattern and the way of merging.
         special_ids: `eos`, `eot`, `eom` (each ends a reply), `unk` and `pad`, where there are such.
         unstopped: tokens that end a reply in training and for which a GGUF file has no place.
-        chat_template: as the checkpoint has it.
+        chat_template: as the checkpoint has it; of a vision model one that renders the same and suits llama.cpp.
     """
 
     tokens: list[str]

@@ -6,6 +6,7 @@ is read off a few rendered turns, and left out where it is more than text around
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,24 @@ class Turns:
                 texts += [before, message["content"], after]
         return "".join([*texts, self.reply])
 
+    def as_jinja_template(self) -> str:
+        """Return a Jinja template that renders the same from contents that are strings or lists of text parts.
+
+        llama.cpp puts pictures into the text itself, and ends with an error on a template that takes lists alone and
+        leaves system turns out, as that of the vision models does.
+        """
+        content = (
+            "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
+            "{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}{%- endif -%}"
+        )
+        branches = [
+            f"{{%- {'if' if index == 0 else 'elif'} message['role'] == '{role}' -%}}"
+            f"{_quoted(before)}{content}{_quoted(after)}"
+            for index, (role, (before, after)) in enumerate(self.around.items())
+        ]
+        turns = f"{{%- for message in messages -%}}{''.join(branches)}{{%- endif -%}}{{%- endfor -%}}"
+        return f"{_quoted(self.leading)}{turns}{{%- if add_generation_prompt -%}}{_quoted(self.reply)}{{%- endif -%}}"
+
     def as_go_template(self) -> str:
         """Return Ollama's form of it."""
         branches = [
@@ -54,6 +73,11 @@ class Turns:
             for index, (role, (before, after)) in enumerate(self.around.items())
         ]
         return f"{self.leading}{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}{self.reply}"
+
+
+def _quoted(text: str) -> str:
+    """Return an expression of Jinja for a text."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
 def read_turns(template: ChatTemplate) -> Turns | None:

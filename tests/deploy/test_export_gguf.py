@@ -225,6 +225,11 @@ def test_the_vision_part_is_a_file_of_its_own(vision_run: Path, vision_model: Pa
         "v.post_ln.weight": f"{tower}post_layernorm.weight",
     }.items():
         assert torch.equal(vision.tensors[name].flatten(), expected[key].flatten()), name
+    talk = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    tokenizer: Any = AutoTokenizer.from_pretrained(vision_model)
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    written = tokenizer.apply_chat_template(talk, chat_template=language.keys["tokenizer.chat_template"], **options)
+    assert written == tokenizer.apply_chat_template(talk, **options)
     config = json.loads((vision_model / "config.json").read_text(encoding="utf-8"))["vision_config"]
     assert vision.keys["general.architecture"] == "clip"
     assert vision.keys["clip.projector_type"] == "adapter"

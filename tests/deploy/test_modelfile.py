@@ -49,6 +49,21 @@ def test_the_go_template_renders_what_the_checkpoint_renders(template: str, make
     assert turns.render(TALK) == expected + begun
 
 
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_the_jinja_template_renders_what_the_checkpoint_renders(template: str, make_tokenizer: TokenizerMaker) -> None:
+    """R7: what a vision model's file holds, from strings and from parts, a literal backslash and n included."""
+    chat_template, turns = turns_of(make_tokenizer, template)
+    assert turns is not None
+    tokenizer = make_tokenizer(turns.as_jinja_template())
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in TALK]
+    expected = chat_template.render(TALK)
+    prompt = chat_template.render(TALK, add_generation_prompt=True) + ("\n" if template == "glm" else "")
+    both: list[Any] = [list(TALK), parts]
+    for messages in both:
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
+        assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == prompt
+
+
 def test_text_before_the_first_turn_is_written_once(make_tokenizer: TokenizerMaker) -> None:
     """GLM-4 begins a conversation with two tokens of its own."""
     chat_template, turns = turns_of(make_tokenizer, "[gMASK]<sop>" + TEMPLATES["glm-newline"])
