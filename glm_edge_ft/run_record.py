@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import is_main_process
+from glm_edge_ft.files import write_whole
 from glm_edge_ft.memory_check import format_bytes, memory_facts
 from glm_edge_ft.training.checkpoints import RUN_RECORD
 
@@ -38,7 +39,8 @@ def write_run_record(prepared: Prepared) -> None:
         "data": {split: _data_facts(prepared, split) for split in prepared.datasets},
         "versions": versions,
     }
-    write_json(plan.output_dir / RUN_RECORD, record)
+    if is_main_process():
+        write_whole(plan.output_dir / RUN_RECORD, json_text(record))
 
 
 def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:
@@ -87,4 +89,9 @@ def write_json(path: Path | None, content: Any) -> None:
     if path is None or not is_main_process():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(json_text(content), encoding="utf-8")  # not renamed into place: it may be /dev/stdout
+
+
+def json_text(content: Any) -> str:
+    """Return the content of a JSON file for people."""
+    return json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n"

@@ -1,21 +1,21 @@
 """Checkpoints: which of them are whole, what RESUME means, how one is written.
 
 A checkpoint is whole or invisible: it is written under `.saving/`, closed with a manifest of its files and their
-sizes, and only then renamed to `checkpoint-N`. This module needs the standard library alone, so RESUME is checked
-before anything heavy is imported.
+sizes, flushed to disk, looked through, and only then renamed to `checkpoint-N`. This module needs the standard library
+alone, so RESUME is checked before anything heavy is imported.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_edge_ft.errors import UserError
+from glm_edge_ft.errors import RunStopped, UserError
+from glm_edge_ft.files import flush_to_disk, write_whole
 
 MANIFEST = "manifest.json"
 RUN_RECORD = "run.json"
@@ -62,14 +62,14 @@ class ResumePlan:
 
 def find_checkpoints(output_dir: Path) -> list[CheckpointFolder]:
     """Return the checkpoints in `output_dir`, lowest step first, each with its defect if it has one."""
-    if not output_dir.is_dir():
-        return []
-    found = []
-    for entry in output_dir.iterdir():
-        match = _CHECKPOINT_NAME.fullmatch(entry.name)
-        if match and entry.is_dir():
-            found.append(CheckpointFolder(int(match.group(1)), entry, find_defect(entry)))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    return [CheckpointFolder(step, path, find_defect(path)) for step, path in _numbered_folders(output_dir)]
+
+
+def _numbered_folders(output_dir: Path) -> list[tuple[int, Path]]:
+    """Return step and path of each `checkpoint-N`, lowest step first; times do not count, they may be anything."""
+    entries = output_dir.iterdir() if output_dir.is_dir() else ()
+    matches = [(_CHECKPOINT_NAME.fullmatch(entry.name), entry) for entry in entries]
+    return sorted((int(match.group(1)), entry) for match, entry in matches if match and entry.is_dir())
 
 
 def find_defect(folder: Path) -> str:
@@ -78,33 +78,45 @@ def find_defect(folder: Path) -> str:
     State, optimizer, scheduler and weights must be there, none empty; with a manifest, each with its size. The
     random state is not asked for: without it a run goes on and says that it is not bit-exact.
     """
-    manifest = folder / MANIFEST
-    if manifest.is_file():
-        try:
-            sizes = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return f"{MANIFEST} cannot be read"
-        expected = {name: size for name, size in sizes.items() if not name.startswith(RANDOM_STATE_PREFIX)}
-    else:
-        expected = {}
-    names = [STATE_FILE, *expected]
+    if defect := find_broken_file(folder):
+        return defect
     if not any(folder.glob("global_step*")):  # DeepSpeed keeps optimizer and scheduler in there
-        names += ["optimizer.pt", "scheduler.pt"]  # not there under save_only_model: nothing to continue from
+        for name in ("optimizer.pt", "scheduler.pt"):  # not there under save_only_model: nothing to continue from
+            if defect := _size_defect(folder, name, None):
+                return defect
+    return _state_defect(folder / STATE_FILE)
+
+
+def find_broken_file(folder: Path) -> str:
+    """Return what is missing, empty or of another size than the manifest and each weight file's header say, or ""."""
+    expected: dict[str, int] = {}
+    if (folder / MANIFEST).is_file():
+        try:
+            sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+            expected = {str(name): size for name, size in sizes.items() if not name.startswith(RANDOM_STATE_PREFIX)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"{MANIFEST} cannot be read"
     if not expected and not any((folder / name).is_file() for name in _WEIGHT_FILES):
         return "its weights are missing"
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size == 0 and expected.get(name) != 0:
-            return f"{name} is empty"
-        if name in expected and size != expected[name]:
-            return f"{name} has {size} bytes instead of {expected[name]}"
+    for name in dict.fromkeys((STATE_FILE, *expected)):
+        if defect := _size_defect(folder, name, expected.get(name)):
+            return defect
     for path in sorted(folder.glob("*.safetensors")):
         if defect := _safetensors_defect(path):
             return defect
-    return _state_defect(folder / STATE_FILE)
+    return ""
+
+
+def _size_defect(folder: Path, name: str, expected: int | None) -> str:
+    """Compare a file's size with what the manifest says; None: it says nothing, and an empty file is none."""
+    if not (folder / name).is_file():
+        return f"{name} is missing"
+    size = (folder / name).stat().st_size
+    if size == 0 and expected != 0:
+        return f"{name} is empty"
+    if expected is not None and size != expected:
+        return f"{name} has {size} bytes instead of {expected}"
+    return ""
 
 
 def _state_defect(path: Path) -> str:
@@ -200,27 +212,58 @@ def staging_folder(output_dir: Path) -> Path:
 def publish(staged: Path, output_dir: Path) -> Path:
     """Close the checkpoint at `staged` with its manifest and move it to `output_dir`; return its final path.
 
-    A checkpoint of the same step that is already there, from a run that was resumed before it, is replaced.
+    A checkpoint of the same step that is already there, from a run that was resumed before it, is replaced. Raises
+    RunStopped where a file is not what was written, as some full or failing disks leave it without an error.
     """
     files = {str(path.relative_to(staged)): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
-    for name in files:
-        _flush_to_disk(staged / name)
-    manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    _flush_to_disk(manifest)
+    for path in sorted(staged.rglob("*"), reverse=True):  # what a folder holds before the folder
+        flush_to_disk(path)
+    write_whole(staged / MANIFEST, json.dumps({"files": files}, indent=1))
+    flush_to_disk(staged)
+    if defect := find_broken_file(staged):
+        raise RunStopped(f"{staged.name} could not be written whole ({defect}): is the disk full, or failing?")
     final = output_dir / staged.name
     if final.exists():
-        replaced = staged.parent / f"replaced-{staged.name}"
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
+        _put_out_of_sight(final, staged.parent)
     staged.rename(final)
+    flush_to_disk(output_dir)
     shutil.rmtree(staged.parent, ignore_errors=True)
     return final
 
 
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def remove_old_checkpoints(output_dir: Path, limit: int | None, best_step: int | None) -> None:
+    """Keep the newest `limit` checkpoints that are whole, the best one among them, and remove older ones.
+
+    The newest whole one is always kept, broken ones count for nothing, and those older than it go too. Each is renamed
+    before it is emptied, so that a process killed meanwhile leaves no half of it behind.
+
+    Args:
+        output_dir: the run's folder.
+        limit: `save_total_limit`; None or less than 1: all are kept.
+        best_step: step of the best checkpoint, which `load_best_model_at_end` needs at the end; None: there is none.
+    """
+    if limit is None or limit < 1:
+        return
+    found = [(step, path, not find_broken_file(path)) for step, path in _numbered_folders(output_dir)]
+    whole = [step for step, _, is_whole in found if is_whole]
+    if not whole:
+        return
+    newest = whole[-1]
+    others = [step for step in reversed(whole) if step not in (newest, best_step)]
+    protected = {newest} | ({best_step} & set(whole))
+    kept = protected | set(others[: max(0, limit - len(protected))])
+    for step, path, is_whole in found:
+        if step < newest and not (is_whole and step in kept):
+            _put_out_of_sight(path, staging_folder(output_dir))
+    shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
+
+
+def _put_out_of_sight(checkpoint: Path, staging: Path) -> None:
+    """Make a checkpoint invisible in one go; it is gone once the staging folder is removed."""
+    staging.mkdir(exist_ok=True)
+    removed = staging / f"removed-{checkpoint.name}"
+    shutil.rmtree(removed, ignore_errors=True)
+    checkpoint.rename(removed)
 
 
 RUN_FILES = ("checkpoint-*", STAGING_FOLDER, PREDICTIONS_FOLDER, METRICS_FILE, CURVE_FILE, RUN_RECORD)

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from glm_edge_ft.files import write_whole
 from glm_edge_ft.training.checkpoints import CURVE_FILE, METRICS_FILE
 from glm_edge_ft.training.curves import read_metrics, write_loss_curve
 from glm_edge_ft.training.metrics import METRIC_NAMES
@@ -39,6 +40,7 @@ class RunLog(TrainerCallback):
         self.bar: Any = None
         self.start_time = 0.0
         self.start_step = 0
+        self.next_drawing = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Cut `metrics.jsonl` back to the step that training starts from."""
@@ -77,12 +79,12 @@ class RunLog(TrainerCallback):
             sys.stdout.flush()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Draw the curve again."""
-        self._draw(state)
+        """Draw the curve again, unless that was done a moment ago."""
+        self._draw_now_and_then(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Draw the curve again."""
-        self._draw(state)
+        """Draw the curve again, unless that was done a moment ago."""
+        self._draw_now_and_then(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the bar and draw the whole curve."""
@@ -90,6 +92,13 @@ class RunLog(TrainerCallback):
             self.bar.close()
             self.bar = None
         self._draw(state)
+
+    def _draw_now_and_then(self, state: TrainerState) -> None:
+        """Draw, unless drawing would take more than a twentieth of the run: a long log takes a second and more."""
+        began = time.monotonic()
+        if began >= self.next_drawing:
+            self._draw(state)
+            self.next_drawing = began + 20 * (time.monotonic() - began)
 
     def _draw(self, state: TrainerState) -> None:
         if state.is_world_process_zero and self.metrics_file.is_file():
@@ -137,7 +146,7 @@ def cut_back(metrics_file: Path, step: int) -> None:
     """Drop the lines of steps after `step`; a start from step 0 begins an empty file."""
     kept = [line for line in read_metrics(metrics_file) if step > 0 and line.get("step", 0) <= step]
     if kept or metrics_file.is_file():
-        metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_whole(metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def finite_or_none(value: Any) -> Any:
@@ -150,7 +159,7 @@ def forget_evaluations(metrics_file: Path, step: int) -> None:
     lines = read_metrics(metrics_file)
     kept = [line for line in lines if line.get("step") != step or not {"eval_loss", "test_loss"} & set(line)]
     if len(kept) < len(lines):
-        metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_whole(metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def format_comparison(log_history: Sequence[Mapping[str, Any]], after: Mapping[str, Any] | None) -> str:

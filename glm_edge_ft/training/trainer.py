@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import (
@@ -30,6 +30,7 @@ from glm_edge_ft.training.checkpoints import (
     RANDOM_STATE_PREFIX,
     STATE_FILE,
     publish,
+    remove_old_checkpoints,
     staging_folder,
 )
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches, start_loader_process
@@ -366,13 +367,20 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             )  # again: it now names the best checkpoint by its final path
             write_processes(staged, self.processes)
             publish(staged, output_dir)
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            remove_old_checkpoints(output_dir, self.args.save_total_limit, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
         self._last_saved_step = step
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """End training as the parent does, which with a limit of one would remove the newest checkpoint for the best.
+
+        A finished run is known by its newest checkpoint: without it `yes` would train the last steps again.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights or adapter, tokenizer and generation config, so that the folder loads, and stops, by itself."""
@@ -399,8 +407,18 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         progress = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         self._last_saved_step = self.state.global_step  # of the checkpoint, or 0
+        self._find_best_again()
         self._owes_evaluation = self._was_stopped_before_evaluation()
         return progress
+
+    def _find_best_again(self) -> None:
+        """Take the best checkpoint where it lies now: the state names it as it was called when it was written."""
+        if self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+            if not best.is_dir() and self.args.load_best_model_at_end:
+                self.state.best_global_step = self.state.best_metric = None
+                self.reply_tools.warn(f"{best}, the best checkpoint so far, is gone: the best of what follows counts")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the random state; without a readable one the run goes on and says that it is not bit-exact (R6)."""
@@ -425,6 +443,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         self.state.is_local_process_zero = self.is_local_process_zero()  # rank 0 wrote the state of all
         self.state.is_world_process_zero = self.is_world_process_zero()
+        self._find_best_again()
         best = self.state.best_model_checkpoint
         keeps_best = self.args.load_best_model_at_end and best is not None and Path(best).is_dir()
         source = Path(best) if keeps_best and best is not None else checkpoint

@@ -1,0 +1,41 @@
+"""Writing files so that a crash leaves the old content or the new one, never half of either."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one go: beside it under another name, flushed to disk, then renamed over it.
+
+    One process alone may write a given file. What a killed process leaves is written over by the next one. Raises
+    OSError where the disk is full or the folder cannot be written to; the old content then stays.
+    """
+    unfinished = unfinished_name(path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def unfinished_name(path: Path) -> Path:
+    """Return the name under which `path` is written until it is whole; always the same, so that none is left over."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, lies on the disk."""
+    if path.is_dir() and sys.platform == "win32":
+        return  # there a folder cannot be opened, and needs no flush
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,231 @@
+"""SIGKILL at any moment: the same command with `yes` ends as a run does that nobody killed, bit for bit.
+
+`python -m pytest -m fault -s tests/test_kill.py` kills more than 200 times and prints what the kills hit; the default
+run kills a few times. A run is started, killed, continued, killed again, until it reaches its end; then the next one
+begins. The moments follow from a seed: some lie anywhere in the life of a process, others wait for a checkpoint that is
+being written, for one that has just got its name, or for a line of the log.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from glm_edge_ft.training.checkpoints import STAGING_FOLDER, find_checkpoints
+from tests.conftest import TokenizerMaker
+from tests.launch import Started, start
+from tests.model_folders import save_model_folder
+from tests.runs import LORA, assert_same_bits, metrics, write_chat_data
+from tests.vision_folders import save_vision_folder, write_vision_data
+
+SECONDS_BETWEEN_LOOKS = 0.002
+TIMED = ("_per_second", "_runtime", "peak_memory_bytes")
+EVERY_STEP: dict[str, Any] = {"max_steps": 6, "save_steps": 1}
+BEST: dict[str, Any] = {
+    "val": "dev.jsonl",
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+    "save_total_limit": 2,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run: the settings of its config, its script and its number of processes."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    script: str = "finetune.py"
+    processes: int = 1
+
+
+KINDS = {
+    "lora": Kind({"peft": LORA, "test": "test.jsonl"}),
+    "full": Kind({"peft": None, **BEST, "predict_with_generate": False}),
+    "vision": Kind({"peft": LORA, "max_steps": 4, "dataloader_num_workers": 1}, "finetune_vision.py"),
+    "two ranks": Kind({"peft": LORA, "max_steps": 4, "per_device_train_batch_size": 2}, processes=2),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the runs of a test happen.
+
+    Attributes:
+        go: starts a run of the kind in an output folder, with or without RESUME.
+        whole: the output folder of the run that nobody killed.
+        seconds: how long that one took.
+    """
+
+    go: Callable[..., Started]
+    whole: Path
+    seconds: float
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, tmp_path: Path, backend: Tokenizer, make_tokenizer: TokenizerMaker) -> Bench:
+    """Do a whole run of the kind that the test asks for."""
+    kind = KINDS[request.getfixturevalue("kind")]
+    model, data = tmp_path / "model", tmp_path / "data"
+    if kind.script == "finetune.py":
+        save_model_folder(model, make_tokenizer("glm"))
+        write_chat_data(data)
+    else:
+        save_vision_folder(model, backend)
+        write_vision_data(data)
+
+    def go(output: Path, resume: str | None = None) -> Started:
+        settings = EVERY_STEP | kind.settings
+        return start(output, data, model, processes=kind.processes, resume=resume, script=kind.script, **settings)
+
+    began = time.monotonic()
+    go(tmp_path / "whole").end()
+    return Bench(go, tmp_path / "whole", time.monotonic() - began)
+
+
+def choose_moment(rng: Random, output: Path, seconds: float) -> Callable[[], bool]:
+    """Return a function that tells whether the moment to kill has come."""
+    began = time.monotonic()
+    kind = rng.choice(("any", "any", "saving", "named", "logged"))
+    count = rng.choice((1, 1, 2, 3))
+    if kind == "any":
+        end = began + rng.uniform(0, seconds)
+        return lambda: time.monotonic() > end
+    before = len(list(output.glob("checkpoint-*")))
+    size = log_size(output)
+    delay = rng.uniform(0, 0.05)
+    seen: list[float] = []
+
+    def has_come() -> bool:
+        named = len(list(output.glob("checkpoint-*"))) - before
+        if kind == "saving":
+            happened = named >= count - 1 and any(output.glob(f"{STAGING_FOLDER}/*"))
+        elif kind == "named":
+            happened = named >= count
+        else:
+            happened = log_size(output) != size
+        if happened and not seen:
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() >= seen[0] + (0.0 if kind == "named" else delay)
+
+    return has_come
+
+
+def log_size(output: Path) -> int:
+    """Return the bytes of metrics.jsonl."""
+    path = output / "metrics.jsonl"
+    return path.stat().st_size if path.is_file() else 0
+
+
+def kill_at_random(bench: Bench, output: Path, rng: Random) -> str | None:
+    """Start or continue the run and kill it; return what the kill hit, or None where the run ended before."""
+    run = bench.go(output, "yes")
+    has_come = choose_moment(rng, output, bench.seconds)
+    while not has_come():
+        if run.process.poll() is not None:
+            run.end()
+            return None
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    run.kill()
+    if run.process.returncode == 0:
+        return None
+    broken = {found.path.name: found.defect for found in find_checkpoints(output) if found.defect}
+    assert broken == {}, run.said()
+    if any(output.glob(f"{STAGING_FOLDER}/checkpoint-*/*")):
+        return "a checkpoint half written"
+    if not any(output.glob("checkpoint-*")):
+        return "no checkpoint yet"
+    return "training or later" if "memory: " in run.said() else "the start of a run that is continued"
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        ("lora", 3),
+        ("full", 3),
+        *(pytest.param(*case, marks=pytest.mark.fault) for case in (("lora", 100), ("full", 100))),
+        *(pytest.param(*case, marks=pytest.mark.fault) for case in (("vision", 20), ("two ranks", 12))),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(
+    bench: Bench, tmp_path: Path, kind: str, kills: int
+) -> None:
+    """R1, R3: whole checkpoints alone are seen; weights, optimizer, random state and log are those of the whole run."""
+    hit: Counter[str] = Counter()
+    seed = 0
+    while hit.total() < kills:
+        seed += 1
+        rng = Random(f"{kind}-{seed}")
+        output = tmp_path / f"killed-{seed}"
+        while (what := kill_at_random(bench, output, rng) if hit.total() < kills else None) is not None:
+            hit[what] += 1
+        bench.go(output, "yes").end()  # where it had ended, nothing is trained
+        assert_same_ends(bench.whole, output, f"{kind}, seed {seed}")
+        shutil.rmtree(output)
+    print(f"\n{kind}: {hit.total()} kills in {seed} runs: {dict(hit)}")
+
+
+def assert_same_ends(whole: Path, killed: Path, label: str) -> None:
+    """Fail unless the killed run left what the whole one did, and nothing besides."""
+    names = {path.name for path in killed.iterdir()} - {"earlier"}  # what a start before any checkpoint set aside
+    assert names == {path.name for path in whole.iterdir()}, label
+    assert_same_bits(whole, killed)
+    assert untimed(metrics(killed)) == untimed(metrics(whole)), label
+    for path in whole.glob("predictions/*"):
+        assert (killed / "predictions" / path.name).read_bytes() == path.read_bytes(), label
+    for checkpoint in find_checkpoints(whole):
+        other = killed / checkpoint.path.name
+        assert_same_bits(checkpoint.path, other)
+        for path in sorted(checkpoint.path.glob("*.pt*")):
+            expected, found = (
+                torch.load(folder / path.name, weights_only=False) for folder in (checkpoint.path, other)
+            )
+            assert_equal(expected, found, f"{label}: {checkpoint.path.name}/{path.name}")
+        state, expected = (
+            json.loads((folder / "trainer_state.json").read_text()) for folder in (other, checkpoint.path)
+        )
+        assert untimed(state.pop("log_history")) == untimed(expected.pop("log_history")), label
+        assert state.pop("best_model_checkpoint") == at(expected.pop("best_model_checkpoint"), whole, killed), label
+        assert state == expected, label
+
+
+def at(path: str | None, whole: Path, killed: Path) -> str | None:
+    """Return a path of the whole run as the killed one has it."""
+    return path and path.replace(str(whole), str(killed))
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the log without what depends on the clock, and without the summary of the last start."""
+    return [
+        {key: value for key, value in line.items() if not key.endswith(TIMED)}
+        for line in lines
+        if "train_runtime" not in line
+    ]
+
+
+def assert_equal(first: Any, second: Any, place: str) -> None:
+    """Fail unless two states are the same, tensors bit for bit."""
+    assert type(first) is type(second), place
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), place
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), place
+        for key, value in first.items():
+            assert_equal(value, second[key], f"{place}: {key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), place
+        for number, value in enumerate(first):
+            assert_equal(value, second[number], f"{place}: {number}")
+    else:
+        assert bool((first == second) if not hasattr(first, "shape") else (first == second).all()), place
