@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import traceback
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 
 from glm_edge_ft import recipe
-from glm_edge_ft.console import is_main_process, show_failure, show_problems
+from glm_edge_ft.console import is_main_process, prepare_streams, show_failure, show_problems
 from glm_edge_ft.errors import EXIT_DONE, EXIT_UNEXPECTED, EXIT_USER_ERROR, RunStopped, UserError
 from glm_edge_ft.preflight import RunRequest
 from glm_edge_ft.training.termination import Terminated, end_helper_processes
@@ -129,9 +128,7 @@ def run_command(action: Callable[[], None], problems_end: str = "", stopped_end:
         problems_end: ends the line that counts the mistakes in the input.
         stopped_end: ends the line that Ctrl-C gives.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a Chinese Windows console is GBK: show what it lacks as an escape
-            stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
     # Read when torch is imported. Threads that wait busily for one another slow a CPU run tenfold and more as soon as
     # anything else wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

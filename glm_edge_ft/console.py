@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from glm_edge_ft.errors import Problem
 from glm_edge_ft.node import is_first_to_say
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class _KeepsGoing(io.RawIOBase):
+    """Writes to a file descriptor, and drops what the disk behind it does not hold."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self.descriptor, data)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            return len(data)
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr outlive what a run must not end of.
+
+    What a console's encoding lacks (a Chinese Windows console is GBK) is shown as an escape. What a full disk does not
+    take, where output is redirected to a file, is dropped: the run is worth more than its log.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if stream is not getattr(sys, f"__{name}__") or stream.isatty() or sys.platform == "win32":
+            stream.reconfigure(errors="backslashreplace")
+            continue
+        stream.flush()
+        buffer = io.BufferedWriter(_KeepsGoing(stream.fileno()))
+        lasting = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
+        setattr(sys, name, lasting)
+        setattr(sys, f"__{name}__", lasting)  # flushed at the end, when a full disk would change the exit code
 
 
 def is_main_process() -> bool:
@@ -24,6 +74,12 @@ def show(text: str) -> None:
 def show_notice(text: str) -> None:
     """Print one line on stderr, on rank 0: something the user should know and need not mend."""
     if is_main_process():
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def show_notice_of_any(text: str) -> None:
+    """Print one line on stderr that any process may have, a loader's too: once for all of a machine."""
+    if is_first_to_say(text):
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 USABLE_OF_GPU = 0.9  # the rest is for CUDA's context, communication and gaps between allocations; not measured
 
+NOTHING_TO_LOWER = "take a smaller model, or a machine with more memory"
+
 
 @dataclass(frozen=True)
 class RunMemory:
@@ -221,12 +223,22 @@ def advise(memory: RunMemory, prepared: Prepared) -> list[str]:
         what = (
             f"{memory.processes} x {format_bytes(memory.estimate.host.total)} are more than the machine's memory holds"
         )
-    ways = "; ".join(_ways_out(memory, prepared)) or "take a smaller model, or a machine with more memory"
+    ways = (
+        "; ".join(ways_out(prepared, memory.batch, memory.on_gpu, memory.estimate.host.total > 0))
+        or "take a smaller model, or a machine with more memory"
+    )
     return [*notices, f"memory: {what}. In this order: {ways}"]
 
 
-def _ways_out(memory: RunMemory, prepared: Prepared) -> list[str]:
-    """Return what can still be lowered, cheapest first."""
+def ways_out(prepared: Prepared, batch: BatchShape, on_gpu: bool, offloads: bool) -> list[str]:
+    """Return what can still be lowered in a run, cheapest first.
+
+    Args:
+        prepared: the run.
+        batch: its largest batch.
+        on_gpu: whether it is on GPUs.
+        offloads: whether DeepSpeed keeps part of it in the machine's memory.
+    """
     args, config = prepared.training_arguments, prepared.plan.config
     ways = []
     size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -238,14 +250,14 @@ def _ways_out(memory: RunMemory, prepared: Prepared) -> list[str]:
     prefix = (config.peft_config or {}).get("peft_type") == "PREFIX_TUNING"
     if not args.activation_checkpointing and not prefix:
         ways.append("training_args.activation_checkpointing: true")
-    if memory.batch.length > 512:
-        ways.append(f"max_input_length and max_output_length, the longest row has {memory.batch.length:,} tokens")
+    if batch.length > 512:
+        ways.append(f"max_input_length and max_output_length, the longest row has {batch.length:,} tokens")
     if config.peft_config is None:
         ways.append("a LORA adapter, configs/lora.yaml")
-    if memory.on_gpu and not args.deepspeed:
+    if on_gpu and not args.deepspeed:
         file = "ds_zero_3.json" if args.world_size > 1 else "ds_zero_2_offload.json"
         ways.append(f"training_args.deepspeed: {file}")
-    elif memory.on_gpu and not memory.estimate.host.total:
+    elif on_gpu and not offloads:
         ways.append("training_args.deepspeed: ds_zero_3_offload.json")
     return ways
 

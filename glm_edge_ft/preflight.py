@@ -202,7 +202,8 @@ def prepare(plan: Plan) -> Prepared:
             image_processor = load_image_processor(plan.location)
     training_arguments = generation_config = None
     with _collect(problems):
-        generation_config = build_generation_config(config, checkpoint)
+        reply_stop = None if encoder is None else encoder.reply_format.stop_id
+        generation_config = build_generation_config(config, checkpoint, reply_stop)
     if precision is not None:
         with _collect(problems):
             training_arguments = build_training_arguments(plan, precision)
@@ -262,7 +263,7 @@ def _check_resume(plan: Plan, train: EncodedDataset, structure: Structure, probl
     found, notices = compare_with_checkpoint(
         plan.resume.path,
         plan.config,
-        plan.location.name,
+        plan.location,
         train.fingerprint,
         structure.adapter,
         structure.size.trained,

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from glm_edge_ft.arguments import tokens_per_pass
-from glm_edge_ft.console import is_main_process, show, show_notice
+from glm_edge_ft.check_report import show_check
+from glm_edge_ft.console import is_main_process, show, show_notice, show_notice_of_any
+from glm_edge_ft.disk_check import advise_on_disk, look_at_disk
 from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.failures import explain_failures
 from glm_edge_ft.feature_cache import open_image_features
-from glm_edge_ft.memory_check import advise, describe_memory, look_at_memory, run_memory_facts
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
-from glm_edge_ft.run_record import describe_model, model_facts, run_title, write_json, write_run_record
+from glm_edge_ft.run_record import build_run_record, describe_model, run_title, write_json, write_run_record
 from glm_edge_ft.training.checkpoints import (
     CURVE_FILE,
     METRICS_FILE,
@@ -33,7 +35,7 @@ from glm_edge_ft.training.checkpoints import (
 from glm_edge_ft.training.termination import Terminated, Termination
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
     from transformers import PreTrainedModel
@@ -60,7 +62,8 @@ def run(request: RunRequest) -> None:
         if request.preview is not None:
             show_preview(prepared)
         if not request.check and request.preview is None:
-            train(prepared, termination)
+            with explain_failures(prepared):
+                train(prepared, termination)
 
 
 def quiet_libraries() -> None:
@@ -73,31 +76,6 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def show_check(prepared: Prepared) -> None:
-    """Print the data and memory report; write it as JSON where `--json` says."""
-    from glm_edge_ft.data.report import format_report
-
-    for split, dataset in prepared.datasets.items():
-        show(format_report(dataset.report, f"{split}: {prepared.plan.data_files[split]}"))
-    show(describe_model(prepared))
-    facts = model_facts(prepared)
-    if is_main_process():
-        memory = look_at_memory(prepared)
-        show(describe_memory(memory))
-        for notice in advise(memory, prepared):
-            show_notice(notice)
-        facts["memory_bytes"] = run_memory_facts(memory)
-    if prepared.plan.resume.notice:
-        show_notice(prepared.plan.resume.notice)
-    report = {
-        "data": {split: dataset.report.to_json() for split, dataset in prepared.datasets.items()},
-        "model": facts,
-        "resume_from": str(prepared.plan.resume.path) if prepared.plan.resume.path else None,
-    }
-    write_json(prepared.plan.request.json_path, report)
-    show("check passed: nothing was trained, no weights were read")
 
 
 def show_preview(prepared: Prepared) -> None:
@@ -118,11 +96,14 @@ def train(prepared: Prepared, termination: Termination) -> None:
         for remark in dataset.report.remarks():
             show_notice(f"{split}: {remark}")
     make_output_dir(plan.output_dir)
-    trainer = build_trainer(prepared, evaluations, termination)
+    if notice := advise_on_disk(look_at_disk(prepared)):
+        show_notice(notice)
+    record = build_run_record(prepared)
+    trainer = build_trainer(prepared, evaluations, termination, functools.partial(write_run_record, record))
     show(describe_model(prepared))
     termination.defer(trainer.args.device)  # from here on SIGTERM may find something worth saving
     make_room(plan)  # not before all that can go wrong has gone right: an earlier run stays where it is until then
-    write_run_record(prepared)
+    write_run_record(record, plan.output_dir)
     try:
         train_and_evaluate(trainer, plan, evaluations)
     except Terminated:  # in all processes alike
@@ -208,9 +189,15 @@ def make_room(plan: Plan) -> None:
 
 
 def build_trainer(
-    prepared: Prepared, evaluations: Mapping[str, EvaluationData], termination: Termination
+    prepared: Prepared,
+    evaluations: Mapping[str, EvaluationData],
+    termination: Termination,
+    write_record: Callable[[Path], None],
 ) -> GlmEdgeTrainer:
-    """Read the weights, put the adapter on, and return the trainer with its data and its log."""
+    """Read the weights, put the adapter on, and return the trainer with its data and its log.
+
+    `write_record` lays the record of the run into a checkpoint.
+    """
     import torch
     from transformers import PrinterCallback, ProgressCallback
 
@@ -239,10 +226,11 @@ def build_trainer(
         on_nonfinite_loss=config.on_nonfinite_loss,
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
         processes=processes_of(prepared.plan),
+        write_record=write_record,
         termination=termination,
         max_tokens_per_pass=tokens_per_pass(config, args),
         image_features=features,
-        callbacks=[RunLog(prepared.plan.output_dir, title=run_title(prepared), show=is_main_process())],
+        callbacks=[RunLog(prepared.plan.output_dir, run_title(prepared), is_main_process(), show_notice)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -258,7 +246,8 @@ def build_collator(
     padded = PaddedCollator(prepared.checkpoint.tokenizer.pad_token_id, padding_side)
     if prepared.image_processor is None:
         return padded
-    return VisionCollator(padded, prepared.image_processor, features.store if features else None)
+    skip = show_notice_of_any if prepared.plan.config.on_bad_image == "skip" else None
+    return VisionCollator(padded, prepared.image_processor, features.store if features else None, skip)
 
 
 def keep_image_features(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | None:

@@ -1,7 +1,8 @@
 """What changed between the run that wrote a checkpoint and the run that wants to continue from it.
 
 What would break the continuation, or bend it unseen, is refused with both values; what only makes it another run than
-the uninterrupted one is said. The earlier run is known by its `run.json` and by the adapter's own config.
+the uninterrupted one is said. The earlier run is known by the `run.json` in its checkpoint and by the adapter's own
+config.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import Problem
+from glm_edge_ft.model.weight_files import weights_fingerprint
 from glm_edge_ft.training.checkpoints import RUN_RECORD
+from glm_edge_ft.training.pickles import check_pickles
 from glm_edge_ft.training.processes import Processes, read_processes
+from glm_edge_ft.versions import PACKAGES, read_versions
 
 if TYPE_CHECKING:
     from glm_edge_ft.config import RunConfig
+    from glm_edge_ft.model.loading import ModelLocation
 
 KEPT_BY_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 """Values that lie in the saved optimizer and scheduler, so that a new one in the config has no effect."""
@@ -56,7 +61,7 @@ _DERIVED_ADAPTER_KEYS = frozenset(
 def compare_with_checkpoint(
     checkpoint: Path,
     config: RunConfig,
-    model: str,
+    location: ModelLocation,
     train_fingerprint: str,
     adapter: Mapping[str, Any] | None,
     trainable: int,
@@ -67,7 +72,7 @@ def compare_with_checkpoint(
     Args:
         checkpoint: a whole checkpoint, in its run's output folder.
         config: today's config.
-        model: the MODEL argument.
+        location: MODEL.
         train_fingerprint: key of today's encoded training data.
         adapter: today's PEFT config as a dict, or None for full fine-tuning.
         trainable: number of parameters that are trained today.
@@ -76,12 +81,15 @@ def compare_with_checkpoint(
     problems = _compare_adapters(checkpoint, _read(checkpoint / "adapter_config.json"), adapter)
     before = read_processes(checkpoint)
     problems += compare_processes(checkpoint, before, processes, is_adapter=adapter is not None)
-    record = _read(checkpoint.parent / RUN_RECORD)
+    problems += check_pickles(checkpoint)
+    record = _read(checkpoint / RUN_RECORD) or _read(checkpoint.parent / RUN_RECORD)  # of then, else of the last start
     if record is None:
         return problems, []
     again = "write the old value, or start afresh (RESUME no)"
-    if record.get("model") != model:
-        problems.append(Problem(f"MODEL {model}", f"{checkpoint} was trained from {record.get('model')}", again))
+    notices = []
+    found, remark = compare_models(checkpoint, record, location)
+    problems += found
+    notices += [remark] if remark else []
     old_config, old_facts = record.get("config") or {}, record.get("facts") or {}
     if adapter is None and not problems and old_facts.get("trainable_parameters") not in (None, trainable):
         frozen, freeze = old_config.get("freezeV"), config.freezeV
@@ -92,7 +100,6 @@ def compare_with_checkpoint(
     if old.get("optim") != new.get("optim"):
         what = f"{new.get('optim', 'the default')}, but {checkpoint} was trained with {old.get('optim', 'the default')}"
         problems.append(Problem("training_args.optim", what, again))
-    notices = []
     for key in KEPT_BY_THE_OPTIMIZER:
         if old.get(key) != new.get(key):
             what = f"training_args.{key} {old.get(key)} -> {new.get(key)}"
@@ -103,7 +110,33 @@ def compare_with_checkpoint(
     notices += note_processes(before, processes, old, new)
     if ((record.get("data") or {}).get("train") or {}).get("fingerprint") != train_fingerprint:
         notices.append("the training data, or how it is encoded, changed since the checkpoint was written")
-    return problems, notices
+    return problems, notices + note_versions(record.get("versions") or {}, read_versions())
+
+
+def compare_models(checkpoint: Path, record: Mapping[str, Any], location: ModelLocation) -> tuple[list[Problem], str]:
+    """Compare MODEL with the one that the run began from: by its weights where they are known, else by its name."""
+    before, name = record.get("model"), location.name
+    old, new = record.get("model_fingerprint"), weights_fingerprint(location)
+    fix = "give the model of then, or start afresh (RESUME no)"
+    if old is None or new is None:
+        what = f"{checkpoint} was trained from {before}"
+        return ([Problem(f"MODEL {name}", what, fix)] if before != name else []), ""
+    if old != new:
+        what = f"{checkpoint} was trained from {before}" + (", whose weights were others" if before == name else "")
+        return [Problem(f"MODEL {name}", what, fix)], ""
+    return [], f"MODEL {before} -> {name}: the same weights under another name" if before != name else ""
+
+
+def note_versions(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Say which libraries are others than when the checkpoint was written."""
+    changed = [
+        f"{name} {old[name]} -> {new.get(name, 'none')}"
+        for name in PACKAGES
+        if old.get(name, new.get(name)) != new.get(name)
+    ]
+    if not changed:
+        return []
+    return [f"since the checkpoint was written: {', '.join(changed)}; the run goes on, perhaps not with the same bits"]
 
 
 def compare_processes(checkpoint: Path, before: Processes, now: Processes, is_adapter: bool) -> list[Problem]:

@@ -9,27 +9,20 @@ from typing import TYPE_CHECKING, Any
 from glm_edge_ft.console import is_main_process
 from glm_edge_ft.files import write_whole
 from glm_edge_ft.memory_check import format_bytes, memory_facts
+from glm_edge_ft.model.weight_files import weights_fingerprint
 from glm_edge_ft.training.checkpoints import RUN_RECORD
+from glm_edge_ft.versions import read_versions
 
 if TYPE_CHECKING:
     from glm_edge_ft.preflight import Prepared
 
 
-def write_run_record(prepared: Prepared) -> None:
-    """Write `run.json`: resolved config, command line, versions and data fingerprints."""
-    import importlib.metadata
-    import platform
-
+def build_run_record(prepared: Prepared) -> dict[str, Any]:
+    """Return what `run.json` holds: resolved config, command line, versions and fingerprints of model and data."""
     plan = prepared.plan
-    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "deepspeed")
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    record = {
+    return {
         "model": plan.location.name,
+        "model_fingerprint": weights_fingerprint(plan.location),
         "data_dir": str(plan.request.data_dir),
         "config_file": str(plan.config.path),
         "overrides": list(plan.request.overrides),
@@ -37,10 +30,14 @@ def write_run_record(prepared: Prepared) -> None:
         "config": plan.config.resolved(),
         "facts": model_facts(prepared),
         "data": {split: _data_facts(prepared, split) for split in prepared.datasets},
-        "versions": versions,
+        "versions": read_versions(),
     }
+
+
+def write_run_record(record: dict[str, Any], folder: Path) -> None:
+    """Write `run.json` on rank 0: into the output folder, and into each checkpoint."""
     if is_main_process():
-        write_whole(plan.output_dir / RUN_RECORD, json_text(record))
+        write_whole(folder / RUN_RECORD, json_text(record))
 
 
 def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:

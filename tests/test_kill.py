@@ -173,6 +173,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(
         bench.go(output, "yes").end()  # where it had ended, nothing is trained
         assert_same_ends(bench.whole, output, f"{kind}, seed {seed}")
         shutil.rmtree(output)
+        print(f"{kind}, seed {seed}: {dict(hit)}", flush=True)
     print(f"\n{kind}: {hit.total()} kills in {seed} runs: {dict(hit)}")
 
 

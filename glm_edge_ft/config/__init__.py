@@ -205,6 +205,8 @@ def _check_data_file(data_dir: Path, key: str, name: str) -> list[Problem]:
         return []
     if path.is_dir():
         return [Problem(key, f"{path} is a folder", "name a file in it")]
+    if path.exists():
+        return [Problem(key, f"{path} is a pipe or a device, and a data file is read more than once", "name a file")]
     present = sorted(found.name for found in data_dir.iterdir() if found.suffix.lower() in DATA_SUFFIXES)
     close = nearest(name, present)
     hint = f"did you mean {close}? " if close else ""

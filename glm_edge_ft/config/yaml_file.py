@@ -66,6 +66,8 @@ def _read_text(path: Path) -> str:
             raise UserError.single(where, "this is a folder, not a config file", f"write {path / 'lora.yaml'} or so")
         if not path.exists():
             raise UserError.single(where, "no such config file", _nearby_files(path))
+        if not path.is_file() and not str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/")):
+            raise UserError.single(where, "this is a pipe or a device, not a config file", "name a YAML file")
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

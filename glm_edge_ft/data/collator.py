@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from glm_edge_ft.data.feature_store import FeatureStore
-from glm_edge_ft.data.images import load_image, preprocess
+from glm_edge_ft.data.images import BACKGROUND, load_image, preprocess
 from glm_edge_ft.errors import RunStopped, UserError
 
 IGNORE_INDEX = -100
@@ -64,17 +65,22 @@ class VisionCollator:
         padded: pads ids and labels.
         image_processor: of the checkpoint (`model.loading.load_image_processor`).
         features: what the vision part made of images before; their pixels are not needed again.
+        skip: told of each image that can no longer be read; None: such an image ends the run.
+        skipped: those that this process met.
     """
 
     padded: PaddedCollator
     image_processor: Any
     features: FeatureStore | None = None
+    skip: Callable[[str], None] | None = None
+    skipped: set[str] = field(default_factory=set, compare=False)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return what `padded` returns and `pixel_values`, (images, 3, 672, 672) float32.
 
         The images stand in the order of their placeholders: sample by sample, and in order within one. Without an image
-        in the batch there are no `pixel_values`. An image that several samples share is decoded once.
+        in the batch there are no `pixel_values`. An image that several samples share is decoded once. One that can no
+        longer be read is shown as a blank one where `skip` says so, and its row teaches nothing.
 
         With `features`, `pixel_values` has the distinct images that have no record yet, or is absent, and two more keys
         say what each image of the batch is, (images,) int64: `image_records`, the number of its record or -1, and
@@ -83,22 +89,47 @@ class VisionCollator:
         Raises:
             RunStopped: an image can no longer be read.
         """
-        batch = self.padded(samples)
-        paths = [path for sample in samples for path in sample.get("images", ())]
-        if not paths:
-            return batch
-        if self.features is None:
-            pixels = {path: decode(path, self.image_processor) for path in dict.fromkeys(paths)}
-            batch["pixel_values"] = torch.from_numpy(np.stack([pixels[path] for path in paths]))
-            return batch
-        records = [self.features.numbers.get(path, -1) for path in paths]
-        missing = [path for path, record in zip(paths, records, strict=True) if not self.features.holds(record)]
-        places = {path: place for place, path in enumerate(dict.fromkeys(missing))}
-        batch["image_records"] = torch.tensor(records)
-        batch["image_pixels"] = torch.tensor([places.get(path, -1) for path in paths])
-        if places:
-            batch["pixel_values"] = torch.from_numpy(np.stack([decode(path, self.image_processor) for path in places]))
+        paths = list(dict.fromkeys(path for sample in samples for path in sample.get("images", ())))
+        numbers = {} if self.features is None else {path: self.features.numbers.get(path, -1) for path in paths}
+        needed = [path for path in paths if self.features is None or not self.features.holds(numbers[path])]
+        pixels, bad = self._decode(needed)
+        batch = self.padded(
+            [_without_labels(sample) if bad & set(sample.get("images", ())) else sample for sample in samples]
+        )
+        shown = [path for sample in samples for path in sample.get("images", ())]
+        if shown and self.features is None:
+            batch["pixel_values"] = torch.from_numpy(np.stack([pixels[path] for path in shown]))
+        elif shown:
+            places = {path: place for place, path in enumerate(needed)}
+            records = [-1 if path in bad else numbers[path] for path in shown]  # a blank image is not kept
+            batch["image_records"] = torch.tensor(records)
+            batch["image_pixels"] = torch.tensor([places.get(path, -1) for path in shown])
+            if needed:
+                batch["pixel_values"] = torch.from_numpy(np.stack([pixels[path] for path in needed]))
         return batch
+
+    def _decode(self, paths: Iterable[str]) -> tuple[dict[str, Any], set[str]]:
+        """Return the pixels of each image, and which of them are blank instead."""
+        pixels, bad = {}, set()
+        for path in paths:
+            try:
+                pixels[path] = decode(path, self.image_processor)
+            except RunStopped as error:
+                if self.skip is None:
+                    raise
+                if path not in self.skipped:
+                    self.skipped.add(path)
+                    count = len(self.skipped)
+                    self.skip(f"{error}; its rows teach nothing (on_bad_image: skip; {count} such images so far)")
+                bad.add(path)
+                pixels[path] = preprocess(Image.new("RGB", (32, 32), BACKGROUND), self.image_processor)
+        return pixels, bad
+
+
+def _without_labels(sample: Mapping[str, Any]) -> dict[str, Any]:
+    if "labels" not in sample:
+        return dict(sample)
+    return {**sample, "labels": np.full_like(sample["labels"], IGNORE_INDEX)}
 
 
 def decode(path: str, image_processor: Any) -> NDArray[np.float32]:
@@ -106,7 +137,9 @@ def decode(path: str, image_processor: Any) -> NDArray[np.float32]:
     try:
         return preprocess(load_image(path), image_processor)
     except UserError as error:  # a loader's worker can only pass on an exception that is made of one text
-        raise RunStopped(f"an image that was there before training cannot be read now: {error}") from None
+        (problem,) = error.problems
+        what = f"an image that was there before training cannot be read now: {problem.where}: {problem.what}"
+        raise RunStopped(what) from None
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,10 @@ class EncodedDataset:
         smaller._open()
         return smaller
 
+    def tokens(self, first: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Return ids and loss mask of the file's tokens from `first` to before `end`: views, nothing is read yet."""
+        return self._ids[first:end], self._mask[first:end]
+
     @property
     def lengths(self) -> NDArray[np.int32]:
         """(rows,) tokens of each row, for batches by length."""

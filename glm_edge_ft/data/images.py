@@ -6,6 +6,7 @@ Pixels are never stored: the loader's workers call `load_image` and `preprocess`
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,15 +44,29 @@ def load_image(path: str | Path) -> Image.Image:
     are laid over `BACKGROUND`; 16-bit grey is scaled to 8 bits; palettes, CMYK and LAB are converted.
 
     Raises:
-        UserError: the file cannot be opened, is no picture, is cut off, or has so many pixels (179 million) that it is
-            more likely an attack than a photograph.
+        UserError: the file cannot be opened, is a pipe or a device, no picture, cut off, a program (PostScript), or has
+            so many pixels (179 million) that it is more likely an attack than a photograph.
     """
     try:
+        _check_regular(Path(path))
         with Image.open(path) as image:
+            if image.format == "EPS":
+                raise _NoPictureError("this is a PostScript program, which would be run to see it: convert it to PNG")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # the bytes are foreign, and Pillow's readers raise many kinds
         raise UserError.single(str(path), _reason(Path(path), error), _FIX) from None
+
+
+class _NoPictureError(Exception):
+    """A file that is not opened, or not further; the message says why."""
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse a pipe or a device, which may wait or read without end; a folder or a missing file shows later."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise _NoPictureError("this is a pipe or a device, not a file")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -78,6 +93,8 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 
 def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, _NoPictureError):
+        return str(error)
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, IsADirectoryError):

@@ -84,6 +84,8 @@ def file_problem(path: Path, name: str) -> Problem | None:
         return Problem(name, f"no such file: {path}", "check data_config and the data folder")
     if path.is_dir():
         return Problem(name, f"{path} is a folder", f"name a file that ends in {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        return Problem(name, f"{path} is a pipe or a device, and a data file is read more than once", "name a file")
     if path.suffix.lower() not in SUFFIXES:
         return Problem(name, f"unsupported kind of file {path.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
     try:

@@ -7,6 +7,7 @@ whether a file was cut are known without reading one weight.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -18,10 +19,11 @@ from glm_edge_ft.errors import Problem, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.loading import Checkpoint, ModelLocation
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _SAME_DOWNLOAD = "config.json and the weights are of different models: take both from one download"
 _AGAIN = "download the model again"
 
@@ -45,6 +47,24 @@ def check_weights(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> None:
     problems = _compare(where, found, meta_model)
     if problems:
         raise UserError(problems)
+
+
+def weights_fingerprint(location: ModelLocation) -> str | None:
+    """Return by what a model's weights are known wherever they lie; None where they are not on this machine yet.
+
+    It is a hash of each file's size and header and of samples of its content, so it takes a moment for any size.
+    """
+    folder = Path(location.source) if location.is_local else find_cached_folder(location.source)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+            for number in range(1, _SAMPLES + 1):
+                file.seek(max(0, size * number // _SAMPLES - _SAMPLE_BYTES))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return None if folder is None else digest.hexdigest()
 
 
 def find_cached_folder(hub_id: str) -> Path | None:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from glm_edge_ft.files import write_whole
+from glm_edge_ft.files import append_whole, write_whole
 from glm_edge_ft.training.checkpoints import CURVE_FILE, METRICS_FILE
 from glm_edge_ft.training.curves import read_metrics, write_loss_curve
 from glm_edge_ft.training.metrics import METRIC_NAMES
@@ -24,19 +24,24 @@ class RunLog(TrainerCallback):
     """Writes `metrics.jsonl` and `loss.png` on rank 0 and shows progress there.
 
     A resumed run keeps the lines up to its checkpoint and drops what the killed run logged after it, so that each step
-    stands once in the file.
+    stands once in the file. A log that cannot be written, because the disk is full, does not end a run: its lines are
+    kept and written with a later one.
 
     Args:
         output_dir: the run's folder.
         title: heading of the curve.
         show: whether to print (rank 0, and not under `disable_tqdm` for the bar).
+        warn: shows one line to the user.
     """
 
-    def __init__(self, output_dir: Path, title: str, show: bool) -> None:
+    def __init__(self, output_dir: Path, title: str, show: bool, warn: Callable[[str], None]) -> None:
         self.metrics_file = output_dir / METRICS_FILE
         self.curve_file = output_dir / CURVE_FILE
         self.title = title
         self.show = show
+        self.warn = warn
+        self.waiting: list[str] = []  # lines that could not be written
+        self.curve_failed = False
         self.bar: Any = None
         self.start_time = 0.0
         self.start_step = 0
@@ -70,13 +75,25 @@ class RunLog(TrainerCallback):
         record = {"step": state.global_step, **{key: finite_or_none(value) for key, value in logs.items()}}
         if "loss" in logs:
             record["peak_memory_bytes"] = peak_memory()
-        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._write(json.dumps(record) + "\n")
         line = self._line(state, logs)
         if self.show and line:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
+
+    def _write(self, line: str) -> None:
+        """Append a line to `metrics.jsonl`, and those before it that could not be written when they came."""
+        lines = [*self.waiting, line]
+        try:
+            append_whole(self.metrics_file, "".join(lines))
+        except OSError as error:
+            if not self.waiting:
+                self.warn(f"{self.metrics_file} cannot be written ({error.strerror}): its lines are kept for later")
+            self.waiting = lines
+        else:
+            if self.waiting:
+                self.warn(f"{self.metrics_file}: {len(self.waiting)} lines that had to wait are written now")
+            self.waiting = []
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw the curve again, unless that was done a moment ago."""
@@ -92,6 +109,8 @@ class RunLog(TrainerCallback):
             self.bar.close()
             self.bar = None
         self._draw(state)
+        if self.waiting:
+            self.warn(f"{self.metrics_file}: {len(self.waiting)} lines could not be written")
 
     def _draw_now_and_then(self, state: TrainerState) -> None:
         """Draw, unless drawing would take more than a twentieth of the run: a long log takes a second and more."""
@@ -101,8 +120,14 @@ class RunLog(TrainerCallback):
             self.next_drawing = began + 20 * (time.monotonic() - began)
 
     def _draw(self, state: TrainerState) -> None:
-        if state.is_world_process_zero and self.metrics_file.is_file():
+        if not state.is_world_process_zero or not self.metrics_file.is_file():
+            return
+        try:
             write_loss_curve(read_metrics(self.metrics_file), self.curve_file, self.title)
+        except OSError as error:
+            if not self.curve_failed:
+                self.warn(f"{self.curve_file} cannot be written ({error.strerror}): it is left out until it can")
+            self.curve_failed = True
 
     def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
         head = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"

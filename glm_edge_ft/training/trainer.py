@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ _NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the unin
 
 
 class NonFiniteLossError(RunStopped):
-    """The loss of a batch is NaN or infinite."""
+    """The loss of a batch, or the gradient of a step, is NaN or infinite."""
 
 
 class BatchCompletion(Protocol):
@@ -85,9 +86,10 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
 
     Args:
         reply_tools: how prompts are batched, continued and turned into text.
-        on_nonfinite_loss: stop with NonFiniteLossError, or warn, skip nothing and go on.
+        on_nonfinite_loss: stop with NonFiniteLossError, or warn and leave out the steps whose gradient is not finite.
         complete_saved_folder: adds to a folder that was just saved what other tools need in it.
         processes: how the run shares its work, for the record in each checkpoint.
+        write_record: lays what else is to be known of the run into a checkpoint.
         termination: whether the run was asked to end; None: it never will be.
         max_tokens_per_pass: most tokens that go through the model at once in training; None: the whole batch.
         image_features: completes batches by vectors of their images that are kept; None: batches are complete.
@@ -104,6 +106,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         on_nonfinite_loss: Literal["stop", "warn"] = "stop",
         complete_saved_folder: Callable[[Path], None],
         processes: Processes = ONE_PROCESS,
+        write_record: Callable[[Path], None] = lambda folder: None,
         termination: Termination | None = None,
         max_tokens_per_pass: int | None = None,
         image_features: BatchCompletion | None = None,
@@ -113,6 +116,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self.on_nonfinite_loss = on_nonfinite_loss
         self.complete_saved_folder = complete_saved_folder
         self.processes = processes
+        self.write_record = write_record
         self.termination = termination or Termination()
         self.max_tokens_per_pass = max_tokens_per_pass
         self.image_features = image_features
@@ -122,6 +126,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self._epoch_sampler: LengthGroupedEpochSampler | None = None
         self._staging: Path | None = None
         self._last_saved_step = 0
+        self._nonfinite = 0
         self._owes_evaluation = False
         self._counted_batches = 0
         self._loss_sum = torch.zeros(())
@@ -168,7 +173,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         loss = loss + super().training_step(model, last, num_items_in_batch)
         if not torch.isfinite(loss):
-            self._report_nonfinite_loss(float(loss))
+            self._report_nonfinite(f"the loss of step {self.state.global_step + 1} is {float(loss)}")
         return loss
 
     def _parts_of(self, inputs: dict[str, Any], num_items_in_batch: Any) -> list[dict[str, Any]]:
@@ -200,14 +205,24 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         now = time.perf_counter()
         self._clock_since_log = self._clock_since_log + now - start if self._tokens_since_log else now
 
-    def _report_nonfinite_loss(self, value: float) -> None:
-        text = (
-            f"the loss of step {self.state.global_step + 1} is {value}: lower training_args.learning_rate, "
-            "or train in bf16 or fp32 instead of fp16"
-        )
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradients before they are used; see to it that it is finite (M4).
+
+        In fp16 it may be infinite: the step is then left out and the loss scaled down, by accelerate or DeepSpeed.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not self.args.fp16 and not math.isfinite(float(norm)):
+            self._report_nonfinite(f"the gradient of step {self.state.global_step + 1} is {float(norm)}")
+            if not self.is_deepspeed_enabled:
+                model.zero_grad()  # the optimizer passes over weights without gradient: a step with NaN would end them
+        return norm
+
+    def _report_nonfinite(self, what: str) -> None:
+        self._nonfinite += 1
+        advice = "lower training_args.learning_rate and start afresh, or train in bf16 or fp32 instead of fp16"
         if self.on_nonfinite_loss == "stop":
-            raise NonFiniteLossError(text)
-        self.reply_tools.warn(text)
+            raise NonFiniteLossError(f"{what}: {advice}")
+        self.reply_tools.warn(f"{what} ({self._nonfinite} so far): {advice}")
 
     # ---- being stopped by SIGTERM ----
 
@@ -354,9 +369,18 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            self._publish_checkpoint(output_dir, staging)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
+            raise
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+        self._last_saved_step = self.state.global_step
+
+    def _publish_checkpoint(self, output_dir: Path, staging: Path) -> None:
         step = self.state.global_step
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
@@ -366,10 +390,9 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
                 str(staged / STATE_FILE)
             )  # again: it now names the best checkpoint by its final path
             write_processes(staged, self.processes)
+            self.write_record(staged)
             publish(staged, output_dir)
             remove_old_checkpoints(output_dir, self.args.save_total_limit, self.state.best_global_step)
-        self.accelerator.wait_for_everyone()
-        self._last_saved_step = step
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """End training as the parent does, which with a limit of one would remove the newest checkpoint for the best.

@@ -58,7 +58,7 @@ def test_there_is_no_table_without_two_evaluations() -> None:
 
 def test_the_log_line_tells_where_the_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Step, loss, learning rate, gradient norm, tokens per second and the time left; the file has the memory too."""
-    log = RunLog(tmp_path, "title", show=True)
+    log = RunLog(tmp_path, "title", show=True, warn=print)
     arguments = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, report_to="none")
     state, control = TrainerState(max_steps=100), TrainerControl()
     log.on_train_begin(arguments, state, control)

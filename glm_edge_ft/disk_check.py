@@ -1,0 +1,110 @@
+"""Do the checkpoints fit on the disk? An estimate of what a run will write, beside the room that there is."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.memory_check import format_bytes
+from glm_edge_ft.training.checkpoints import read_step
+
+if TYPE_CHECKING:
+    from glm_edge_ft.preflight import Prepared
+
+BYTES_PER_SAVED_NUMBER = 4  # trained weights are kept and saved in float32, without DeepSpeed
+SMALL_FILES = 100_000  # configs, states, random state; the tokenizer is measured
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """What a run will write, in bytes.
+
+    Attributes:
+        checkpoint: of one checkpoint: weights, optimizer states, tokenizer.
+        checkpoints: how many of them lie there at the most, the one that is being written included.
+        final: of the final model.
+        free: what is free in the output folder's place now.
+        limit: `save_total_limit`.
+    """
+
+    checkpoint: int
+    checkpoints: int
+    final: int
+    free: int
+    limit: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes altogether."""
+        return self.checkpoint * self.checkpoints + self.final
+
+
+def look_at_disk(prepared: Prepared) -> DiskNeed:
+    """Estimate what the rest of the run writes, and ask the disk what it has."""
+    args = prepared.training_arguments
+    trained, parameters = prepared.parameters
+    is_adapter = prepared.plan.config.peft_config is not None
+    saved = trained if is_adapter else parameters
+    weights = saved * (2 if args.deepspeed and (args.bf16 or args.fp16) else BYTES_PER_SAVED_NUMBER)
+    copies = prepared.memory.optimizer * (args.world_size if args.deepspeed else 1)
+    small = SMALL_FILES + _size_of(prepared.checkpoint.folder / "tokenizer.json")
+    checkpoint = weights + (0 if args.save_only_model else copies) + small
+    limit = args.save_total_limit if args.save_total_limit and args.save_total_limit > 0 else None
+    written = count_checkpoints(prepared)
+    kept = written if limit is None else min(written, limit + 1 + int(bool(args.load_best_model_at_end and limit == 1)))
+    return DiskNeed(checkpoint, kept, weights + small, free_bytes(prepared.plan.output_dir), limit)
+
+
+def count_checkpoints(prepared: Prepared) -> int:
+    """Return how many checkpoints the run will write from where it starts."""
+    args, resumed = prepared.training_arguments, prepared.plan.resume.path
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps_per_epoch = max(1, -(-len(prepared.datasets["train"]) // rows_per_step))
+    steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * steps_per_epoch)
+    first = read_step(resumed) if resumed is not None else 0
+    strategy = getattr(args.save_strategy, "value", str(args.save_strategy))
+    if strategy == "no" or first >= steps:
+        return 0
+    if strategy == "steps":
+        every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+        every = max(1, int(every))
+        return max(1, steps // every - first // every)
+    return max(1, -(-(steps - first) // steps_per_epoch))
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the room in a folder, or in the nearest one above it that exists."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(nearest).free
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def describe_disk(need: DiskNeed) -> str:
+    """Return one line: what the run writes, and what is free."""
+    count = "1 checkpoint" if need.checkpoints == 1 else f"{need.checkpoints:,} checkpoints"
+    return (
+        f"disk: about {format_bytes(need.total)} ({count} of {format_bytes(need.checkpoint)} at a time, and the final "
+        f"model); {format_bytes(need.free)} are free"
+    )
+
+
+def advise_on_disk(need: DiskNeed) -> str | None:
+    """Return what to change where the checkpoints do not fit; None where they do."""
+    if need.total <= need.free:
+        return None
+    fitting = int((need.free - need.final) // need.checkpoint) - 1 if need.checkpoint else 0
+    if fitting < 1:
+        way = "make room, or name another training_args.output_dir"
+    else:
+        way = f"training_args.save_total_limit {need.limit or 'null'} -> {fitting}, or make room"
+    return f"disk: about {format_bytes(need.total)} are more than the {format_bytes(need.free)} that are free: {way}"
+
+
+def disk_facts(need: DiskNeed) -> dict[str, Any]:
+    """Return the estimate for JSON, in bytes."""
+    return {**asdict(need), "total": need.total, "fits": need.total <= need.free}

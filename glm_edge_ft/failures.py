@@ -1,0 +1,153 @@
+"""A run that breaks off in the middle: what happened, what to change, and from where it goes on.
+
+What a user can do something about becomes one line; any other failure keeps its traceback, with the way to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import shutil
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glm_edge_ft.errors import RunStopped, UserError
+from glm_edge_ft.memory_check import format_bytes, largest_batch, ways_out
+from glm_edge_ft.training.checkpoints import find_checkpoints
+from glm_edge_ft.training.termination import Terminated
+
+if TYPE_CHECKING:
+    from glm_edge_ft.preflight import Prepared
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your quota of the disk is used up",
+    errno.EFBIG: "a file may not become so large (ulimit -f)",
+    errno.EROFS: "the disk can only be read",
+    errno.EIO: "the disk fails",
+}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # so safetensors and tokenizers end their messages
+_TORCH_SAVE = ("inline_container", "PytorchStreamWriter")  # torch.save tells neither the file nor the reason
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+_LOADER_DIED = "DataLoader worker (pid"
+_FROM_LOADER = re.compile(r"\ACaught RunStopped in DataLoader .*\bRunStopped: (.*)\Z", re.DOTALL)
+
+
+@contextmanager
+def explain_failures(prepared: Prepared) -> Iterator[None]:
+    """Turn what breaks a run off inside into one line that says what to do, where that is known.
+
+    Raises:
+        RunStopped: for a full or read-only disk, a lack of memory, a loader process that died, and what the run itself
+            stopped for; with the checkpoint from which it goes on.
+    """
+    try:
+        yield
+    except (Terminated, UserError):
+        raise
+    except Exception as error:
+        what = what_happened(error, prepared)
+        how = how_to_go_on(prepared.plan.output_dir)
+        if what is None:
+            error.add_note(how)
+            raise
+        raise RunStopped(f"{what}; {how}") from error
+
+
+def what_happened(error: Exception, prepared: Prepared) -> str | None:
+    """Return in words what stopped the run, and what to change; None where nothing is known of it."""
+    if isinstance(error, RunStopped):
+        return _FROM_LOADER.sub(r"\1", str(error)).strip()
+    if trouble := disk_trouble(error, prepared.plan.output_dir):
+        return trouble
+    if is_lack_of_memory(error):
+        return _memory_trouble(error, prepared)
+    if isinstance(error, RuntimeError) and _LOADER_DIED in str(error):
+        count = prepared.training_arguments.dataloader_num_workers
+        return (
+            f"a process that loads data ended by itself ({_first_line(error)}), perhaps for lack of memory: lower "
+            f"training_args.dataloader_num_workers, now {count}; with 0 there is no such process"
+        )
+    return None
+
+
+def how_to_go_on(output_dir: Path) -> str:
+    """Return from which checkpoint the run can be continued, as the end of a sentence."""
+    whole = [found.path for found in find_checkpoints(output_dir) if not found.defect]
+    if not whole:
+        return "no checkpoint was written yet, so the same command starts from the beginning"
+    return f"{whole[-1]} is whole, and the same command with `yes` as RESUME goes on from it"
+
+
+def disk_trouble(error: BaseException, folder: Path) -> str | None:
+    """Return what is wrong with the disk of `folder`, and what to do, where that is why `error` was raised."""
+    number = _disk_error(error)
+    if number is None and any(sign in str(error) for sign in _TORCH_SAVE):
+        number = _try_to_write(folder) or 0
+    if number is None:
+        return None
+    what = _DISK_ERRORS.get(number, "a file could not be written")
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f" ({format_bytes(shutil.disk_usage(folder).free)} free)"
+    more = "mount it for writing" if number == errno.EROFS else "make room, or lower training_args.save_total_limit"
+    return f"{folder}: {what}{free}: {more}"
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """Return the error number of the disk in an exception, or in what it was raised from."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (match := _RUST_ERROR.search(str(error))):
+            number = int(match.group(1))
+        if number in _DISK_ERRORS:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _try_to_write(folder: Path) -> int | None:
+    """Return the error number of an attempt to write a megabyte, or None where it goes well."""
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(b"\0" * 1_000_000)
+    except OSError as error:
+        return error.errno
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return None
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the GPU or of the machine."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def _memory_trouble(error: Exception, prepared: Prepared) -> str:
+    args = prepared.training_arguments
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if names & {"evaluation_loop", "generate_and_score"}:
+        size = args.per_device_eval_batch_size
+        way = f"training_args.per_device_eval_batch_size {size} -> {max(1, size // 4)}" if size > 1 else ""
+        ways = [way or "training_args.generation_config.max_new_tokens, and a smaller max_input_length"]
+        where = f"in an evaluation with batches of {size} rows"
+    else:
+        batch = largest_batch(prepared)
+        offloads = prepared.memory.host.total > 0
+        ways = ways_out(prepared, batch, not args.use_cpu, offloads) or [
+            "take a smaller model, or a machine with more memory"
+        ]
+        where = f"in a step of up to {batch.rows} x {batch.length:,} tokens"
+    return f"out of memory {where} ({_first_line(error)}). Lower, in this order: {'; '.join(ways)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".")

@@ -1,0 +1,181 @@
+"""Disks that are full, become full, or can only be read: in a mount namespace of its own, real errors of a real disk.
+
+What such a run says is held to the word, and what it leaves is resumed and compared with a run that had room.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_edge_ft.errors import RunStopped
+from glm_edge_ft.training.checkpoints import STAGING_FOLDER, find_checkpoints
+from tests.conftest import TokenizerMaker
+from tests.launch import REPOSITORY, SECONDS
+from tests.model_folders import save_model_folder
+from tests.runs import assert_same_bits, do_run, losses, write_chat_data, write_config
+
+NAMESPACE = ["unshare", "--user", "--mount", "--map-root-user"]
+OTHER_SIZES = (30, 130, 180, 230, 310, 520, 640, 800)  # a checkpoint takes some 120 kB, so each fails at another file
+EVERY_STEP: dict[str, Any] = {"save_steps": 1, "max_steps": 6}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with a tiny chat model and its data."""
+    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
+    save_model_folder(tmp_path / "model", make_tokenizer("glm"))
+    write_chat_data(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture
+def can_mount() -> None:
+    """Skip where the system lets nobody mount in a namespace of their own."""
+    if sys.platform != "linux" or subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("unshare cannot make a mount namespace here")
+
+
+def run_on(folder: Path, mount: str, *, stdout: str = "/dev/stdout", **settings: Any) -> tuple[int, str, Path]:
+    """Do a run whose output folder is mounted by `mount`; return exit code, what was said, and a copy of the output.
+
+    Args:
+        folder: that of the fixture.
+        mount: shell commands; `$OUTPUT` is the output folder.
+        stdout: where the run's stdout goes.
+        settings: those of `write_config`.
+    """
+    output, kept = folder / "output", folder / "kept"
+    config = write_config(output, **EVERY_STEP | settings)
+    output.mkdir()
+    command = [sys.executable, "finetune.py", str(folder / "data"), str(folder / "model"), str(config)]
+    shell = f"{mount}\n{shlex.join(command)} > {stdout}; code=$?; cp -a $OUTPUT {shlex.quote(str(kept))}; exit $code"
+    done = subprocess.run(
+        [*NAMESPACE, "sh", "-c", shell],
+        env=os.environ | {"OUTPUT": str(output)},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    output.rmdir()  # empty: what was written lay on the mounted disk
+    kept.rename(output)
+    return done.returncode, done.stdout + done.stderr, output
+
+
+@pytest.mark.usefixtures("can_mount")
+@pytest.mark.parametrize(
+    "kilobytes",
+    [400, *(pytest.param(size, marks=pytest.mark.fault) for size in (30, 130, 180, 230, 310, 520, 640, 800))],
+)
+def test_a_disk_that_becomes_full_ends_the_run_and_costs_no_checkpoint(folder: Path, kilobytes: int) -> None:
+    """One line says why and how to go on; with room, the run ends as one that always had it, bit for bit."""
+    code, said, output = run_on(folder, f"mount -t tmpfs -o size={kilobytes}k tmpfs $OUTPUT")
+    checkpoints = find_checkpoints(output)
+    assert [found.defect for found in checkpoints] == [""] * len(checkpoints)
+    assert code == 1, said
+    assert "Traceback" not in said
+    assert f"stopped: {output}: the disk is full (" in said
+    assert "make room, or lower training_args.save_total_limit" in said
+    last = f"{checkpoints[-1].path} is whole, and the same command" if checkpoints else "no checkpoint was written yet"
+    assert said.count(last) == 1, said
+    assert not (output / STAGING_FOLDER).exists()
+    do_run(output, folder / "data", folder / "model", resume="yes", **EVERY_STEP)
+    whole = do_run(folder / "whole", folder / "data", folder / "model", **EVERY_STEP)
+    assert_same_bits(output, whole)
+    assert sorted(losses(output))[-1] == 6
+
+
+@pytest.mark.usefixtures("can_mount")
+def test_an_output_folder_that_can_only_be_read_is_refused(folder: Path) -> None:
+    """Before the model is loaded, with what to write."""
+    mount = "mount -t tmpfs tmpfs $OUTPUT && mount -o remount,ro $OUTPUT"
+    code, said, _ = run_on(folder, mount)
+    assert code == 2
+    assert "training_args.output_dir: " in said
+    assert "cannot be made or written to\n    -> name a folder of yours" in said
+
+
+@pytest.mark.fault
+@pytest.mark.usefixtures("can_mount")
+def test_a_disk_that_becomes_read_only_ends_the_run_and_costs_no_checkpoint(folder: Path) -> None:
+    """As the kernel does with a disk that fails."""
+    watch = "while ! mount -o remount,ro $OUTPUT 2>/dev/null || ! [ -e $OUTPUT/checkpoint-3 ]; do "
+    watch += "mount -o remount,rw $OUTPUT; sleep 0.01; done"
+    mount = f"mount -t tmpfs tmpfs $OUTPUT\n(while ! [ -e $OUTPUT/checkpoint-2 ]; do sleep 0.01; done; {watch}) &"
+    code, said, output = run_on(folder, mount, max_steps=200)
+    assert code == 1, said
+    assert f"stopped: {output}: the disk can only be read (" in said
+    (*_, last) = find_checkpoints(output)
+    assert f"{last.path} is whole, and the same command with `yes`" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.fault
+@pytest.mark.usefixtures("can_mount")
+def test_a_full_disk_behind_the_printed_lines_costs_nothing(folder: Path) -> None:
+    """As where `> run.log` fills the disk: /dev/full refuses every byte."""
+    code, said, output = run_on(folder, "mount -t tmpfs tmpfs $OUTPUT", stdout="/dev/full")
+    assert (code, said.count("Traceback")) == (0, 0), said
+    assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_printed_to_a_full_disk_is_dropped() -> None:
+    """Also what is still in a buffer at the end, which would change the exit code."""
+    program = (
+        "from glm_edge_ft.console import prepare_streams, show\nprepare_streams()\nshow('x' * 100_000)\nprint('y')"
+    )
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_limit_of_the_size_of_files_is_named(folder: Path) -> None:
+    """The model of 0.5 MB cannot be written; nothing of it stays."""
+    with files_of_at_most(100_000), pytest.raises(RunStopped) as caught:
+        do_run(folder / "output", folder / "data", folder / "model", peft=None, **EVERY_STEP)
+    said = str(caught.value)
+    assert "a file may not become so large (ulimit -f)" in said
+    assert said.endswith("no checkpoint was written yet, so the same command starts from the beginning")
+    assert find_checkpoints(folder / "output") == []
+    assert not (folder / "output" / STAGING_FOLDER).exists()
+
+
+def test_clock_and_names_of_folders_do_not_decide_what_is_newest(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clock that was moved back between two checkpoints, and a folder that was renamed since."""
+    shared: dict[str, Any] = {"save_steps": 2, "save_total_limit": 2}
+    output = do_run(folder / "output", folder / "data", folder / "model", max_steps=4, **shared)
+    os.utime(output / "checkpoint-2", (2e9, 2e9))
+    os.utime(output / "checkpoint-4", (1e9, 1e9))
+    moved = output.rename(folder / "moved")
+    shutil.move(folder / "model", folder / "renamed")
+    capsys.readouterr()
+    do_run(moved, folder / "data", folder / "renamed", resume="yes", max_steps=8, **shared)
+    said = capsys.readouterr().err
+    assert f"continuing from {moved / 'checkpoint-4'}" in said
+    assert f"MODEL {folder / 'model'} -> {folder / 'renamed'}: the same weights under another name" in said
+    assert [found.step for found in find_checkpoints(moved)] == [6, 8]
