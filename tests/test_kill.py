@@ -3,12 +3,14 @@
 `python -m pytest -m fault -s tests/test_kill.py` kills more than 200 times and prints what the kills hit; the default
 run kills a few times. A run is started, killed, continued, killed again, until it reaches its end; then the next one
 begins. The moments follow from a seed: some lie anywhere in the life of a process, others wait for a checkpoint that is
-being written, for one that has just got its name, or for a line of the log.
+being written, for one that has just got its name, or for a line of the log. `KILLS=20` before the command sets another
+number for each kind of run.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -162,6 +164,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(
     bench: Bench, tmp_path: Path, kind: str, kills: int
 ) -> None:
     """R1, R3: whole checkpoints alone are seen; weights, optimizer, random state and log are those of the whole run."""
+    kills = int(os.environ.get("KILLS", kills))
     hit: Counter[str] = Counter()
     seed = 0
     while hit.total() < kills:
@@ -170,6 +173,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(
         output = tmp_path / f"killed-{seed}"
         while (what := kill_at_random(bench, output, rng) if hit.total() < kills else None) is not None:
             hit[what] += 1
+            print(end=".", flush=True)
         bench.go(output, "yes").end()  # where it had ended, nothing is trained
         assert_same_ends(bench.whole, output, f"{kind}, seed {seed}")
         shutil.rmtree(output)
