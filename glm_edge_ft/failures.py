@@ -32,7 +32,7 @@ _DISK_ERRORS = {
 }
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # so safetensors and tokenizers end their messages
 _TORCH_SAVE = ("inline_container", "PytorchStreamWriter")  # torch.save tells neither the file nor the reason
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "failed to map segment")
 _LOADER_DIED = "DataLoader worker (pid"
 _FROM_LOADER = re.compile(r"\ACaught RunStopped in DataLoader .*\bRunStopped: (.*)\Z", re.DOTALL)
 
@@ -127,7 +127,7 @@ def is_lack_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, of the GPU or of the machine."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in _NO_MEMORY)
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def _memory_trouble(error: Exception, prepared: Prepared) -> str:

@@ -156,7 +156,7 @@ def test_a_lack_of_memory_says_what_to_lower_with_the_numbers(chat: Path) -> Non
     write_chat_data(chat / "more", train=800)
     settings = {**ENDLESS, "per_device_train_batch_size": 400, "gradient_accumulation_steps": 2}
     run = start(output, chat / "more", chat / "model", **settings)
-    has_saved(run, output)
+    run.wait_until((output / "loss.png").is_file, "the first curve")  # all libraries are loaded
     process = psutil.Process(run.process.pid)
     process.suspend()
     process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))

@@ -124,9 +124,9 @@ class RunLog(TrainerCallback):
             return
         try:
             write_loss_curve(read_metrics(self.metrics_file), self.curve_file, self.title)
-        except OSError as error:
+        except Exception as error:  # a full disk, a lack of memory, a broken matplotlib: a picture is worth no run
             if not self.curve_failed:
-                self.warn(f"{self.curve_file} cannot be written ({error.strerror}): it is left out until it can")
+                self.warn(f"{self.curve_file} cannot be drawn ({type(error).__name__}: {error}): the run goes on")
             self.curve_failed = True
 
     def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
