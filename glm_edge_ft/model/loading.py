@@ -235,6 +235,8 @@ def _set_pad_token(
 
 def _why_unreadable(location: ModelLocation, error: Exception, part: str = "") -> str:
     first_line = _first_line(error)
+    if "trust_remote_code" in str(error):
+        return f"{part}needs Python code that comes with it, and this toolkit runs none"
     if location.is_local:
         return f"{part}cannot be read: {first_line}"
     return f"is neither a folder, nor cached on this machine, nor reachable on the hub ({first_line})"
