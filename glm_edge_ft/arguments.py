@@ -115,11 +115,10 @@ def check_training_parts(args: Seq2SeqTrainingArguments) -> None:
 _OTHER_PART = "choose another, install what it names, or give it the settings it asks for"
 
 
-def build_generation_config(config: RunConfig, checkpoint: Checkpoint, reply_stop: int | None) -> GenerationConfig:
+def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> GenerationConfig:
     """Return how evaluation generates: greedy unless the config says otherwise, up to a stop id.
 
-    `reply_stop` is the token with which learned replies end, where it is known. Raises UserError when transformers
-    refuses the combination, and where generation would not stop on that token.
+    Raises UserError when transformers refuses the combination.
     """
     from transformers import GenerationConfig
 
@@ -138,13 +137,4 @@ def build_generation_config(config: RunConfig, checkpoint: Checkpoint, reply_sto
         raise UserError.single(
             "training_args.generation_config", f"transformers refuses these settings: {error}"
         ) from error
-    stops = generation_config.eos_token_id
-    stops = [stops] if isinstance(stops, int) else list(stops or ())
-    if reply_stop is not None and reply_stop not in stops:
-        token = checkpoint.tokenizer.convert_ids_to_tokens(reply_stop)
-        raise UserError.single(
-            "training_args.generation_config.eos_token_id",
-            f"{stops} lacks {reply_stop} ({token}), with which every learned reply ends: no reply would stop by itself",
-            f"leave it out, or write {sorted({*stops, reply_stop})}",
-        )
     return generation_config

@@ -202,8 +202,7 @@ def prepare(plan: Plan) -> Prepared:
             image_processor = load_image_processor(plan.location)
     training_arguments = generation_config = None
     with _collect(problems):
-        reply_stop = None if encoder is None else encoder.reply_format.stop_id
-        generation_config = build_generation_config(config, checkpoint, reply_stop)
+        generation_config = build_generation_config(config, checkpoint)
     if precision is not None:
         with _collect(problems):
             training_arguments = build_training_arguments(plan, precision)
