@@ -28,6 +28,7 @@ ENDLESS: dict[str, Any] = {
     "save_steps": 3,
     "save_total_limit": 2,
 }
+DECODED_ANEW = {"cache_image_features": False}  # else no image is opened again once its vectors are kept
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_steps_with_such_a_gradient_are_left_out_and_counted(chat: Path, capsys:
 def test_an_image_that_vanishes_ends_the_run_with_its_name(vision: Path) -> None:
     """I3: after the check, read by a loader process; put back, the run goes on."""
     output, image = vision / "output", vision / "data" / "images" / "4.png"
-    settings = {**ENDLESS, "dataloader_num_workers": 1, "script": "finetune_vision.py"}
+    settings = {**ENDLESS, "dataloader_num_workers": 1, "script": "finetune_vision.py", "top": DECODED_ANEW}
     run = start(output, vision / "data", vision / "model", **settings)
     has_saved(run, output)
     image.rename(vision / "4.png")
@@ -106,7 +107,7 @@ def test_an_image_that_vanishes_ends_the_run_with_its_name(vision: Path) -> None
     assert_says_how_to_go_on(said, output)
     (vision / "4.png").rename(image)
     (*_, last) = find_checkpoints(output)
-    again = {**ENDLESS, "max_steps": last.step + 1, "takes_images": True}
+    again = {**ENDLESS, "max_steps": last.step + 1, "takes_images": True, "top": DECODED_ANEW}
     do_run(output, vision / "data", vision / "model", resume="yes", **again)
     assert last.step + 1 in losses(output)
 
@@ -115,7 +116,7 @@ def test_an_image_that_vanishes_ends_the_run_with_its_name(vision: Path) -> None
 def test_an_image_that_vanishes_is_skipped_and_counted_where_the_config_says_so(vision: Path) -> None:
     """I3, `on_bad_image: skip`: the run goes on, and says which image is missing."""
     output, image = vision / "output", vision / "data" / "images" / "4.png"
-    top = {"on_bad_image": "skip"}
+    top = {"on_bad_image": "skip", **DECODED_ANEW}
     settings = {**ENDLESS, "dataloader_num_workers": 1, "script": "finetune_vision.py", "top": top}
     run = start(output, vision / "data", vision / "model", **settings)
     has_saved(run, output)
