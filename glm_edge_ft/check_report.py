@@ -49,10 +49,11 @@ def _show_split(prepared: Prepared, split: str) -> dict[str, Any]:
 
 def describe_replies(replies: ReplyEnds) -> str:
     """Return one line: how many replies are learned, and how they end."""
+    count = f"{'learned replies':<22}{replies.replies:>14,}"
     if replies.stopping == replies.replies:
-        return f"learned replies {replies.replies:>19,}   each ends with a token on which generation stops"
+        return f"{count}   each ends with a token on which generation stops"
     cut = f", {replies.cut:,} were cut by max_output_length" if replies.cut else ""
-    return f"learned replies {replies.replies:>19,}   {replies.stopping:,} end with a stop token{cut}"
+    return f"{count}   {replies.stopping:,} end with a stop token{cut}"
 
 
 def _show_memory(prepared: Prepared) -> dict[str, Any]:

@@ -28,6 +28,7 @@ ENDLESS: dict[str, Any] = {
     "save_steps": 3,
     "save_total_limit": 2,
 }
+AT_ONCE = {"max_tokens_per_pass": 1_000_000}
 DECODED_ANEW = {"cache_image_features": False}  # else no image is opened again once its vectors are kept
 
 
@@ -155,7 +156,7 @@ def test_a_lack_of_memory_says_what_to_lower_with_the_numbers(chat: Path) -> Non
     """The system gives no more than there is at that moment; a step needs some hundred megabytes."""
     output = chat / "output"
     write_chat_data(chat / "more", train=800)
-    settings = {**ENDLESS, "per_device_train_batch_size": 400, "gradient_accumulation_steps": 2}
+    settings = {**ENDLESS, "per_device_train_batch_size": 400, "gradient_accumulation_steps": 2, "top": AT_ONCE}
     run = start(output, chat / "more", chat / "model", **settings)
     run.wait_until((output / "loss.png").is_file, "the first curve")  # all libraries are loaded
     process = psutil.Process(run.process.pid)

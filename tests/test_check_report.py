@@ -59,7 +59,7 @@ def test_check_tells_replies_and_disk(folder: Path, capsys: pytest.CaptureFixtur
     request = RunRequest(folder / "data", str(folder / "model"), config, check=True, json_path=report)
     recipe.run(request)
     said = capsys.readouterr().out
-    assert "learned replies                  27   each ends with a token on which generation stops" in said
+    assert "  learned replies                   27   each ends with a token on which generation stops" in said
     assert "disk: about " in said
     written = json.loads(report.read_text(encoding="utf-8"))
     assert written["data"]["train"]["replies"] == {
