@@ -6,13 +6,10 @@ What such a run says is held to the word, and what it leaves is resumed and comp
 from __future__ import annotations
 
 import os
-import resource
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from glm_edge_ft.training.checkpoints import STAGING_FOLDER, find_checkpoints
 from tests.conftest import TokenizerMaker
 from tests.launch import REPOSITORY, SECONDS
 from tests.model_folders import save_model_folder
-from tests.runs import assert_same_bits, do_run, losses, write_chat_data, write_config
+from tests.runs import assert_same_bits, do_run, files_of_at_most, losses, write_chat_data, write_config
 
 NAMESPACE = ["unshare", "--user", "--mount", "--map-root-user"]
 OTHER_SIZES = (30, 130, 180, 230, 310, 520, 640, 800)  # a checkpoint takes some 120 kB, so each fails at another file
@@ -139,17 +136,6 @@ def test_what_is_printed_to_a_full_disk_is_dropped() -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, cwd=REPOSITORY, check=False)
     assert done.returncode == 0
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_limit_of_the_size_of_files_is_named(folder: Path) -> None:

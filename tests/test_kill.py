@@ -154,7 +154,6 @@ def kill_at_random(bench: Bench, output: Path, rng: Random) -> str | None:
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [
-        ("lora", 3),
         ("full", 3),
         *(pytest.param(*case, marks=pytest.mark.fault) for case in (("lora", 100), ("full", 100))),
         *(pytest.param(*case, marks=pytest.mark.fault) for case in (("vision", 20), ("two ranks", 12))),
@@ -171,10 +170,11 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(
         seed += 1
         rng = Random(f"{kind}-{seed}")
         output = tmp_path / f"killed-{seed}"
-        while (what := kill_at_random(bench, output, rng) if hit.total() < kills else None) is not None:
+        while hit.total() < kills and (what := kill_at_random(bench, output, rng)) is not None:
             hit[what] += 1
             print(end=".", flush=True)
-        bench.go(output, "yes").end()  # where it had ended, nothing is trained
+        if hit.total() == kills:
+            bench.go(output, "yes").end()  # where it had ended, nothing is trained
         assert_same_ends(bench.whole, output, f"{kind}, seed {seed}")
         shutil.rmtree(output)
         print(f"{kind}, seed {seed}: {dict(hit)}", flush=True)

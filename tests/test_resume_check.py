@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from glm_edge_ft.resume_check import compare_processes, note_processes
+from glm_edge_ft.model.loading import ModelLocation
+from glm_edge_ft.model.weight_files import weights_fingerprint
+from glm_edge_ft.resume_check import compare_models, compare_processes, note_processes, note_versions
 from glm_edge_ft.training.processes import Processes, plan_processes, read_processes, write_processes
 
 CHECKPOINT = Path("output/checkpoint-4")
@@ -113,3 +115,41 @@ def test_the_record_wins_over_the_files(tmp_path: Path) -> None:
     write_processes(tmp_path, planned)
     assert read_processes(tmp_path) == planned
     assert planned == Processes(4, 1, {"offload_optimizer": "none", "round_robin_gradients": False})
+
+
+def model_at(folder: Path, weights: bytes) -> ModelLocation:
+    """Return the location of a model with these weights."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(weights)
+    return ModelLocation(str(folder), str(folder), is_local=True)
+
+
+def test_a_model_is_known_by_its_weights(tmp_path: Path) -> None:
+    """R5: a folder that was renamed goes on with a line; other weights under the same name are refused."""
+    first, second = model_at(tmp_path / "a", b"x" * 200_000), model_at(tmp_path / "b", b"x" * 199_999 + b"y")
+    record = {"model": "old", "model_fingerprint": weights_fingerprint(first)}
+    assert compare_models(CHECKPOINT, record, first) == (
+        [],
+        f"MODEL old -> {first.name}: the same weights under another name",
+    )
+    assert compare_models(CHECKPOINT, record | {"model": first.name}, first) == ([], "")
+    (problem,), _ = compare_models(CHECKPOINT, record | {"model": second.name}, second)
+    assert problem.what == f"output/checkpoint-4 was trained from {second.name}, whose weights were others"
+    assert problem.fix == "give the model of then, or start afresh (RESUME no)"
+
+
+def test_without_its_weights_a_model_is_known_by_its_name() -> None:
+    """R5: a hub id that is not on this machine, and records of before."""
+    hub = ModelLocation("owner/model", "owner/model", is_local=False)
+    assert compare_models(CHECKPOINT, {"model": "owner/model"}, hub) == ([], "")
+    (problem,), _ = compare_models(CHECKPOINT, {"model": "owner/other"}, hub)
+    assert problem.what == "output/checkpoint-4 was trained from owner/other"
+
+
+def test_other_versions_are_said() -> None:
+    """The continuation may have other bits."""
+    old = {"torch": "2.12.0", "peft": "0.21.2", "python": "3.11"}
+    assert note_versions(old, {"torch": "2.13.0", "peft": "0.21.2", "python": "3.12"}) == [
+        "since the checkpoint was written: torch 2.12.0 -> 2.13.0; the run goes on, perhaps not with the same bits"
+    ]
+    assert note_versions(old, old) == []

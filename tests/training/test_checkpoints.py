@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from glm_edge_ft.errors import UserError
+from glm_edge_ft.errors import RunStopped, UserError
 from glm_edge_ft.training.checkpoints import (
     find_checkpoints,
     publish,
+    remove_old_checkpoints,
     resolve_resume,
     set_aside,
     set_aside_earlier_run,
@@ -187,6 +189,56 @@ def test_publishing_replaces_a_checkpoint_of_the_same_step(output: Path) -> None
     assert not (output / "checkpoint-10" / "extra").exists()
     assert [found.step for found in find_checkpoints(output)] == [2, 4, 10]
     assert not staging_folder(output).exists()
+
+
+def left(output: Path) -> list[tuple[int, str]]:
+    """Return the steps that are there, with what is wrong with them."""
+    return [(found.step, found.defect) for found in find_checkpoints(output)]
+
+
+def test_old_checkpoints_go_by_their_step_not_by_their_time(output: Path) -> None:
+    """A clock that was moved back; nothing half removed stays."""
+    for step, time in ((2, 3e9), (4, 2e9), (10, 1e9)):
+        os.utime(output / f"checkpoint-{step}", (time, time))
+    remove_old_checkpoints(output, 2, None)
+    assert left(output) == [(4, ""), (10, "")]
+    assert not staging_folder(output).exists()
+
+
+def test_the_only_whole_checkpoint_is_never_removed_for_a_broken_one(output: Path) -> None:
+    """R1: resumed from 4 since 10 is broken; after step 5 a limit of one leaves 5, and 10 counts for nothing."""
+    (output / "checkpoint-10" / "optimizer.pt").write_bytes(b"")
+    save(output, 5)
+    remove_old_checkpoints(output, 1, None)
+    assert left(output) == [(5, ""), (10, "optimizer.pt is empty")]
+
+
+def test_broken_ones_that_are_older_go_first(output: Path) -> None:
+    """What a process that was killed while it removed a checkpoint left behind, in earlier versions."""
+    (output / "checkpoint-4" / "trainer_state.json").unlink()
+    remove_old_checkpoints(output, 2, None)
+    assert left(output) == [(2, ""), (10, "")]
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(1, [2, 10]), (2, [2, 10]), (3, [2, 4, 10]), (None, [2, 4, 10]), (0, [2, 4, 10])]
+)
+def test_the_best_checkpoint_stays(output: Path, limit: int | None, kept: list[int]) -> None:
+    """C8: beside the newest one, also where the limit has room for one alone."""
+    remove_old_checkpoints(output, limit, 2)
+    assert [step for step, _ in left(output)] == kept
+
+
+def test_a_checkpoint_that_is_not_what_was_written_gets_no_name(tmp_path: Path) -> None:
+    """R1: its weights were cut on the way to the disk."""
+    staged = fill(staging_folder(tmp_path) / "checkpoint-2", 2)
+    weights = staged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(
+        RunStopped, match=r"checkpoint-2 could not be written whole \(adapter_model.safetensors has 80 bytes"
+    ):
+        publish(staged, tmp_path)
+    assert left(tmp_path) == []
 
 
 def test_a_staged_checkpoint_is_invisible(output: Path) -> None:

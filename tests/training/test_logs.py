@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from glm_edge_ft.training.curves import read_metrics
 from glm_edge_ft.training.logs import RunLog, cut_back, format_comparison, peak_memory
+from tests.runs import files_of_at_most
 
 
 def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(tmp_path: Path) -> None:
@@ -82,3 +84,40 @@ def test_the_peak_of_memory_stays_after_what_made_it_is_gone() -> None:
     peak = peak_memory()
     assert peak is not None
     assert peak > 0.95 * (before + length)
+
+
+def test_a_log_that_cannot_be_written_is_kept_for_later(tmp_path: Path) -> None:
+    """Half a line is never left behind, the order stays, and both ends are said once."""
+    said: list[str] = []
+    log = RunLog(tmp_path, "title", show=False, warn=said.append)
+    arguments = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, report_to="none")
+    state, control = TrainerState(max_steps=100), TrainerControl()
+    file = tmp_path / "metrics.jsonl"
+
+    def log_step(step: int) -> None:
+        state.global_step = step
+        log.on_log(arguments, state, control, {"eval_loss": float(step)})
+
+    log_step(1)
+    with files_of_at_most(file.stat().st_size + 10):
+        log_step(2)
+        log_step(3)
+    assert [line["step"] for line in read_metrics(file)] == [1]
+    assert file.read_bytes().endswith(b"}\n")
+    log_step(4)
+    assert [line["step"] for line in read_metrics(file)] == [1, 2, 3, 4]
+    assert said == [
+        f"{file} cannot be written (File too large): its lines are kept for later",
+        f"{file}: 2 lines that had to wait are written now",
+    ]
+
+
+def test_cutting_the_log_back_leaves_it_whole_where_the_disk_is_full(tmp_path: Path) -> None:
+    """R3: a run that is continued drops later lines; on a full disk it keeps what is there."""
+    file = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 9))
+    file.write_text(text, encoding="utf-8")
+    with files_of_at_most(20), pytest.raises(OSError, match="File too large"):
+        cut_back(file, 4)
+    assert file.read_text(encoding="utf-8") == text
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
