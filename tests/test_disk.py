@@ -106,21 +106,6 @@ def test_an_output_folder_that_can_only_be_read_is_refused(folder: Path) -> None
 
 @pytest.mark.fault
 @pytest.mark.usefixtures("can_mount")
-def test_a_disk_that_becomes_read_only_ends_the_run_and_costs_no_checkpoint(folder: Path) -> None:
-    """As the kernel does with a disk that fails."""
-    watch = "while ! mount -o remount,ro $OUTPUT 2>/dev/null || ! [ -e $OUTPUT/checkpoint-3 ]; do "
-    watch += "mount -o remount,rw $OUTPUT; sleep 0.01; done"
-    mount = f"mount -t tmpfs tmpfs $OUTPUT\n(while ! [ -e $OUTPUT/checkpoint-2 ]; do sleep 0.01; done; {watch}) &"
-    code, said, output = run_on(folder, mount, max_steps=200)
-    assert code == 1, said
-    assert f"stopped: {output}: the disk can only be read (" in said
-    (*_, last) = find_checkpoints(output)
-    assert f"{last.path} is whole, and the same command with `yes`" in said
-    assert "Traceback" not in said
-
-
-@pytest.mark.fault
-@pytest.mark.usefixtures("can_mount")
 def test_a_full_disk_behind_the_printed_lines_costs_nothing(folder: Path) -> None:
     """As where `> run.log` fills the disk: /dev/full refuses every byte."""
     code, said, output = run_on(folder, "mount -t tmpfs tmpfs $OUTPUT", stdout="/dev/full")
