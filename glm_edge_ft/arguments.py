@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
 from glm_edge_ft.console import show_notice
-from glm_edge_ft.distributed import be_group_of_one
+from glm_edge_ft.distributed import be_group_of_one, join_group_on_cpu
 from glm_edge_ft.errors import ProblemList, UserError
+from glm_edge_ft.machines import meet
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, Seq2SeqTrainingArguments
@@ -50,6 +51,9 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
         )
     if plan.resume.path is not None:
         settings["eval_on_start"] = False  # the base model was evaluated when the run began
+    meet("the start of the process group")
+    if settings.get("use_cpu"):
+        join_group_on_cpu(settings.get("ddp_backend"), settings.get("ddp_timeout", 1800))
     try:
         return Seq2SeqTrainingArguments(**settings)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:

@@ -13,7 +13,8 @@ import typer
 
 from glm_edge_ft import recipe
 from glm_edge_ft.console import is_main_process, prepare_streams, show_failure, show_problems
-from glm_edge_ft.errors import EXIT_DONE, EXIT_UNEXPECTED, EXIT_USER_ERROR, RunStopped, UserError
+from glm_edge_ft.errors import EXIT_DONE, EXIT_UNEXPECTED, EXIT_USER_ERROR, ProcessLost, RunStopped, UserError
+from glm_edge_ft.machines import tell_failure
 from glm_edge_ft.preflight import RunRequest
 from glm_edge_ft.training.termination import Terminated, end_helper_processes
 
@@ -147,7 +148,7 @@ def _run_and_report(action: Callable[[], None], problems_end: str, stopped_end: 
         _show_end(f"stopped: {error}")
         return EXIT_UNEXPECTED
     except RunStopped as error:
-        show_failure(f"stopped: {error}")
+        show_failure(f"stopped: {error}", may_follow_another=isinstance(error, ProcessLost))
         return EXIT_UNEXPECTED
     except KeyboardInterrupt:
         _show_end(f"stopped by Ctrl-C{stopped_end}")
@@ -160,6 +161,7 @@ def _run_and_report(action: Callable[[], None], problems_end: str, stopped_end: 
 
 
 def _show_end(text: str) -> None:
-    """Print what a signal did; it reaches all ranks."""
+    """Print what a signal did; it reaches all ranks of a machine."""
+    tell_failure(text)
     if is_main_process():
         print(text, file=sys.stderr, flush=True)

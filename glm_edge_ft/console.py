@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from glm_edge_ft.errors import Problem
+from glm_edge_ft.machines import tell_failure
 from glm_edge_ft.node import is_first_to_say
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -98,6 +99,8 @@ def show_problems(problems: Iterable[Problem], outcome: str = "; nothing was tra
 def show_failure(text: str, may_follow_another: bool = False) -> None:
     """Print on stderr why this process ends: once for all ranks of a machine that fail alike, by the first of them.
 
+    Other machines that wait for this process hear of it as well.
+
     Args:
         text: what to print; a line with the number of the rank follows, unless it is 0.
         may_follow_another: whether the failure may be another rank's, seen from here, such as a lost connection.
@@ -106,3 +109,4 @@ def show_failure(text: str, may_follow_another: bool = False) -> None:
     if is_first_to_say(text, of_all=may_follow_another):
         end = "" if is_main_process() else f"\n(rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')})"
         print(f"{text}{end}", file=sys.stderr, flush=True)
+    tell_failure(text)

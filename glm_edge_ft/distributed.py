@@ -1,4 +1,4 @@
-"""DeepSpeed: joined where a run uses it, kept out where it does not."""
+"""The process group on CPUs; DeepSpeed: joined where a run uses it, kept out where it does not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import os
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from glm_edge_ft.console import show_notice
@@ -27,6 +28,19 @@ def be_group_of_one() -> None:
         port = probe.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(alone)
+
+
+def join_group_on_cpu(backend: str | None, timeout_seconds: float) -> None:
+    """Join the group of torchrun's processes on CPUs, where transformers would do so without the config's time limit.
+
+    Args:
+        backend: of the collectives; gloo by default.
+        timeout_seconds: how long a collective waits for a process that does not answer.
+    """
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend or "gloo", timeout=timedelta(seconds=timeout_seconds))
 
 
 def start_deepspeed() -> None:

@@ -71,3 +71,7 @@ class ProblemList:
 
 class RunStopped(Exception):
     """A run that cannot go on, for a reason that is no mistake in the input; the message says why and what to do."""
+
+
+class ProcessLost(RunStopped):
+    """Another process of the run failed or is gone; where that one could still say why, this adds nothing."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm_edge_ft.errors import RunStopped, UserError
+from glm_edge_ft.errors import ProcessLost, RunStopped, UserError
 from glm_edge_ft.memory_check import format_bytes, largest_batch, ways_out
 from glm_edge_ft.training.checkpoints import find_checkpoints
 from glm_edge_ft.training.termination import Terminated
@@ -47,7 +47,7 @@ def explain_failures(prepared: Prepared) -> Iterator[None]:
     """
     try:
         yield
-    except (Terminated, UserError):
+    except (Terminated, ProcessLost, UserError):
         raise
     except Exception as error:
         what = what_happened(error, prepared)

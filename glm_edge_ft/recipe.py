@@ -22,6 +22,7 @@ from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.failures import explain_failures
 from glm_edge_ft.feature_cache import open_image_features
+from glm_edge_ft.machines import check_shared_folder, end_meetings, meet
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
 from glm_edge_ft.run_record import build_run_record, describe_model, run_title, write_json, write_run_record
 from glm_edge_ft.training.checkpoints import (
@@ -32,6 +33,7 @@ from glm_edge_ft.training.checkpoints import (
     set_aside,
     set_aside_earlier_run,
 )
+from glm_edge_ft.training.lost_process import explain_lost_process
 from glm_edge_ft.training.termination import Terminated, Termination
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def run(request: RunRequest) -> None:
         plan = check_inputs(request)
         quiet_libraries()
         prepared = prepare(plan)
+        meet("the end of the preparations")
         if request.check:
             show_check(prepared)
         if request.preview is not None:
@@ -96,6 +99,15 @@ def train(prepared: Prepared, termination: Termination) -> None:
         for remark in dataset.report.remarks():
             show_notice(f"{split}: {remark}")
     make_output_dir(plan.output_dir)
+    check_shared_folder(plan.output_dir, plan.resume.path.name if plan.resume.path else None)
+    end_meetings()
+    with explain_lost_process(plan.output_dir):
+        train_together(prepared, evaluations, termination)
+
+
+def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], termination: Termination) -> None:
+    """Read the weights and do what is left, all processes at the same pace from here on."""
+    plan = prepared.plan
     if notice := advise_on_disk(look_at_disk(prepared)):
         show_notice(notice)
     record = build_run_record(prepared)

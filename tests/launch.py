@@ -7,6 +7,7 @@ it is left behind.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -121,9 +122,36 @@ def start_script(
         environment: further variables.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
+    return _start([*(launcher if processes > 1 else []), str(script), *arguments], log, environment)
+
+
+def start_machines(
+    script: Path, arguments: Sequence[Sequence[str]], log: Path, *, environment: Mapping[str, str]
+) -> list[Started]:
+    """Start a script as on several machines: a torchrun for each of them, with one process; return at once.
+
+    Args:
+        script: the script.
+        arguments: those of its command line, for each machine.
+        log: takes what is printed, each machine's with its number at the end of the name.
+        environment: further variables.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nnodes={len(arguments)}", "--nproc_per_node=1"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-id=glm", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    return [
+        _start([*launcher, str(script), *mine], log.with_name(f"{log.name}.{number}"), environment)
+        for number, mine in enumerate(arguments)
+    ]
+
+
+def _start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Started:
     with log.open("wb") as file:
-        process = subprocess.Popen(command, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *command], env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
+        )
     return Started(process, log)
 
 

@@ -75,6 +75,36 @@ def test_a_rank_that_fails_alone_ends_all_with_its_message(tmp_path: Path, kind:
     assert "Connection closed" not in said
 
 
+SILENT_SCRIPT = """
+import os, time, typer
+from pathlib import Path
+from glm_edge_ft.cli import run_command
+from glm_edge_ft.distributed import join_group_on_cpu
+from glm_edge_ft.training.lost_process import explain_lost_process
+
+def act():
+    import torch
+    join_group_on_cpu(None, 3)
+    if os.environ["RANK"] == "1":
+        time.sleep(3600)
+    with explain_lost_process(Path("output")):
+        torch.distributed.barrier()
+
+app = typer.Typer()
+app.command()(lambda: run_command(act))
+app()
+"""
+
+
+def test_a_process_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    """T7: on CPUs too `ddp_timeout` says when."""
+    script = tmp_path / "silent.py"
+    script.write_text(SILENT_SCRIPT, encoding="utf-8")
+    run = start_script(script, [], tmp_path / "log", processes=2, environment={"PYTHONPATH": str(REPOSITORY)})
+    message = "stopped: another process of the run is gone, or does not answer (Timed out waiting 3000ms for "
+    assert run.end(code=1).count(message) == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "message"), [("input", "error: 1 problem in the input"), ("crash", "error: unexpected")]
 )
