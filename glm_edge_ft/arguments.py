@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
 from glm_edge_ft.console import show_notice
-from glm_edge_ft.distributed import be_group_of_one, join_group_on_cpu
+from glm_edge_ft.distributed import be_group_of_one, check_deepspeed_values, join_group_on_cpu
 from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.machines import meet
 
@@ -49,6 +51,7 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
             bf16=precision.bf16,
             fp16=precision.fp16,
         )
+        _refuse_deepspeed_values(plan, settings["deepspeed"])
     if plan.resume.path is not None:
         settings["eval_on_start"] = False  # the base model was evaluated when the run began
     meet("the start of the process group")
@@ -69,6 +72,19 @@ def tokens_per_pass(config: RunConfig, args: Seq2SeqTrainingArguments) -> int | 
     if args.deepspeed:
         return None
     return config.max_tokens_per_pass or (CPU_TOKENS_PER_PASS if args.use_cpu else None)
+
+
+def _refuse_deepspeed_values(plan: Plan, settings: Mapping[str, Any]) -> None:
+    named = plan.config.training_args["deepspeed"]
+    file = f"{Path(named).name}: " if isinstance(named, str) else ""
+    problems = ProblemList()
+    for key, reason in check_deepspeed_values(settings):
+        problems.add(
+            "training_args.deepspeed",
+            f"{file}{key} {reason}" if key else f"{file}{reason}",
+            "correct it there, or leave it out",
+        )
+    problems.raise_if_any()
 
 
 def clamp_workers(wanted: int, cores: int) -> int:

@@ -7,8 +7,10 @@ import io
 import os
 import socket
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.node import is_first_of_node
@@ -41,6 +43,36 @@ def join_group_on_cpu(backend: str | None, timeout_seconds: float) -> None:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend or "gloo", timeout=timedelta(seconds=timeout_seconds))
+
+
+def check_deepspeed_values(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what DeepSpeed itself refuses in completed settings, as pairs of a key and the reason.
+
+    It would say so when it gets the model, after the weights were read. Batch sizes and "auto" are left to the YAML.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    written: dict[str, Any] = {**_without_auto(settings), "train_micro_batch_size_per_gpu": 1}
+    for key in ("train_batch_size", "gradient_accumulation_steps"):
+        written.pop(key, None)
+    try:
+        DeepSpeedConfig(written)
+    except ValidationError as error:
+        section = {"DeepSpeedZeroConfig": ("zero_optimization",)}.get(error.title, ())
+        return [
+            (".".join(map(str, (*section, *found["loc"]))), f"is `{found['input']}`: {found['msg']}")
+            for found in error.errors()
+        ]
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        return [("", f"DeepSpeed refuses these settings: {error}")]
+    return []
+
+
+def _without_auto(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
 
 
 def start_deepspeed() -> None:

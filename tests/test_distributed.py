@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from glm_edge_ft.distributed import remove_stale_locks
+from glm_edge_ft.distributed import check_deepspeed_values, remove_stale_locks
 from tests.launch import REPOSITORY, start_script
 
 # Rank 1 fails while rank 0 waits for it in a collective; or both fail alike.
@@ -49,6 +50,26 @@ def test_the_lock_of_a_killed_compilation_is_removed(
     assert fresh.exists()
     assert foreign.exists()
     assert f"{stale}: removed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, []),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucket_size": "big", "offload_param": {"pin_memory": "so"}}},
+            ["zero_optimization.reduce_bucket_size is `big`", "zero_optimization.offload_param.pin_memory is `so`"],
+        ),
+        ({"communication_data_type": "int3"}, [" DeepSpeed refuses these settings: Invalid communication_data_type"]),
+    ],
+)
+def test_values_that_deepspeed_refuses_are_found_before_the_weights(
+    settings: dict[str, Any], expected: list[str]
+) -> None:
+    """C6: each with its key; DeepSpeed says so only once the model is there."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
+    found = [f"{key} {reason}" for key, reason in check_deepspeed_values(settings)]
+    assert [text[: len(start)] for text, start in zip(found, expected, strict=True)] == expected
 
 
 def fail(folder: Path, kind: str, who: str) -> str:

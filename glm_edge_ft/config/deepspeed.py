@@ -133,7 +133,8 @@ def check_deepspeed(draft: Draft, settings: Mapping[str, Any], name: str, world_
         fix = f'write "auto" there, or leave the key out: it then follows {expected.source}'
         if key.endswith(".type"):
             fix = f"leave {key.partition('.')[0]} out of the JSON: {expected.source} then decides"
-        draft.refuse(PATH, f"{name}: {key} is {shown(stated)}, but {expected.why}", fix)
+        seen = f'`"{stated}"`, a text' if _is_text_for_number(stated, expected.value) else shown(stated)
+        draft.refuse(PATH, f"{name}: {key} is {seen}, but {expected.why}", fix)
 
 
 def find(settings: Mapping[str, Any], key: str) -> Any:
@@ -150,6 +151,10 @@ def _same(stated: Any, expected: Any) -> bool:
     if isinstance(expected, tuple):  # names that mean the same
         return isinstance(stated, str) and stated.lower() in expected
     return type(stated) in (int, float, bool, str, list) and bool(stated == expected)
+
+
+def _is_text_for_number(stated: Any, expected: Any) -> bool:
+    return isinstance(stated, str) and type(expected) in (int, float)
 
 
 def _check_top_key(draft: Draft, key: str, name: str) -> None:

@@ -258,7 +258,10 @@ def _resolve_json_file(draft: Draft, name: str) -> None:
                 path, f"no such file {shown(value)}; looked for {places}", f"correct the path, or {name}: null"
             )
             return
-        content = json.loads(found.read_text(encoding="utf-8-sig"))
+        content = json.loads(found.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repetition)
+    except _RepeatedKeyError as error:
+        draft.refuse(path, f"{shown(value)} states the key `{error}` twice in one place", "delete one of the two there")
+        return
     except json.JSONDecodeError as error:
         where = f"{shown(value)} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
         draft.refuse(path, where, "correct that file")
@@ -272,6 +275,18 @@ def _resolve_json_file(draft: Draft, name: str) -> None:
     draft.training[name] = str(found.resolve())
     if name == "deepspeed":
         check_deepspeed(draft, content, found.name, count_processes())
+
+
+class _RepeatedKeyError(Exception):
+    """A key stands twice in a JSON object; the parser would take the last one."""
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return content
 
 
 def check_peft_type(draft: Draft, raw: dict[str, Any]) -> str | None:

@@ -250,6 +250,21 @@ def test_json_that_cannot_work_is_refused(settings: Any, what: str, fix: str, tm
     assert contradictions(tmp_path, settings) == [(what, fix)]
 
 
+def test_number_written_as_a_text_is_shown_as_one(tmp_path: Path) -> None:
+    """C6: else the message would name the same value twice."""
+    ((what, _),) = contradictions(tmp_path, {"train_micro_batch_size_per_gpu": "8"})
+    assert what == (
+        'ds.json: train_micro_batch_size_per_gpu is `"8"`, a text, but per_device_train_batch_size is `8`, its default'
+    )
+
+
+def test_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """C6, C4: the parser would take the last one without a word."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "stage": 3}}', encoding="utf-8")
+    (problem,) = refused(tmp_path, "deepspeed: ds.json")
+    assert problem.what == "`ds.json` states the key `stage` twice in one place"
+
+
 def test_settings_inside_the_yaml_are_checked_too(tmp_path: Path) -> None:
     """C6: DeepSpeed's settings may stand in the YAML itself."""
     (problem,) = refused(tmp_path, "deepspeed: {zero_optimization: {stage: 9}}")
