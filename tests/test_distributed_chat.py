@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.training.processes import PROCESSES_FILE, read_processes
 from tests.conftest import TokenizerMaker
-from tests.launch import ZERO_2, ZERO_3, launch
+from tests.launch import REPOSITORY, ZERO_2, ZERO_3, launch
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, assert_close, do_run, losses, metrics, weights, write_chat_data
+from tests.runs import LORA, PREFIX, assert_close, assert_same_bits, do_run, losses, metrics, weights, write_chat_data
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
 
@@ -116,6 +116,42 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     target.mkdir()
     shutil.copytree(source / "checkpoint-4", target / "checkpoint-4")
     shutil.copy(source / "run.json", target / "run.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("prefix", "zero3"),
+        *(pytest.param("lora", mode, marks=pytest.mark.slow) for mode in MODES),
+        *(pytest.param("full", mode, marks=pytest.mark.slow) for mode in ("zero2", "zero3")),
+    ],
+)
+def test_two_processes_go_on_as_if_they_had_not_stopped(runs: Runs, folder: Path, kind: str, mode: str) -> None:
+    """R3, T1: from checkpoint 4 to the same weights, bit for bit."""
+    output = folder / f"resumed-{mode}-{kind}"
+    copy_checkpoint(runs(kind, mode), output)
+    settings = {**TRAINING, "per_device_train_batch_size": 2, **MODES[mode], "peft": KINDS[kind]}
+    launch(output, folder / "data", folder / "model", processes=2, resume="yes", **settings)
+    expected = losses(runs(kind, mode))
+    assert losses(output) == {step: expected[step] for step in (5, 6)}
+    assert_same_bits(runs(kind, mode), output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("file", ["ds_zero_2_offload.json", "ds_zero_3_offload.json"])
+def test_a_run_with_offloaded_states_is_the_same_and_goes_on(
+    runs: Runs, folder: Path, file: str, processes: int
+) -> None:
+    """T3, R3: with DeepSpeed's AdamW for the CPU."""
+    output, resumed = (folder / f"{name}-{file}-{processes}" for name in ("offloaded", "resumed"))
+    settings = {**TRAINING, "per_device_train_batch_size": 4 // processes, "peft": None}
+    settings["deepspeed"] = str(REPOSITORY / "configs" / file)
+    launch(output, folder / "data", folder / "model", processes=processes, **settings)
+    assert_close(runs("full", "one"), output)
+    copy_checkpoint(output, resumed)
+    launch(resumed, folder / "data", folder / "model", processes=processes, resume="yes", **settings)
+    assert_same_bits(output, resumed)
 
 
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])

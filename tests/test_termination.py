@@ -41,6 +41,11 @@ def has_logged(output: Path, step: int) -> Callable[[], bool]:
     return lambda: (output / "metrics.jsonl").is_file() and step in losses(output)
 
 
+def evaluations(output: Path) -> dict[int, float]:
+    """Return the loss of each evaluation during training, by its step."""
+    return {line["step"]: line["eval_loss"] for line in metrics(output) if "eval_loss" in line}
+
+
 def saved_step(run: Started, output: Path) -> int:
     """Wait for the end of a run that SIGTERM stops, and return the step of the one checkpoint that it left."""
     said = run.end(code=None)
@@ -82,11 +87,35 @@ def test_an_evaluation_is_broken_off_and_made_up_for(folder: Path) -> None:
     settings = {**shared, "max_steps": 4, "predict_with_generate": False}
     do_run(output, data, model, resume="yes", **settings)
     whole = do_run(folder / "whole", data, model, **settings)
-    evaluations = [
-        {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line} for run in (output, whole)
-    ]
-    assert sorted(evaluations[0]) == [2, 4]
-    assert evaluations[0] == evaluations[1]
+    assert sorted(evaluations(output)) == [2, 4]
+    assert evaluations(output) == evaluations(whole)
+    assert losses(output) == losses(whole)
+    assert_same_bits(output, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "tokens"), [("ddp", 400), ("zero3", 100)])
+def test_two_processes_break_an_evaluation_off_together(folder: Path, mode: str, tokens: int) -> None:
+    """T6: in the middle of the replies, of which each process makes its own; going on makes up for all of them."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
+    output, data, model = folder / "stopped", folder / "data", folder / "model"
+    shared: dict[str, Any] = {**ENDLESS, "val": "dev.jsonl", "eval_strategy": "steps", "eval_steps": 2}
+    shared |= {"per_device_eval_batch_size": 1}
+    shared |= {"processes": 2, "per_device_train_batch_size": 2} | ({"deepspeed": ZERO_3} if mode == "zero3" else {})
+    long: dict[str, Any] = {"generation_config": {"min_new_tokens": tokens, "max_new_tokens": tokens}}
+    run = start(output, data, model, **shared, **long)
+    run.wait_until((output / "predictions" / "eval-2.jsonl").exists, "the first evaluation")
+    run.process.terminate()
+    assert saved_step(run, output) == 2
+    assert evaluations(output) == {}
+    settings = {**shared, "max_steps": 4, "generation_config": {"max_new_tokens": 8}}
+    launch(output, data, model, resume="yes", **settings)
+    whole = launch(folder / "whole", data, model, **settings)
+    assert sorted(evaluations(output)) == [2, 4]
+    assert evaluations(output) == evaluations(whole)
+    for step in (2, 4):
+        found, expected = ((run / "predictions" / f"eval-{step}.jsonl").read_text() for run in (output, whole))
+        assert found == expected
     assert losses(output) == losses(whole)
     assert_same_bits(output, whole)
 
