@@ -147,6 +147,15 @@ def start_machines(
     ]
 
 
+def end_all(runs: Sequence[Started], code: int | None = 0) -> list[str]:
+    """Wait for the end of runs as `Started.end` does, and return what each printed; where one fails, kill them all."""
+    try:
+        return [run.end(code) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+
+
 def _start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Started:
     with log.open("wb") as file:
         process = subprocess.Popen(

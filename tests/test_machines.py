@@ -13,7 +13,7 @@ from glm_edge_ft.errors import ProcessLost, UserError
 from glm_edge_ft.training.checkpoints import find_checkpoints
 from glm_edge_ft.training.lost_process import explain_lost_process
 from tests.conftest import TokenizerMaker
-from tests.launch import REPOSITORY, Started, launch, start_machines
+from tests.launch import REPOSITORY, Started, end_all, launch, start_machines
 from tests.model_folders import save_model_folder
 from tests.runs import LORA, assert_close, assert_same_bits, do_run, losses, write_chat_data, write_config
 
@@ -40,22 +40,20 @@ app()
 """
 
 
-def hold_meeting(folder: Path, kind: str, output_dirs: tuple[Path, Path]) -> list[Started]:
-    """Run MEETING_SCRIPT on two machines with these output folders, and return them when both have ended."""
+def hold_meeting(folder: Path, kind: str, output_dirs: tuple[Path, Path]) -> list[str]:
+    """Run MEETING_SCRIPT on two machines with these output folders, and return what each printed."""
     script = folder / "meeting.py"
     script.write_text(MEETING_SCRIPT, encoding="utf-8")
     for output in output_dirs:
         output.mkdir(exist_ok=True)
     arguments = [[kind, str(output)] for output in output_dirs]
     runs = start_machines(script, arguments, folder / "log", environment={"PYTHONPATH": str(REPOSITORY)})
-    for run in runs:
-        run.end(code=0 if kind == "none" else 1)  # torchrun's own
-    return runs
+    return end_all(runs, code=1)  # torchrun's own
 
 
 def test_a_mistake_on_one_machine_ends_the_others_with_its_message(tmp_path: Path) -> None:
     """T7: they would wait for it in a collective for half an hour; torchrun knows of its own machine alone."""
-    said = sorted(run.said() for run in hold_meeting(tmp_path, "input", (tmp_path / "a", tmp_path / "a")))
+    said = sorted(hold_meeting(tmp_path, "input", (tmp_path / "a", tmp_path / "a")))
     mistake = "error: 1 problem in the input\nMODEL glm: there is no such folder\n"
     assert [text.count(mistake) for text in said] == [1, 1]
     assert [text.count(f", failed:\n{mistake}") for text in said] == [0, 1]
@@ -64,9 +62,8 @@ def test_a_mistake_on_one_machine_ends_the_others_with_its_message(tmp_path: Pat
 
 def test_an_output_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
     """R3: each process lays its part of a checkpoint there, and looks for it there."""
-    runs = hold_meeting(tmp_path, "folder", (tmp_path / "a", tmp_path / "b"))
-    for run in runs:
-        assert "where process 0 writes\n    -> name a folder that all machines share" in run.said()
+    for said in hold_meeting(tmp_path, "folder", (tmp_path / "a", tmp_path / "b")):
+        assert "where process 0 writes\n    -> name a folder that all machines share" in said
     assert [list(folder.iterdir()) for folder in (tmp_path / "a", tmp_path / "b")] == [[], []]
 
 
@@ -133,8 +130,7 @@ def start_training(folder: Path, output: Path, resume: str | None = None, **sett
 def test_two_machines_train_the_model_of_one_process(folder: Path) -> None:
     """T3: the same losses and weights."""
     settings: dict[str, Any] = {"peft": {**LORA, "lora_dropout": 0.0}, "learning_rate": 1e-3}
-    for run in start_training(folder, folder / "two", **settings):
-        run.end()
+    end_all(start_training(folder, folder / "two", **settings))
     assert_close(do_run(folder / "one", folder / "data", folder / "model", **settings), folder / "two")
 
 
@@ -144,15 +140,16 @@ def test_a_machine_that_dies_ends_the_run_and_both_go_on(folder: Path) -> None:
     output = folder / "killed"
     settings: dict[str, Any] = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     survivor, victim = start_training(folder, output, max_steps=1_000_000, **settings)
-    survivor.wait_until((output / "checkpoint-4").is_dir, "checkpoint 4")
-    victim.kill()
+    try:
+        survivor.wait_until((output / "checkpoint-4").is_dir, "checkpoint 4")
+    finally:
+        victim.kill()
     said = survivor.end(code=1)
     newest = [found for found in find_checkpoints(output) if not found.defect][-1]
     assert said.count("stopped: another process of the run is gone, or does not answer (") == 1
     assert f"{newest.path} is whole: the same command with `yes` as RESUME, on all machines, goes on from it." in said
     settings["max_steps"] = newest.step + 3
-    for run in start_training(folder, output, resume="yes", **settings):
-        run.end()
+    end_all(start_training(folder, output, resume="yes", **settings))
     whole, data, model = folder / "whole", folder / "data", folder / "model"
     launch(whole, data, model, processes=2, per_device_train_batch_size=2, **settings)
     assert losses(output) == losses(whole)
