@@ -99,7 +99,7 @@ def test_two_processes_break_an_evaluation_off_together(folder: Path, mode: str,
     """T6: in the middle of the replies, of which each process makes its own; going on makes up for all of them."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
     output, data, model = folder / "stopped", folder / "data", folder / "model"
-    # Thirty replies: many, so that the signal comes before the last; short, since torchrun waits no longer than 30 seconds.
+    # Many replies, so that the signal comes before the last; short ones, since torchrun waits no more than 30 seconds.
     shared: dict[str, Any] = {**ENDLESS, "val": "train.jsonl", "eval_strategy": "steps", "eval_steps": 2}
     shared |= {"per_device_eval_batch_size": 1}
     shared |= {"processes": 2, "per_device_train_batch_size": 2} | ({"deepspeed": ZERO_3} if mode == "zero3" else {})
