@@ -1,8 +1,9 @@
 """SIGTERM, by which a cluster takes its machine back: what a run still does before it goes.
 
 Before training there is nothing to save, and the run ends at once. From then on the signal is noted; at the next good
-moment (the end of a step, the next batch of an evaluation) all processes agree that one of them was asked to go, save
-a whole checkpoint together and end. torchrun hands the signal on to its workers and kills them 30 seconds later.
+moment (the end of a step, the next batch of an evaluation, whose replies break off) all processes agree that one of
+them was asked to go, save a whole checkpoint together and end. torchrun hands the signal on to its workers and kills
+them 30 seconds later.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ class Termination:
         """From now on note the signal, for `agreed` and `agreed_before` to tell; they compute on `device`."""
         self._is_deferred = True
         self._device = device
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to end; the others may not know yet."""
+        return self._asked
 
     def agreed(self) -> bool:
         """Return whether any process was asked to end. All processes must call this at the same point of the run."""

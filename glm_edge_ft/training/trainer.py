@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Seq2SeqTrainer, TrainerState
+from transformers import Seq2SeqTrainer, StoppingCriteria, StoppingCriteriaList, TrainerState
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
@@ -79,6 +80,20 @@ class LengthGroupedEpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
+
+
+class BreakOff(StoppingCriteria):
+    """Ends replies where they are when SIGTERM has come: a batch of long ones may outlast the 30 seconds of torchrun.
+
+    What was generated then is of no use: the evaluation is to end as well.
+    """
+
+    def __init__(self, termination: Termination) -> None:
+        self.termination = termination
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Return for each row, (batch,), whether its reply ends here."""
+        return torch.full((input_ids.shape[0],), self.termination.asked, device=input_ids.device)
 
 
 class GlmEdgeTrainer(Seq2SeqTrainer):
@@ -333,11 +348,12 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         metrics = {f"{metric_key_prefix}_loss": loss_sum / tokens}
         if self.args.predict_with_generate and data.prompts:
             self.model.eval()
+            breaks_off = {"stopping_criteria": StoppingCriteriaList([BreakOff(self.termination)])}
             with self.accelerator.autocast():  # as in training: parts of a 16-bit model may be in float32
                 scores = generate_and_score(
                     model=self.model,
                     prompts=data.prompts,
-                    tools=self.reply_tools,
+                    tools=replace(self.reply_tools, options={**self.reply_tools.options, **breaks_off}),
                     batch_size=self.args.per_device_eval_batch_size,
                     predictions_file=self._predictions_file(metric_key_prefix),
                     process_index=self.args.process_index,
@@ -345,6 +361,8 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
                     device=self.args.device,
                     before_batch=self._stop_evaluation_if_asked,
                 )
+            if self.termination.agreed():  # the last replies may have been broken off
+                raise Terminated("by SIGTERM in an evaluation")
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         metrics |= {
             key: value for key, value in (output.metrics or {}).items() if not key.endswith("_model_preparation_time")
