@@ -246,9 +246,9 @@ def test_commands_before_and_after_training_do_what_they_say(
     assert done.exit_code == 0, done.output
     if "--prompt" in arguments:
         rows = (demonstrations / arguments[1] / "predictions/test-2.jsonl").read_text(encoding="utf-8").splitlines()
-        first = json.loads(rows[0])
-        assert arguments[-1] in first["prompt"]
-        assert done.stdout == first["prediction"] + "\n"
+        image = Path(arguments[arguments.index("--image") + 1]).name if "--image" in arguments else None
+        (row,) = (row for row in map(json.loads, rows) if is_asked(row, arguments[-1], image))
+        assert done.stdout == row["prediction"] + "\n"
     elif arguments[0] == "evaluate":
         assert [row.split()[0] for row in done.stdout.splitlines()[2:5]] == arguments[2:]
         assert (demonstrations / "output/evaluate/predictions/demo-checkpoint-120.jsonl").is_file()
@@ -264,6 +264,12 @@ def test_commands_before_and_after_training_do_what_they_say(
     elif arguments[0] == "convert":
         assert done.stdout.startswith(f"{arguments[2]}: 1 conversations")
         assert "not there" not in done.stdout
+
+
+def is_asked(prediction: dict[str, Any], question: str, image: str | None) -> bool:
+    """Return whether a predicted reply answers this question in a first turn, about this image or about none."""
+    images = [Path(path).name for path in prediction.get("images", ())]
+    return prediction["turn"] == 1 and question in prediction["prompt"] and images == ([image] if image else [])
 
 
 def test_the_whole_way_from_a_file_to_a_phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,17 +36,17 @@ def test_whole_models_are_found(model_folder: Path, runs: dict[str, Path]) -> No
     for name, step in (("", None), ("checkpoint-4", 4)):
         source = find_source(str(runs["full"] / name))
         assert (source.adapter, source.step) == (None, step)
-        assert source.record == runs["full"] / "run.json"
+        assert source.record == runs["full"] / name / "run.json"
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_an_adapter_finds_its_base_model(runs: dict[str, Path], model_folder: Path, kind: str) -> None:
-    """R7: in the output folder and in a checkpoint, with the record of the run."""
+    """R7: in the output folder and in a checkpoint, each with its record of the run."""
     for name, step in (("", None), ("checkpoint-4", 4)):
         source = find_source(str(runs[kind] / name))
         assert source.location.source == str(model_folder)
         assert source.location.adapter == runs[kind] / name
-        assert (source.step, source.record) == (step, runs[kind] / "run.json")
+        assert (source.step, source.record) == (step, runs[kind] / name / "run.json")
 
 
 def test_base_overrides_the_adapters_own(runs: dict[str, Path]) -> None:
