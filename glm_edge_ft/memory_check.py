@@ -242,7 +242,9 @@ def ways_out(prepared: Prepared, batch: BatchShape, on_gpu: bool, offloads: bool
     args, config = prepared.training_arguments, prepared.plan.config
     ways = []
     size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if size > 1:
+    if batch.rows > 1 and not args.deepspeed:
+        ways.append(f"max_tokens_per_pass: {batch.length} (the same result)")
+    elif batch.rows > 1:
         ways.append(
             f"training_args.per_device_train_batch_size {size} -> 1 with gradient_accumulation_steps {steps * size} "
             "(the same result)"

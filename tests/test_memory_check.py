@@ -112,7 +112,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_lower(chat: RunRequest) -> None
     need = f"{memory.estimate.total / 1e6:,.1f} MB"
     assert notice == (
         f"memory: about {need} a process are more than fit. In this order: "
-        "training_args.per_device_train_batch_size 2 -> 1 with gradient_accumulation_steps 2 (the same result); "
+        "max_tokens_per_pass: 2048 (the same result); "
         "training_args.activation_checkpointing: true; "
         "max_input_length and max_output_length, the longest row has 2,048 tokens; "
         "a LORA adapter, configs/lora.yaml"
