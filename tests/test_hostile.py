@@ -25,7 +25,7 @@ from glm_edge_ft.preflight import RunRequest
 from glm_edge_ft.training.checkpoints import MANIFEST
 from glm_edge_ft.training.pickles import check_pickles
 from tests.conftest import TEMPLATES, TokenizerMaker
-from tests.launch import ZERO_2
+from tests.launch import ZERO_2, launch
 from tests.model_folders import save_model_folder
 from tests.runs import do_run, write_chat_data, write_config
 from tests.vision_folders import image_part, save_vision_folder, text_part, turns
@@ -254,6 +254,6 @@ def test_checkpoints_of_this_toolkit_pass(chat: Path) -> None:
     plain = do_run(chat / "plain", chat / "data", chat / "model", max_steps=2)
     assert check_pickles(plain / "checkpoint-2") == []
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
-    shared = do_run(chat / "shared", chat / "data", chat / "model", max_steps=2, deepspeed=ZERO_2)
+    shared = launch(chat / "shared", chat / "data", chat / "model", max_steps=2, deepspeed=ZERO_2)
     assert list((shared / "checkpoint-2").glob("global_step2/*.pt"))
     assert check_pickles(shared / "checkpoint-2") == []
