@@ -5,8 +5,10 @@ Merged in float32: in 16 bits a small change would be lost to the rounding of ea
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.console import show_notice
 from glm_edge_ft.deploy.source import Source
 from glm_edge_ft.errors import UserError
 
@@ -29,10 +31,20 @@ def check_adapter_kind(source: Source) -> None:
 
 
 def check_not_quantized(source: Source, checkpoint: Checkpoint) -> None:
-    """Raise UserError for a model whose files hold no plain numbers."""
-    if getattr(checkpoint.config, "quantization_config", None) is None:
+    """Raise UserError for a model whose files hold no plain numbers, unless they can be made out of them.
+
+    That is so for the base model of an adapter, where bitsandbytes quantized it and is installed.
+    """
+    quantization = getattr(checkpoint.config, "quantization_config", None)
+    if quantization is None:
         return
-    if source.adapter is None:
+    by_bitsandbytes = "bitsandbytes" in str(dict(quantization).get("quant_method"))
+    if source.adapter is not None and by_bitsandbytes and not checkpoint.is_vision:
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            return
+        what = f"its base model {source.location.name} is stored in 4 or 8 bits, and bitsandbytes is not installed"
+        fix = "pip install bitsandbytes, or give the model that it was quantized from: --base MODEL"
+    elif source.adapter is None:
         what, fix = "is stored in a quantized form, which is not read", "give the model that it was quantized from"
     else:
         what = f"its base model {source.location.name} is stored in a quantized form, whose weights cannot be added to"
@@ -54,6 +66,12 @@ def load_merged(checkpoint: Checkpoint) -> PreTrainedModel:
     adapter = checkpoint.location.adapter
     assert adapter is not None
     base: Any = load_weights(checkpoint, torch.float32)
+    if getattr(base, "is_quantized", False):
+        show_notice(
+            f"base model {checkpoint.location.name} is stored in 4 or 8 bits: it is turned into plain numbers, "
+            "rounded as they are; --base with the model that it was quantized from loses nothing"
+        )
+        base = base.dequantize(torch.float32).float()
     was_tied = _untie(base)
     wrapped: PeftModel = load_adapter(base, adapter)
     try:

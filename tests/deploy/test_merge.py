@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from glm_edge_ft.deploy.merge import MergeRequest, merge
 from glm_edge_ft.errors import UserError
@@ -177,9 +177,39 @@ def test_a_quantized_base_model_is_refused(runs: dict[str, Path], model_folder: 
     base = tmp_path / "base"
     shutil.copytree(model_folder, base)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert "is stored in a quantized form" in refusal(MergeRequest(str(runs["lora"]), tmp_path / "out", str(base)))
+
+
+def test_a_base_model_in_four_bits_is_dequantized(
+    runs: dict[str, Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """E5: the merged weights are the 4-bit ones as numbers, plus the adapter's change; the folder is a plain model."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    (base / "model.safetensors").unlink()
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantized: Any = AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=four_bits)
+    quantized.save_pretrained(base)
+    merge(MergeRequest(str(runs["lora"]), tmp_path / "merged", str(base), dtype="float32"))
+    assert "is stored in 4 or 8 bits: it is turned into plain numbers" in capsys.readouterr().err
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    adapter = load_file(runs["lora"] / "adapter_model.safetensors")
+    settings = json.loads((runs["lora"] / "adapter_config.json").read_text(encoding="utf-8"))
+    numbers = dict(quantized.dequantize(torch.float32).named_parameters())
+    changed = 0
+    for name, values in merged.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = numbers[name].detach().float()
+        if f"{prefix}.lora_A.weight" in adapter:
+            change = adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"]
+            expected = expected + change * settings["lora_alpha"] / settings["r"]
+            changed += 1
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
+    assert changed
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
 
 
 def test_a_folder_that_is_in_use_is_refused_and_both_mistakes_are_listed(tmp_path: Path) -> None:
