@@ -109,7 +109,7 @@ def test_two_processes_break_an_evaluation_off_together(folder: Path, mode: str,
     run.process.terminate()
     assert saved_step(run, output) == 2
     assert evaluations(output) == {}
-    settings = {**shared, "max_steps": 4, "generation_config": {"max_new_tokens": 8}}
+    settings = {**shared, "max_steps": 4, "generation_config": {"max_new_tokens": 4}, "per_device_eval_batch_size": 6}
     launch(output, data, model, resume="yes", **settings)
     whole = launch(folder / "whole", data, model, **settings)
     assert sorted(evaluations(output)) == [2, 4]
