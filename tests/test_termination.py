@@ -93,8 +93,10 @@ def test_an_evaluation_is_broken_off_and_made_up_for(folder: Path) -> None:
     assert_same_bits(output, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "tokens"), [("ddp", 100), ("zero3", 30)])
+@pytest.mark.parametrize(
+    ("mode", "tokens"),
+    [pytest.param("ddp", 100, marks=pytest.mark.fault), pytest.param("zero3", 30, marks=pytest.mark.slow)],
+)
 def test_two_processes_break_an_evaluation_off_together(folder: Path, mode: str, tokens: int) -> None:
     """T6: in the middle of the replies, of which each process makes its own; going on makes up for all of them."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
@@ -134,7 +136,7 @@ def test_the_evaluation_after_training_is_broken_off_and_done_again(folder: Path
     assert [line["step"] for line in metrics(output) if "test_loss" in line] == [2]
 
 
-@pytest.mark.parametrize("mode", ["zero3", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["zero3", pytest.param("ddp", marks=pytest.mark.fault)])
 def test_two_processes_stop_together(folder: Path, mode: str) -> None:
     """torchrun hands the signal on; the checkpoint is whole, one of them speaks, and going on equals one process."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
