@@ -13,11 +13,12 @@ from glm_edge_ft.errors import Problem
 from glm_edge_ft.machines import tell_failure
 from glm_edge_ft.node import is_first_to_say
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# a full or failing disk, a program behind a pipe that has ended, such as `| head`
+_LOST_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
 class _KeepsGoing(io.RawIOBase):
-    """Writes to a file descriptor, and drops what the disk behind it does not hold."""
+    """Writes to a file descriptor, and drops what the disk or the program behind it does not take."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -33,10 +34,11 @@ class _KeepsGoing(io.RawIOBase):
         return os.isatty(self.descriptor)
 
     def write(self, data: Any) -> int:
+        """Write, or say so where nobody takes it any more."""
         try:
             return os.write(self.descriptor, data)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+            if error.errno not in _LOST_OUTPUT:
                 raise
             return len(data)
 
@@ -45,7 +47,8 @@ def prepare_streams() -> None:
     """Make stdout and stderr outlive what a run must not end of.
 
     What a console's encoding lacks (a Chinese Windows console is GBK) is shown as an escape. What a full disk does not
-    take, where output is redirected to a file, is dropped: the run is worth more than its log.
+    take, where output is redirected to a file, is dropped, and so is what goes to a program that has ended, such as
+    `head`: the run is worth more than its log.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.arguments import rows_per_step
+from glm_edge_ft.files import nearest_folder
 from glm_edge_ft.memory_check import format_bytes
 from glm_edge_ft.training.checkpoints import read_step
 
@@ -60,8 +62,7 @@ def look_at_disk(prepared: Prepared) -> DiskNeed:
 def count_checkpoints(prepared: Prepared) -> int:
     """Return how many checkpoints the run will write from where it starts."""
     args, resumed = prepared.training_arguments, prepared.plan.resume.path
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps_per_epoch = max(1, -(-len(prepared.datasets["train"]) // rows_per_step))
+    steps_per_epoch = max(1, -(-len(prepared.datasets["train"]) // rows_per_step(args)))
     steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * steps_per_epoch)
     first = read_step(resumed) if resumed is not None else 0
     strategy = getattr(args.save_strategy, "value", str(args.save_strategy))
@@ -76,8 +77,7 @@ def count_checkpoints(prepared: Prepared) -> int:
 
 def free_bytes(folder: Path) -> int:
     """Return the room in a folder, or in the nearest one above it that exists."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(nearest).free
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def _size_of(path: Path) -> int:

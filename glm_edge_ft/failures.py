@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from glm_edge_ft.errors import ProcessLost, RunStopped, UserError
 from glm_edge_ft.memory_check import format_bytes, largest_batch, ways_out
-from glm_edge_ft.training.checkpoints import find_checkpoints
+from glm_edge_ft.training.checkpoints import how_to_go_on
 from glm_edge_ft.training.termination import Terminated
 
 if TYPE_CHECKING:
@@ -73,14 +73,6 @@ def what_happened(error: Exception, prepared: Prepared) -> str | None:
             f"training_args.dataloader_num_workers, now {count}; with 0 there is no such process"
         )
     return None
-
-
-def how_to_go_on(output_dir: Path) -> str:
-    """Return from which checkpoint the run can be continued, as the end of a sentence."""
-    whole = [found.path for found in find_checkpoints(output_dir) if not found.defect]
-    if not whole:
-        return "no checkpoint was written yet, so the same command starts from the beginning"
-    return f"{whole[-1]} is whole, and the same command with `yes` as RESUME goes on from it"
 
 
 def disk_trouble(error: BaseException, folder: Path) -> str | None:

@@ -7,13 +7,14 @@ run has ended.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.arguments import rows_per_step
 from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.disk_check import free_bytes
 from glm_edge_ft.memory_check import format_bytes
 from glm_edge_ft.node import is_first_of_node
 
@@ -47,7 +48,6 @@ class ImageFeatures:
     shape: tuple[int, int]
     device: torch.device
     pixels: Callable[[str], Any]
-    computed: int = field(default=0, init=False)  # images that went through the vision part
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch of `VisionCollator` with `image_features`, (images, tokens_per_image, hidden), on `device`.
@@ -81,7 +81,6 @@ class ImageFeatures:
     def _compute(self, pixels: torch.Tensor) -> torch.Tensor:
         import torch
 
-        self.computed += 1
         is_mixed = self.dtype in (torch.bfloat16, torch.float16)
         with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
             return self.vision(pixels.unsqueeze(0).to(self.device))[0].to(self.dtype)
@@ -162,8 +161,9 @@ def images_seen_again(prepared: Prepared) -> list[str]:
     In an evaluation that is twice, for the loss and for the replies.
     """
     args, datasets = prepared.training_arguments, prepared.datasets
-    rows_of_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows = args.max_steps * rows_of_step if args.max_steps > 0 else args.num_train_epochs * len(datasets["train"])
+    rows = (
+        args.max_steps * rows_per_step(args) if args.max_steps > 0 else args.num_train_epochs * len(datasets["train"])
+    )
     again = {
         "train": rows > len(datasets["train"]),
         "val": args.eval_strategy != "no" or args.eval_on_start,
@@ -177,13 +177,12 @@ def _images(dataset: EncodedDataset) -> list[str]:
 
 
 def _has_room(folder: Path, needed: int) -> bool:
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(nearest).free
+    free = free_bytes(folder)
     if needed <= MOST_OF_FREE_SPACE * free:
         return True
     show_notice(
-        f"vectors of images are not kept: they need {format_bytes(needed)}, and {nearest} has {format_bytes(free)} "
-        "free; set GLM_EDGE_FT_CACHE to a folder on a larger disk, and each image goes through the vision part once"
+        f"vectors of images are not kept: they need {format_bytes(needed)}, and the disk of {folder} has "
+        f"{format_bytes(free)} free; with GLM_EDGE_FT_CACHE on a larger disk each image is computed once"
     )
     return False
 

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new one, never half of either."""
+"""Files and folders: written so that a crash leaves the old content or the new one, and where they can be made."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def append_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
         raise
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest above it that exists."""
+    absolute = path.absolute()
+    return next(candidate for candidate in (absolute, *absolute.parents) if candidate.exists())
+
+
+def can_be_made(path: Path) -> bool:
+    """Return whether a file or folder can be made at `path`: the nearest folder that exists can be written to."""
+    nearest = nearest_folder(path)
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def unfinished_name(path: Path) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.config.deepspeed import count_processes, read_deepspeed
 from glm_edge_ft.console import is_main_process, show_notice
 from glm_edge_ft.errors import Problem, ProblemList, UserError
+from glm_edge_ft.files import can_be_made
 from glm_edge_ft.memory_check import estimate_states
 from glm_edge_ft.model.loading import ModelLocation, locate_model
 from glm_edge_ft.node import is_first_of_node, wait_for
@@ -138,7 +138,7 @@ def _check_json_path(request: RunRequest) -> list[Problem]:
         return [Problem("--json", "goes with either --check or --preview", "give one of them, or leave --json out")]
     if path.is_dir():
         return [Problem(f"--json {path}", "is a folder", "name a file, e.g. report.json")]
-    if not _can_be_made(path.absolute().parent):
+    if not can_be_made(path.absolute().parent):
         return [Problem(f"--json {path}", "cannot be written there", "name a file in a folder of yours")]
     return []
 
@@ -148,7 +148,7 @@ def _check_output_dir(output_dir: Path, data_dir: Path, location: ModelLocation 
     where, target = "training_args.output_dir", output_dir.resolve()
     if output_dir.exists() and not output_dir.is_dir():
         return [Problem(where, f"{output_dir} is a file", "name a folder")]
-    if not _can_be_made(target):
+    if not can_be_made(target):
         return [Problem(where, f"{output_dir} cannot be made or written to", "name a folder of yours")]
     if target == data_dir.resolve():
         return [Problem(where, f"{output_dir} is DATA_DIR", "name a folder of its own")]
@@ -162,12 +162,6 @@ def _check_output_dir(output_dir: Path, data_dir: Path, location: ModelLocation 
         what = f"{output_dir} holds a model that no run of this toolkit left there"
         return [Problem(where, what, "name another folder, so that it is not written over")]
     return []
-
-
-def _can_be_made(folder: Path) -> bool:
-    """Return whether the folder, or the nearest one above it that exists, can be written to."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def prepare(plan: Plan) -> Prepared:

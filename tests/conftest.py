@@ -169,3 +169,31 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def chat_folder(tmp_path: Path, make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with a tiny chat model in `model`, its data in `data`, and a cache of its own."""
+    from tests.model_folders import save_model_folder
+    from tests.runs import write_chat_data
+
+    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
+    save_model_folder(tmp_path / "model", make_tokenizer("glm"))
+    write_chat_data(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def vision_model(tmp_path_factory: pytest.TempPathFactory, backend: Tokenizer) -> Path:
+    """Return the folder of a tiny vision model; no test writes into it."""
+    from tests.vision_folders import save_vision_folder
+
+    return save_vision_folder(tmp_path_factory.mktemp("vision-model"), backend)
+
+
+@pytest.fixture(scope="session")
+def vision_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of rows with an image, text rows, and rows of two turns; no test writes into it."""
+    from tests.vision_folders import write_vision_data
+
+    return write_vision_data(tmp_path_factory.mktemp("vision-data"))

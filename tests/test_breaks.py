@@ -16,9 +16,7 @@ from tokenizers import Tokenizer
 
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import find_checkpoints
-from tests.conftest import TokenizerMaker
 from tests.launch import Started, start
-from tests.model_folders import save_model_folder
 from tests.runs import LORA, assert_same_bits, do_run, losses, metrics, weights, write_chat_data
 from tests.vision_folders import save_vision_folder, write_vision_data
 
@@ -31,15 +29,6 @@ ENDLESS: dict[str, Any] = {
 }
 AT_ONCE = {"max_tokens_per_pass": 1_000_000}
 DECODED_ANEW = {"cache_image_features": False}  # else no image is opened again once its vectors are kept
-
-
-@pytest.fixture
-def chat(tmp_path: Path, make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder with a tiny chat model and its data."""
-    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
-    save_model_folder(tmp_path / "model", make_tokenizer("glm"))
-    write_chat_data(tmp_path / "data")
-    return tmp_path
 
 
 @pytest.fixture
@@ -74,18 +63,20 @@ def make_gradients_overflow(model: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_used(chat: Path) -> None:
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_used(chat_folder: Path) -> None:
     """M4: the loss of that step is finite still; no checkpoint holds a weight that is not."""
-    make_gradients_overflow(chat / "model")
+    make_gradients_overflow(chat_folder / "model")
     with pytest.raises(RunStopped, match=r"^the gradient of step 1 is inf: lower training_args\.learning_rate"):
-        do_run(chat / "output", chat / "data", chat / "model", peft=None)
+        do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", peft=None)
 
 
-def test_steps_with_such_a_gradient_are_left_out_and_counted(chat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_with_such_a_gradient_are_left_out_and_counted(
+    chat_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """M4: with `on_nonfinite_loss: warn` the weights stay as they were, and the losses are logged as they are."""
-    before = make_gradients_overflow(chat / "model")
+    before = make_gradients_overflow(chat_folder / "model")
     settings: dict[str, Any] = {"peft": None, "max_steps": 3, "top": {"on_nonfinite_loss": "warn"}}
-    output = do_run(chat / "output", chat / "data", chat / "model", **settings)
+    output = do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", **settings)
     said = capsys.readouterr().err
     for step in (1, 2, 3):
         assert f"the gradient of step {step} is inf ({step} so far)" in said
@@ -133,10 +124,10 @@ def test_an_image_that_vanishes_is_skipped_and_counted_where_the_config_says_so(
 
 
 @pytest.mark.fault
-def test_a_loader_process_that_dies_ends_the_run_with_what_to_lower(chat: Path) -> None:
+def test_a_loader_process_that_dies_ends_the_run_with_what_to_lower(chat_folder: Path) -> None:
     """As the system ends one when memory is short."""
-    output = chat / "output"
-    run = start(output, chat / "data", chat / "model", **ENDLESS, dataloader_num_workers=2)
+    output = chat_folder / "output"
+    run = start(output, chat_folder / "data", chat_folder / "model", **ENDLESS, dataloader_num_workers=2)
     has_saved(run, output)
 
     def has_ended() -> bool:
@@ -153,12 +144,12 @@ def test_a_loader_process_that_dies_ends_the_run_with_what_to_lower(chat: Path) 
 
 
 @pytest.mark.fault
-def test_a_lack_of_memory_says_what_to_lower_with_the_numbers(chat: Path) -> None:
+def test_a_lack_of_memory_says_what_to_lower_with_the_numbers(chat_folder: Path) -> None:
     """The system gives no more than there is at that moment; a step needs some hundred megabytes."""
-    output = chat / "output"
-    write_chat_data(chat / "more", train=800)
+    output = chat_folder / "output"
+    write_chat_data(chat_folder / "more", train=800)
     settings = {**ENDLESS, "per_device_train_batch_size": 400, "gradient_accumulation_steps": 2, "top": AT_ONCE}
-    run = start(output, chat / "more", chat / "model", **settings)
+    run = start(output, chat_folder / "more", chat_folder / "model", **settings)
     run.wait_until((output / "loss.png").is_file, "the first curve")  # all libraries are loaded
     process = psutil.Process(run.process.pid)
     process.suspend()
@@ -172,9 +163,9 @@ def test_a_lack_of_memory_says_what_to_lower_with_the_numbers(chat: Path) -> Non
 
 
 @pytest.mark.fault
-def test_ctrl_c_ends_the_run_and_costs_the_steps_since_the_last_checkpoint_alone(chat: Path) -> None:
+def test_ctrl_c_ends_the_run_and_costs_the_steps_since_the_last_checkpoint_alone(chat_folder: Path) -> None:
     """The same command with `yes` ends as the run that nobody stopped, bit for bit."""
-    output, data, model = chat / "output", chat / "data", chat / "model"
+    output, data, model = chat_folder / "output", chat_folder / "data", chat_folder / "model"
     run = start(output, data, model, **ENDLESS, peft=LORA)
     has_saved(run, output)
     run.process.send_signal(signal.SIGINT)
@@ -184,6 +175,6 @@ def test_ctrl_c_ends_the_run_and_costs_the_steps_since_the_last_checkpoint_alone
     (*_, last) = find_checkpoints(output)
     settings = {**ENDLESS, "max_steps": last.step + 4, "peft": LORA}
     do_run(output, data, model, resume="yes", **settings)
-    whole = do_run(chat / "whole", data, model, **settings)
+    whole = do_run(chat_folder / "whole", data, model, **settings)
     assert losses(output) == losses(whole)
     assert_same_bits(output, whole)

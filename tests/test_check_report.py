@@ -14,18 +14,8 @@ from glm_edge_ft.data.dataset import build_dataset
 from glm_edge_ft.data.replies import ReplyEnds, count_reply_ends
 from glm_edge_ft.disk_check import DiskNeed, advise_on_disk, describe_disk, look_at_disk
 from glm_edge_ft.preflight import RunRequest, check_inputs, prepare
-from tests.conftest import EncoderMaker, TokenizerMaker
-from tests.model_folders import save_model_folder
-from tests.runs import LORA, do_run, write_chat_data, write_config
-
-
-@pytest.fixture
-def folder(tmp_path: Path, make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder with a tiny chat model and its data."""
-    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
-    save_model_folder(tmp_path / "model", make_tokenizer("glm"))
-    write_chat_data(tmp_path / "data")
-    return tmp_path
+from tests.conftest import EncoderMaker
+from tests.runs import LORA, do_run, write_config
 
 
 def row(*replies: str) -> dict[str, Any]:
@@ -53,10 +43,10 @@ def test_every_reply_is_counted_with_how_it_ends(tmp_path: Path, make_encoder: E
     assert (none.stopping, none.others, none.first_other) == (0, 4, "train.jsonl:1")
 
 
-def test_check_tells_replies_and_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_tells_replies_and_disk(chat_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In words and as JSON: 18 rows, of which every second has two turns."""
-    config, report = write_config(folder / "output", max_steps=100, save_steps=10), folder / "check.json"
-    request = RunRequest(folder / "data", str(folder / "model"), config, check=True, json_path=report)
+    config, report = write_config(chat_folder / "output", max_steps=100, save_steps=10), chat_folder / "check.json"
+    request = RunRequest(chat_folder / "data", str(chat_folder / "model"), config, check=True, json_path=report)
     recipe.run(request)
     said = capsys.readouterr().out
     assert "  learned replies                   27   each ends with a token on which generation stops" in said
@@ -74,13 +64,15 @@ def test_check_tells_replies_and_disk(folder: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("peft", [LORA, None], ids=["lora", "full"])
-def test_the_size_of_a_checkpoint_is_known_before(folder: Path, peft: dict[str, Any] | None) -> None:
+def test_the_size_of_a_checkpoint_is_known_before(chat_folder: Path, peft: dict[str, Any] | None) -> None:
     """Estimated within the fixed allowance for small files."""
     request = RunRequest(
-        folder / "data", str(folder / "model"), write_config(folder / "output", peft=peft, max_steps=2, save_steps=2)
+        chat_folder / "data",
+        str(chat_folder / "model"),
+        write_config(chat_folder / "output", peft=peft, max_steps=2, save_steps=2),
     )
     need = look_at_disk(prepare(check_inputs(request)))
-    output = do_run(folder / "output", folder / "data", folder / "model", peft=peft, max_steps=2)
+    output = do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", peft=peft, max_steps=2)
     size = sum(path.stat().st_size for path in (output / "checkpoint-2").iterdir())
     assert size <= need.checkpoint <= size + 100_000
     assert need.checkpoints == 1
@@ -96,10 +88,10 @@ def test_the_size_of_a_checkpoint_is_known_before(folder: Path, peft: dict[str, 
         ({"max_steps": 100, "save_strategy": "no"}, 0),
     ],
 )
-def test_checkpoints_are_counted(folder: Path, settings: dict[str, Any], count: int) -> None:
+def test_checkpoints_are_counted(chat_folder: Path, settings: dict[str, Any], count: int) -> None:
     """By steps, fractions and epochs, with a limit: the new one is written before an old one goes."""
-    config = write_config(folder / "output", **settings)
-    need = look_at_disk(prepare(check_inputs(RunRequest(folder / "data", str(folder / "model"), config))))
+    config = write_config(chat_folder / "output", **settings)
+    need = look_at_disk(prepare(check_inputs(RunRequest(chat_folder / "data", str(chat_folder / "model"), config))))
     assert need.checkpoints == count
 
 

@@ -17,23 +17,12 @@ import pytest
 
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import STAGING_FOLDER, find_checkpoints
-from tests.conftest import TokenizerMaker
 from tests.launch import REPOSITORY, SECONDS
-from tests.model_folders import save_model_folder
-from tests.runs import assert_same_bits, do_run, files_of_at_most, losses, write_chat_data, write_config
+from tests.runs import assert_same_bits, do_run, files_of_at_most, losses, write_config
 
 NAMESPACE = ["unshare", "--user", "--mount", "--map-root-user"]
 OTHER_SIZES = (30, 130, 180, 230, 310, 520, 640, 800)  # a checkpoint takes some 120 kB, so each fails at another file
 EVERY_STEP: dict[str, Any] = {"save_steps": 1, "max_steps": 6}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder with a tiny chat model and its data."""
-    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
-    save_model_folder(tmp_path / "model", make_tokenizer("glm"))
-    write_chat_data(tmp_path / "data")
-    return tmp_path
 
 
 @pytest.fixture
@@ -43,19 +32,19 @@ def can_mount() -> None:
         pytest.skip("unshare cannot make a mount namespace here")
 
 
-def run_on(folder: Path, mount: str, *, stdout: str = "/dev/stdout", **settings: Any) -> tuple[int, str, Path]:
+def run_on(chat_folder: Path, mount: str, *, stdout: str = "/dev/stdout", **settings: Any) -> tuple[int, str, Path]:
     """Do a run whose output folder is mounted by `mount`; return exit code, what was said, and a copy of the output.
 
     Args:
-        folder: that of the fixture.
+        chat_folder: that of the fixture.
         mount: shell commands; `$OUTPUT` is the output folder.
         stdout: where the run's stdout goes.
         settings: those of `write_config`.
     """
-    output, kept = folder / "output", folder / "kept"
+    output, kept = chat_folder / "output", chat_folder / "kept"
     config = write_config(output, **EVERY_STEP | settings)
     output.mkdir()
-    command = [sys.executable, "finetune.py", str(folder / "data"), str(folder / "model"), str(config)]
+    command = [sys.executable, "finetune.py", str(chat_folder / "data"), str(chat_folder / "model"), str(config)]
     shell = f"{mount}\n{shlex.join(command)} > {stdout}; code=$?; cp -a $OUTPUT {shlex.quote(str(kept))}; exit $code"
     done = subprocess.run(
         [*NAMESPACE, "sh", "-c", shell],
@@ -76,9 +65,9 @@ def run_on(folder: Path, mount: str, *, stdout: str = "/dev/stdout", **settings:
     "kilobytes",
     [400, *(pytest.param(size, marks=pytest.mark.fault) for size in (30, 130, 180, 230, 310, 520, 640, 800))],
 )
-def test_a_disk_that_becomes_full_ends_the_run_and_costs_no_checkpoint(folder: Path, kilobytes: int) -> None:
+def test_a_disk_that_becomes_full_ends_the_run_and_costs_no_checkpoint(chat_folder: Path, kilobytes: int) -> None:
     """One line says why and how to go on; with room, the run ends as one that always had it, bit for bit."""
-    code, said, output = run_on(folder, f"mount -t tmpfs -o size={kilobytes}k tmpfs $OUTPUT")
+    code, said, output = run_on(chat_folder, f"mount -t tmpfs -o size={kilobytes}k tmpfs $OUTPUT")
     checkpoints = find_checkpoints(output)
     assert [found.defect for found in checkpoints] == [""] * len(checkpoints)
     assert code == 1, said
@@ -88,27 +77,43 @@ def test_a_disk_that_becomes_full_ends_the_run_and_costs_no_checkpoint(folder: P
     last = f"{checkpoints[-1].path} is whole, and the same command" if checkpoints else "no checkpoint was written yet"
     assert said.count(last) == 1, said
     assert not (output / STAGING_FOLDER).exists()
-    do_run(output, folder / "data", folder / "model", resume="yes", **EVERY_STEP)
-    whole = do_run(folder / "whole", folder / "data", folder / "model", **EVERY_STEP)
+    do_run(output, chat_folder / "data", chat_folder / "model", resume="yes", **EVERY_STEP)
+    whole = do_run(chat_folder / "whole", chat_folder / "data", chat_folder / "model", **EVERY_STEP)
     assert_same_bits(output, whole)
     assert sorted(losses(output))[-1] == 6
 
 
 @pytest.mark.usefixtures("can_mount")
-def test_an_output_folder_that_can_only_be_read_is_refused(folder: Path) -> None:
+def test_an_output_folder_that_can_only_be_read_is_refused(chat_folder: Path) -> None:
     """Before the model is loaded, with what to write."""
     mount = "mount -t tmpfs tmpfs $OUTPUT && mount -o remount,ro $OUTPUT"
-    code, said, _ = run_on(folder, mount)
+    code, said, _ = run_on(chat_folder, mount)
     assert code == 2
     assert "training_args.output_dir: " in said
     assert "cannot be made or written to\n    -> name a folder of yours" in said
 
 
 @pytest.mark.fault
+def test_a_program_behind_a_pipe_that_ends_costs_nothing(chat_folder: Path) -> None:
+    """As with `| head -1`: what nobody reads any more is dropped, and the run goes on to its end."""
+    output = chat_folder / "output"
+    config = write_config(output, **EVERY_STEP)
+    command = [sys.executable, "finetune.py", str(chat_folder / "data"), str(chat_folder / "model"), str(config)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait() == 0, said
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
+    assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.usefixtures("can_mount")
-def test_a_full_disk_behind_the_printed_lines_costs_nothing(folder: Path) -> None:
+def test_a_full_disk_behind_the_printed_lines_costs_nothing(chat_folder: Path) -> None:
     """As where `> run.log` fills the disk: /dev/full refuses every byte."""
-    code, said, output = run_on(folder, "mount -t tmpfs tmpfs $OUTPUT", stdout="/dev/full")
+    code, said, output = run_on(chat_folder, "mount -t tmpfs tmpfs $OUTPUT", stdout="/dev/full")
     assert (code, said.count("Traceback")) == (0, 0), said
     assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
 
@@ -123,30 +128,30 @@ def test_what_is_printed_to_a_full_disk_is_dropped() -> None:
     assert done.returncode == 0
 
 
-def test_a_limit_of_the_size_of_files_is_named(folder: Path) -> None:
+def test_a_limit_of_the_size_of_files_is_named(chat_folder: Path) -> None:
     """The model of 0.5 MB cannot be written; nothing of it stays."""
     with files_of_at_most(100_000), pytest.raises(RunStopped) as caught:
-        do_run(folder / "output", folder / "data", folder / "model", peft=None, **EVERY_STEP)
+        do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", peft=None, **EVERY_STEP)
     said = str(caught.value)
     assert "a file may not become so large (ulimit -f)" in said
     assert said.endswith("no checkpoint was written yet, so the same command starts from the beginning")
-    assert find_checkpoints(folder / "output") == []
-    assert not (folder / "output" / STAGING_FOLDER).exists()
+    assert find_checkpoints(chat_folder / "output") == []
+    assert not (chat_folder / "output" / STAGING_FOLDER).exists()
 
 
 def test_clock_and_names_of_folders_do_not_decide_what_is_newest(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    chat_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A clock that was moved back between two checkpoints, and a folder that was renamed since."""
     shared: dict[str, Any] = {"save_steps": 2, "save_total_limit": 2}
-    output = do_run(folder / "output", folder / "data", folder / "model", max_steps=4, **shared)
+    output = do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", max_steps=4, **shared)
     os.utime(output / "checkpoint-2", (2e9, 2e9))
     os.utime(output / "checkpoint-4", (1e9, 1e9))
-    moved = output.rename(folder / "moved")
-    shutil.move(folder / "model", folder / "renamed")
+    moved = output.rename(chat_folder / "moved")
+    shutil.move(chat_folder / "model", chat_folder / "renamed")
     capsys.readouterr()
-    do_run(moved, folder / "data", folder / "renamed", resume="yes", max_steps=8, **shared)
+    do_run(moved, chat_folder / "data", chat_folder / "renamed", resume="yes", max_steps=8, **shared)
     said = capsys.readouterr().err
     assert f"continuing from {moved / 'checkpoint-4'}" in said
-    assert f"MODEL {folder / 'model'} -> {folder / 'renamed'}: the same weights under another name" in said
+    assert f"MODEL {chat_folder / 'model'} -> {chat_folder / 'renamed'}: the same weights under another name" in said
     assert [found.step for found in find_checkpoints(moved)] == [6, 8]

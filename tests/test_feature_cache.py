@@ -9,40 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from glm_edge_ft import feature_cache
 from glm_edge_ft.data import collator
 from glm_edge_ft.data.feature_store import RECORDS_FILE, FeatureStore
 from glm_edge_ft.feature_cache import ImageFeatures
 from tests.runs import LORA, assert_same_bits, do_run, losses, metrics, weights
-from tests.vision_folders import save_vision_folder, write_vision_data
 
 Run = Callable[..., Path]
 EVALUATED = {"val": "dev.jsonl", "eval_strategy": "steps", "eval_steps": 3}
 IMAGES_OF_TRAIN, IMAGES_OF_DEV = 9, 3
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, backend: Tokenizer) -> Path:
-    """Return the folder of a tiny vision model."""
-    return save_vision_folder(tmp_path_factory.mktemp("vision-model"), backend)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of rows with an image, text rows, and rows of two turns."""
-    return write_vision_data(tmp_path_factory.mktemp("vision-data"))
-
-
 @pytest.fixture
-def run(tmp_path: Path, model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, vision_model: Path, vision_data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that does one vision run of six steps, two epochs, with a frozen vision part."""
     monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
 
     def start(output: str = "output", **options: Any) -> Path:
         top = {"freezeV": True, **options.pop("top", {})}
-        return do_run(tmp_path / output, data, model_folder, takes_images=True, top=top, **options)
+        return do_run(tmp_path / output, vision_data, vision_model, takes_images=True, top=top, **options)
 
     return start
 

@@ -92,6 +92,7 @@ def test_with_the_pictures_of_other_rows_the_answers_fall_to_chance(demo: tuple[
                 right[shift] += clean_prediction(encoder, checkpoint.tokenizer, ids) == sample.reference
     own, *of_others = right.values()
     other = sum(of_others) / len(of_others)
+    print(f"right: {own} of {count} with their own pictures, {other} with those of other rows")
     assert 100 * other / count <= CHANCE
     assert own >= 3 * other
 

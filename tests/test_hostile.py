@@ -47,15 +47,6 @@ def no_test_hangs() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.fixture
-def chat(tmp_path: Path, make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder with a tiny chat model and its data."""
-    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
-    save_model_folder(tmp_path / "model", make_tokenizer("glm"))
-    write_chat_data(tmp_path / "data")
-    return tmp_path
-
-
 class Touch:
     """A pickle that makes a file when it is read in full."""
 
@@ -154,40 +145,46 @@ def test_a_path_out_of_the_data_folder_shows_nothing_of_the_file(
 
 
 @pytest.mark.parametrize("what", ["config", "data", "deepspeed", "output"])
-def test_a_pipe_in_the_place_of_a_file_is_refused(chat: Path, what: str) -> None:
+def test_a_pipe_in_the_place_of_a_file_is_refused(chat_folder: Path, what: str) -> None:
     """D2, C6: nothing waits for its writer."""
-    pipe = chat / "data" / "pipe.jsonl"
+    pipe = chat_folder / "data" / "pipe.jsonl"
     os.mkfifo(pipe)
     settings: dict[str, Any] = {}
     if what == "data":
         settings["val"] = "pipe.jsonl"
     elif what == "deepspeed":
         settings["deepspeed"] = str(pipe)
-    config = write_config(pipe if what == "output" else chat / "output", **settings)
+    config = write_config(pipe if what == "output" else chat_folder / "output", **settings)
     with pytest.raises(UserError) as caught:
-        recipe.run(RunRequest(chat / "data", str(chat / "model"), pipe if what == "config" else config))
+        recipe.run(RunRequest(chat_folder / "data", str(chat_folder / "model"), pipe if what == "config" else config))
     assert "pipe.jsonl" in str(caught.value)
 
 
 # ---- models ----
 
 
-def test_code_in_a_model_folder_is_not_run(chat: Path) -> None:
+def test_code_in_a_model_folder_is_not_run(chat_folder: Path) -> None:
     """A config that names code of its own: the code stays unread, and there is no key that would allow it."""
-    touched = chat / "touched"
-    (chat / "model" / "evil.py").write_text(f"import os\nos.mkdir({str(touched)!r})\n", encoding="utf-8")
-    path = chat / "model" / "config.json"
+    touched = chat_folder / "touched"
+    (chat_folder / "model" / "evil.py").write_text(f"import os\nos.mkdir({str(touched)!r})\n", encoding="utf-8")
+    path = chat_folder / "model" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
     path.write_text(json.dumps(config), encoding="utf-8")
-    do_run(chat / "output", chat / "data", chat / "model", check=True)
+    do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", check=True)
     config |= {"model_type": "evil"}
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        do_run(chat / "output", chat / "data", chat / "model", check=True)
+        do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", check=True)
     assert "needs Python code that comes with it, and this toolkit runs none" in str(caught.value)
     with pytest.raises(UserError, match="trust_remote_code"):
-        do_run(chat / "output", chat / "data", chat / "model", check=True, top={"trust_remote_code": True})
+        do_run(
+            chat_folder / "output",
+            chat_folder / "data",
+            chat_folder / "model",
+            check=True,
+            top={"trust_remote_code": True},
+        )
     assert not touched.exists()
 
 
@@ -204,27 +201,29 @@ def test_a_chat_template_reaches_nothing_but_the_conversation(tmp_path: Path, ma
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
-def test_a_pickle_in_a_checkpoint_that_calls_something_is_refused(chat: Path, name: str) -> None:
+def test_a_pickle_in_a_checkpoint_that_calls_something_is_refused(chat_folder: Path, name: str) -> None:
     """R1: whole by its manifest; found before the weights are read, and nothing of it is run."""
-    output = do_run(chat / "output", chat / "data", chat / "model", max_steps=2)
-    checkpoint, touched = output / "checkpoint-2", chat / "touched"
+    output = do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", max_steps=2)
+    checkpoint, touched = output / "checkpoint-2", chat_folder / "touched"
     torch.save({"state": Touch(touched)}, checkpoint / name)
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     manifest["files"][name] = (checkpoint / name).stat().st_size
     (checkpoint / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        do_run(output, chat / "data", chat / "model", max_steps=4, resume="yes")
+        do_run(output, chat_folder / "data", chat_folder / "model", max_steps=4, resume="yes")
     assert f"{checkpoint / name}: is a pickle that would call posix.mkdir: nothing of it was read" in str(caught.value)
     assert not touched.exists()
 
 
-def test_a_random_state_that_calls_something_is_passed_over(chat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_random_state_that_calls_something_is_passed_over(
+    chat_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """R6: read by torch's restricted reader alone; the run goes on and says so."""
-    output = do_run(chat / "output", chat / "data", chat / "model", max_steps=2)
-    touched = chat / "touched"
+    output = do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", max_steps=2)
+    touched = chat_folder / "touched"
     torch.save(Touch(touched), output / "checkpoint-2" / "rng_state.pth")
     capsys.readouterr()
-    do_run(output, chat / "data", chat / "model", max_steps=3, resume="yes")
+    do_run(output, chat_folder / "data", chat_folder / "model", max_steps=3, resume="yes")
     assert "cannot be read" in capsys.readouterr().err
     assert not touched.exists()
 
@@ -249,11 +248,11 @@ def test_deepspeeds_pickles_are_looked_through_too(tmp_path: Path, content: str)
     assert not touched.exists()
 
 
-def test_checkpoints_of_this_toolkit_pass(chat: Path) -> None:
+def test_checkpoints_of_this_toolkit_pass(chat_folder: Path) -> None:
     """R1: those of plain runs and, where DeepSpeed is there, its own."""
-    plain = do_run(chat / "plain", chat / "data", chat / "model", max_steps=2)
+    plain = do_run(chat_folder / "plain", chat_folder / "data", chat_folder / "model", max_steps=2)
     assert check_pickles(plain / "checkpoint-2") == []
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
-    shared = launch(chat / "shared", chat / "data", chat / "model", max_steps=2, deepspeed=ZERO_2)
+    shared = launch(chat_folder / "shared", chat_folder / "data", chat_folder / "model", max_steps=2, deepspeed=ZERO_2)
     assert list((shared / "checkpoint-2").glob("global_step2/*.pt"))
     assert check_pickles(shared / "checkpoint-2") == []

@@ -98,8 +98,8 @@ def test_a_closed_connection_is_explained(tmp_path: Path) -> None:
         raise RuntimeError(GLOO)
     assert str(caught.value) == (
         "another process of the run is gone, or does not answer (Connection closed by peer [10.0.0.2]:5); why, its own "
-        "output says, perhaps on another machine\n"
-        "There is no whole checkpoint yet: start the same command again, on all machines."
+        "output says, perhaps on another machine; no checkpoint was written yet, so the same command, on all machines, "
+        "starts from the beginning"
     )
 
 
@@ -147,7 +147,8 @@ def test_a_machine_that_dies_ends_the_run_and_both_go_on(folder: Path) -> None:
     said = survivor.end(code=1)
     newest = [found for found in find_checkpoints(output) if not found.defect][-1]
     assert said.count("stopped: another process of the run is gone, or does not answer (") == 1
-    assert f"{newest.path} is whole: the same command with `yes` as RESUME, on all machines, goes on from it." in said
+    way = "and the same command, on all machines, with `yes` as RESUME goes on from it"
+    assert f"{newest.path} is whole, {way}" in said
     settings["max_steps"] = newest.step + 3
     end_all(start_training(folder, output, resume="yes", **settings))
     whole, data, model = folder / "whole", folder / "data", folder / "model"

@@ -28,7 +28,6 @@ from tests.vision_folders import (
     save_vision_folder,
     text_part,
     turns,
-    write_vision_data,
 )
 
 Run = Callable[..., Path]
@@ -36,24 +35,12 @@ Row = dict[str, Any]
 ADAPTERS = pytest.mark.parametrize("peft", [LORA, None, PREFIX], ids=["lora", "full", "prefix"])
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, backend: Tokenizer) -> Path:
-    """Return the folder of a tiny vision model."""
-    return save_vision_folder(tmp_path_factory.mktemp("vision-model"), backend)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of rows with an image, text rows, and rows of two turns."""
-    return write_vision_data(tmp_path_factory.mktemp("vision-data"))
-
-
 @pytest.fixture
-def run(tmp_path: Path, model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, vision_model: Path, vision_data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that does one vision run in this process and returns its output folder."""
     monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
 
-    def start(output: str = "output", model: Path = model_folder, data_dir: Path = data, **options: Any) -> Path:
+    def start(output: str = "output", model: Path = vision_model, data_dir: Path = vision_data, **options: Any) -> Path:
         return do_run(tmp_path / output, data_dir, model, **{"takes_images": True, **options})
 
     return start
@@ -99,9 +86,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_a_frozen_vision_part_keeps_every_bit(run: Run, model_folder: Path, freeze: bool) -> None:
+def test_a_frozen_vision_part_keeps_every_bit(run: Run, vision_model: Path, freeze: bool) -> None:
     """I6: full fine-tuning, the strongest case; without `freezeV` tower and adapter are trained."""
-    before, after = vision_weights(model_folder), vision_weights(run(peft=None, top={"freezeV": freeze}))
+    before, after = vision_weights(vision_model), vision_weights(run(peft=None, top={"freezeV": freeze}))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
     assert moved == (set() if freeze else before.keys())
@@ -216,7 +203,7 @@ def test_a_chat_model_is_refused_by_the_vision_script(
 def test_the_chat_script_trains_the_language_part_of_a_vision_model(
     run: Run,
     rows: Callable[..., Path],
-    model_folder: Path,
+    vision_model: Path,
     peft: dict[str, Any] | None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -227,7 +214,7 @@ def test_the_chat_script_trains_the_language_part_of_a_vision_model(
     assert "is a vision model: this script trains its language part on text" in said
     assert (output / "preprocessor_config.json").is_file()
     if peft is None:
-        before, after = vision_weights(model_folder), vision_weights(output)
+        before, after = vision_weights(vision_model), vision_weights(output)
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert load_glm_edge_v(output, torch.float32).config.tokens_per_image == PLACEHOLDERS
     elif peft is LORA:
@@ -298,13 +285,13 @@ def test_a_long_question_is_shortened_around_the_image(run: Run, rows: Callable[
 
 
 def test_another_number_of_placeholders_than_of_vectors_is_refused(
-    run: Run, tmp_path: Path, backend: Tokenizer, model_folder: Path
+    run: Run, tmp_path: Path, backend: Tokenizer, vision_model: Path
 ) -> None:
     """The number that the config states is held against template and model, with all three numbers."""
     with pytest.raises(UserError) as caught:
         run(top={"image_placeholder_tokens": 20})
     text = str(caught.value)
-    assert f"image_placeholder_tokens: is 20, but MODEL {model_folder} makes 18 vectors of an image" in text
+    assert f"image_placeholder_tokens: is 20, but MODEL {vision_model} makes 18 vectors of an image" in text
     assert "the chat template renders 18 times <|begin_of_image|> for an image, the model makes 20 vectors" in text
 
 
@@ -327,7 +314,9 @@ def test_mistakes_of_model_machine_and_data_are_all_listed(
 # ---- evaluation and saving ----
 
 
-def test_every_image_is_decoded_once_in_an_evaluation(run: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_image_is_decoded_once_in_an_evaluation(
+    run: Run, vision_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """E4: one sample a reply; the turns of a conversation share one decoding of their image."""
     decoded: Counter[str] = Counter()
     load_image = collator.load_image
@@ -363,18 +352,18 @@ def test_evaluation_is_the_same_for_every_batch_size(run: Run) -> None:
 
 
 @ADAPTERS
-def test_the_saved_folder_is_used_by_itself(run: Run, model_folder: Path, peft: dict[str, Any] | None) -> None:
+def test_the_saved_folder_is_used_by_itself(run: Run, vision_model: Path, peft: dict[str, Any] | None) -> None:
     """R7: adapter or model, tokenizer and image processor lie side by side, in the root and in each checkpoint."""
     output = run(peft=peft, max_steps=2)
     for folder in (output, output / "checkpoint-2"):
         assert AutoTokenizer.from_pretrained(folder).chat_template
         written = (folder / "preprocessor_config.json").read_text(encoding="utf-8")
-        assert written == (model_folder / "preprocessor_config.json").read_text(encoding="utf-8")
+        assert written == (vision_model / "preprocessor_config.json").read_text(encoding="utf-8")
         assert AutoImageProcessor.from_pretrained(folder, backend="pil").size == {"height": 112, "width": 112}
         if peft is None:
             assert load_glm_edge_v(folder, torch.float32)
         else:
-            base = load_glm_edge_v(model_folder, torch.float32)
+            base = load_glm_edge_v(vision_model, torch.float32)
             assert PeftModel.from_pretrained(base, folder)
 
 

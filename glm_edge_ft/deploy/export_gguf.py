@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
+from glm_edge_ft.files import can_be_made
 from glm_edge_ft.recipe import quiet_libraries
 
 if TYPE_CHECKING:
@@ -118,7 +118,6 @@ def _hint_for_type(name: str) -> str:
 
 def _check_out(problems: ProblemList, out: Path) -> None:
     where = f"OUT {out}"
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if out.is_dir():
         problems.add(where, "is a folder", f"name a file in it: {out / 'model.gguf'}")
         return
@@ -128,7 +127,7 @@ def _check_out(problems: ProblemList, out: Path) -> None:
     there = [path for path in (out, modelfile_path(out), vision_path(out)) if path.exists()]
     for path in there:
         problems.add(where, f"{path} is there already, and nothing is written over", "name another, or remove that one")
-    if not there and (not nearest.is_dir() or not os.access(nearest, os.W_OK)):
+    if not there and not can_be_made(out):
         problems.add(where, "cannot be written there", "name a file in a folder of yours")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.source import Source, find_source
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
+from glm_edge_ft.files import can_be_made
 from glm_edge_ft.recipe import quiet_libraries
 
 if TYPE_CHECKING:
@@ -57,11 +57,10 @@ def merge(request: MergeRequest) -> None:
 def _check(request: MergeRequest) -> Source:
     problems = ProblemList()
     where, out = f"OUT_DIR {request.out_dir}", request.out_dir
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         problems.add(where, f"{what}, and nothing is written over", "name a folder that is not there yet")
-    elif not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    elif not can_be_made(out):
         problems.add(where, "cannot be made", "name a folder of yours")
     try:
         source = find_source(request.checkpoint, request.base)

@@ -65,6 +65,15 @@ def find_checkpoints(output_dir: Path) -> list[CheckpointFolder]:
     return [CheckpointFolder(step, path, find_defect(path)) for step, path in _numbered_folders(output_dir)]
 
 
+def how_to_go_on(output_dir: Path, on_all_machines: bool = False) -> str:
+    """Return from which checkpoint a run that ended can be continued, as the end of a sentence."""
+    command = "the same command, on all machines," if on_all_machines else "the same command"
+    whole = [found.path for found in find_checkpoints(output_dir) if not found.defect]
+    if not whole:
+        return f"no checkpoint was written yet, so {command} starts from the beginning"
+    return f"{whole[-1]} is whole, and {command} with `yes` as RESUME goes on from it"
+
+
 def _numbered_folders(output_dir: Path) -> list[tuple[int, Path]]:
     """Return step and path of each `checkpoint-N`, lowest step first; times do not count, they may be anything."""
     entries = output_dir.iterdir() if output_dir.is_dir() else ()

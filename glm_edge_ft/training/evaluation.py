@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers import StoppingCriteria
 
 from glm_edge_ft.training.metrics import MAX_SCORED_CHARACTERS, PairScores, summarize
 from glm_edge_ft.training.scoring import Pairs, PairScorer
-from glm_edge_ft.training.termination import leave_signals_to_parent
+from glm_edge_ft.training.termination import Termination, leave_signals_to_parent
 
 
 class Prompt(Protocol):
@@ -83,6 +84,20 @@ class ReplyTools:
     scoring_processes: int = 1
     loader_processes: int = 0
     show_progress: bool = True
+
+
+class BreakOff(StoppingCriteria):
+    """Ends replies where they are when SIGTERM has come: a batch of long ones may outlast the 30 seconds of torchrun.
+
+    What was generated then is of no use: the evaluation is to end as well.
+    """
+
+    def __init__(self, termination: Termination) -> None:
+        self.termination = termination
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Return for each row, (batch,), whether its reply ends here."""
+        return torch.full((input_ids.shape[0],), self.termination.asked, device=input_ids.device)
 
 
 def plan_batches(

@@ -76,6 +76,7 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
 
     @functools.wraps(original)  # the Trainer and `generate` read the signature
     def forward(self: PreTrainedModel, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Compute the loss where there are labels; else do as before."""
         if labels is None:
             return original(self, *args, **kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glm_edge_ft.errors import ProcessLost
-from glm_edge_ft.training.checkpoints import find_checkpoints
+from glm_edge_ft.training.checkpoints import how_to_go_on
 
 # What the errors of gloo, and of NCCL where it finds the other end closed, have in common: torch gives them no class.
 _SIGNS = ("gloo/transport/", "ncclRemoteError", "remote process exited")
@@ -24,7 +24,7 @@ def explain_lost_process(output_dir: Path) -> Iterator[None]:
             raise
         raise ProcessLost(
             f"another process of the run is gone, or does not answer ({_reason(error)}); why, its own output says, "
-            f"perhaps on another machine\n{_way_on(output_dir)}"
+            f"perhaps on another machine; {how_to_go_on(output_dir, on_all_machines=True)}"
         ) from error
 
 
@@ -39,10 +39,3 @@ def _reason(error: RuntimeError) -> str:
     """Return the first sentence of the error, without the place in the library's source."""
     first_line = str(error).strip().partition("\n")[0]
     return re.sub(r"^\[\S+\] ", "", first_line).partition(". ")[0]
-
-
-def _way_on(output_dir: Path) -> str:
-    whole = [found.path for found in find_checkpoints(output_dir) if not found.defect]
-    if not whole:
-        return "There is no whole checkpoint yet: start the same command again, on all machines."
-    return f"{whole[-1]} is whole: the same command with `yes` as RESUME, on all machines, goes on from it."

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Seq2SeqTrainer, StoppingCriteria, StoppingCriteriaList, TrainerState
+from transformers import Seq2SeqTrainer, StoppingCriteriaList, TrainerState
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
 
 from glm_edge_ft.errors import RunStopped
@@ -35,11 +34,12 @@ from glm_edge_ft.training.checkpoints import (
     remove_old_checkpoints,
     staging_folder,
 )
-from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches, start_loader_process
+from glm_edge_ft.training.evaluation import BreakOff, ReplyTools, generate_and_score, plan_batches, start_loader_process
 from glm_edge_ft.training.loss import IGNORED_LABEL
 from glm_edge_ft.training.micro_batches import split_batch
 from glm_edge_ft.training.processes import ONE_PROCESS, Processes, write_processes
 from glm_edge_ft.training.prompt import prompt_from_weights
+from glm_edge_ft.training.sampling import LengthGroupedEpochSampler
 from glm_edge_ft.training.shares import load_shares
 from glm_edge_ft.training.termination import Terminated, Termination
 
@@ -55,45 +55,6 @@ class BatchCompletion(Protocol):
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]: ...
     def remove(self) -> None: ...
-
-
-class LengthGroupedEpochSampler(Sampler[int]):
-    """Rows of similar length side by side, in an order that depends on seed and epoch alone.
-
-    The parent's sampler draws from the global random state, which at the start of an epoch differs between an
-    uninterrupted and a resumed run; the resumed run would then see other batches.
-    """
-
-    def __init__(self, lengths: Sequence[int], group_size: int, seed: int) -> None:
-        self.lengths = lengths
-        self.group_size = group_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration follows."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
-
-
-class BreakOff(StoppingCriteria):
-    """Ends replies where they are when SIGTERM has come: a batch of long ones may outlast the 30 seconds of torchrun.
-
-    What was generated then is of no use: the evaluation is to end as well.
-    """
-
-    def __init__(self, termination: Termination) -> None:
-        self.termination = termination
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Return for each row, (batch,), whether its reply ends here."""
-        return torch.full((input_ids.shape[0],), self.termination.asked, device=input_ids.device)
 
 
 class GlmEdgeTrainer(Seq2SeqTrainer):
