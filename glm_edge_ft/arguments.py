@@ -79,6 +79,22 @@ def tokens_per_pass(config: RunConfig, args: Seq2SeqTrainingArguments) -> int | 
     return config.max_tokens_per_pass or (CPU_TOKENS_PER_PASS if args.use_cpu else None)
 
 
+def check_packed_arguments(args: Seq2SeqTrainingArguments) -> None:
+    """See to it that packed batches reach the model whole.
+
+    Raises UserError where the Trainer would cut a batch by its first dimension, which in a packed one has no rows.
+    """
+    problems = ProblemList()
+    if args.n_gpu > 1:
+        what = f"true, but one process would share each batch among {args.n_gpu} GPUs"
+        fix = f"start with torchrun --standalone --nproc_per_node={args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0"
+        problems.add("padding_free", what, fix)
+    if getattr(args.accelerator_config, "dispatch_batches", None):
+        what = "dispatch_batches would cut batches that padding_free: true has put together"
+        problems.add("training_args.accelerator_config", what, "leave it out, or write padding_free: false")
+    problems.raise_if_any()
+
+
 def _refuse_deepspeed_values(plan: Plan, settings: Mapping[str, Any]) -> None:
     named = plan.config.training_args["deepspeed"]
     file = f"{Path(named).name}: " if isinstance(named, str) else ""

@@ -183,7 +183,8 @@ def largest_batch(prepared: Prepared) -> BatchShape:
     rows = [int(row) for row in np.argsort(lengths)[-args.per_device_train_batch_size :]]
     limit = tokens_per_pass(prepared.plan.config, args)
     if limit is not None:
-        rows = [rows[number] for number in plan_parts(lengths[rows].tolist(), limit)[0]]
+        parts = plan_parts(lengths[rows].tolist(), limit, padded=not prepared.plan.config.padding_free)
+        rows = [rows[number] for number in parts[0]]
     supervised = sum(int((train[row]["labels"][1:] != -100).sum()) for row in rows)
     pictures = sum(len(train.images(row)) for row in rows) if prepared.image_processor and train.has_images else 0
     shape = None

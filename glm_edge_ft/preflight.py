@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.arguments import build_generation_config, build_training_arguments, check_training_parts
+from glm_edge_ft.arguments import (
+    build_generation_config,
+    build_training_arguments,
+    check_packed_arguments,
+    check_training_parts,
+)
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.config.deepspeed import count_processes, read_deepspeed
 from glm_edge_ft.console import is_main_process, show_notice
@@ -201,6 +206,8 @@ def prepare(plan: Plan) -> Prepared:
         with _collect(problems):
             training_arguments = build_training_arguments(plan, precision)
             check_training_parts(training_arguments)
+            if config.padding_free:
+                check_packed_arguments(training_arguments)
     datasets, image_check = _read_data(plan, encoder, checkpoint, problems)
     if structure is not None and "train" in datasets:
         _check_resume(plan, datasets["train"], structure, problems)
@@ -241,6 +248,11 @@ def _check_model(
         return None
     with _collect(problems):
         check_weights(checkpoint, meta_model)
+    if config.padding_free:
+        from glm_edge_ft.model.packed_attention import check_packing
+
+        with _collect(problems):
+            check_packing(meta_model)
     if images is not None and images.max_images > 0:
         with _collect(problems):
             check_vectors(meta_model, checkpoint, images)

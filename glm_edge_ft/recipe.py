@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from glm_edge_ft.data.collator import PaddedCollator, VisionCollator
+    from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
     from glm_edge_ft.feature_cache import ImageFeatures
+    from glm_edge_ft.model.packed_attention import Attention
     from glm_edge_ft.training.evaluation import EvaluationData, ReplyTools
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
@@ -113,7 +114,7 @@ def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], t
         show_notice(notice)
     record = build_run_record(prepared)
     trainer = build_trainer(prepared, evaluations, termination, functools.partial(write_run_record, record))
-    show(describe_model(prepared))
+    show(f"{describe_model(prepared)}\nattention: {attention_of(prepared).said}")
     termination.defer(trainer.args.device)  # from here on SIGTERM may find something worth saving
     make_room(plan)  # not before all that can go wrong has gone right: an earlier run stays where it is until then
     write_run_record(record, plan.output_dir)
@@ -216,6 +217,7 @@ def build_trainer(
 
     from glm_edge_ft.model.adapters import apply_adapter
     from glm_edge_ft.model.loading import load_weights
+    from glm_edge_ft.model.packed_attention import use_attention
     from glm_edge_ft.model.saved_folder import complete_saved_folder
     from glm_edge_ft.training.logs import RunLog
     from glm_edge_ft.training.loss import install_supervised_loss
@@ -224,6 +226,7 @@ def build_trainer(
     config, checkpoint, args = prepared.plan.config, prepared.checkpoint, prepared.training_arguments
     start_deepspeed() if args.deepspeed else keep_deepspeed_out()
     base = load_weights(checkpoint, getattr(torch, prepared.precision.weights))
+    use_attention(base, attention_of(prepared))
     install_supervised_loss(base)
     torch.manual_seed(args.seed)  # the adapter's first values
     model = apply_adapter(base, config.peft_config, prepared.keeps_vision)
@@ -234,7 +237,8 @@ def build_trainer(
         train_dataset=prepared.datasets["train"],
         eval_dataset=evaluations.get("val"),
         processing_class=checkpoint.tokenizer,
-        data_collator=build_collator(prepared, "right", features),
+        data_collator=build_collator(prepared, "packed" if config.padding_free else "right", features),
+        evaluation_collator=build_collator(prepared, "right", features),
         reply_tools=build_reply_tools(prepared, features),
         on_nonfinite_loss=config.on_nonfinite_loss,
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
@@ -250,17 +254,29 @@ def build_trainer(
     return trainer
 
 
-def build_collator(
-    prepared: Prepared, padding_side: Literal["left", "right"], features: ImageFeatures | None = None
-) -> PaddedCollator | VisionCollator:
-    """Return what makes a batch: padded ids, and in vision runs the pixels of its images, where they are needed."""
-    from glm_edge_ft.data.collator import PaddedCollator, VisionCollator
+def attention_of(prepared: Prepared) -> Attention:
+    """Return how the run computes attention, as config and machine want it."""
+    from glm_edge_ft.model.packed_attention import choose_attention
 
-    padded = PaddedCollator(prepared.checkpoint.tokenizer.pad_token_id, padding_side)
+    device = prepared.training_arguments.device
+    return choose_attention(prepared.plan.config.padding_free, device, prepared.precision, prepared.checkpoint.config)
+
+
+def build_collator(
+    prepared: Prepared, form: Literal["left", "right", "packed"], features: ImageFeatures | None = None
+) -> PaddedCollator | PackedCollator | VisionCollator:
+    """Return what makes a batch: ids, and in vision runs the pixels of its images, where they are needed.
+
+    `form` says on which side rows are padded, or that they are packed.
+    """
+    from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
+
+    pad_token_id = prepared.checkpoint.tokenizer.pad_token_id
+    text = PackedCollator() if form == "packed" else PaddedCollator(pad_token_id, form)
     if prepared.image_processor is None:
-        return padded
+        return text
     skip = show_notice_of_any if prepared.plan.config.on_bad_image == "skip" else None
-    return VisionCollator(padded, prepared.image_processor, features.store if features else None, skip)
+    return VisionCollator(text, prepared.image_processor, features.store if features else None, skip)
 
 
 def keep_image_features(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | None:

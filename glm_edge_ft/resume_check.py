@@ -107,6 +107,10 @@ def compare_with_checkpoint(
     for key in SAID:
         if old.get(key) != new.get(key):
             notices.append(f"training_args.{key} {old.get(key)} -> {new.get(key)} since the checkpoint was written")
+    packed = bool(old_config.get("padding_free", False))
+    if packed != config.padding_free:
+        change = f"padding_free {str(packed).lower()} -> {str(config.padding_free).lower()}"
+        notices.append(f"{change} since the checkpoint was written: the same gradients, but not the same bits")
     notices += note_processes(before, processes, old, new)
     if ((record.get("data") or {}).get("train") or {}).get("fingerprint") != train_fingerprint:
         notices.append("the training data, or how it is encoded, changed since the checkpoint was written")

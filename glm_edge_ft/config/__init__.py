@@ -3,8 +3,8 @@
 The keys are those of the fine-tuning guide: `data_config`, `max_input_length`, `max_output_length`, `freezeV`,
 `training_args` (what `Seq2SeqTrainingArguments` takes, with `generation_config` inside), `peft_config` (what PEFT's
 LORA and PREFIX_TUNING take); and this toolkit's own: `max_images`, `on_bad_image`, `image_placeholder_tokens`,
-`cache_image_features`, `max_tokens_per_pass`, `on_nonfinite_loss`. Nothing heavy is imported here: a mistake shows at
-once.
+`cache_image_features`, `max_tokens_per_pass`, `padding_free`, `on_nonfinite_loss`. Nothing heavy is imported here: a
+mistake shows at once.
 
     yaml_file    file and --set → values with their lines
     schema       what the installed libraries accept
@@ -27,7 +27,7 @@ from glm_edge_ft.config.document import KeyPath, nearest
 from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config.names import DATA_FIELDS, SECTIONS, TOP_FIELDS, refuse_unknown, translate_old_names
 from glm_edge_ft.config.ranges import check_ranges
-from glm_edge_ft.config.rules import apply_training_rules, check_peft, check_peft_type
+from glm_edge_ft.config.rules import apply_training_rules, check_padding_free, check_peft, check_peft_type
 from glm_edge_ft.config.schema import PEFT_TYPES, Field, generation_fields, peft_fields, training_fields
 from glm_edge_ft.config.values import Mismatch, coerce, shown
 from glm_edge_ft.config.yaml_file import read_document
@@ -70,6 +70,7 @@ class RunConfig:
             on disk until the run has ended.
         max_tokens_per_pass: most tokens, padding included, that go through the model at once; None: what suits the
             machine.
+        padding_free: whether the rows of a training batch stand one behind another, without padding.
         training_args: keyword arguments of `Seq2SeqTrainingArguments` under today's names, without
             `generation_config`; bf16 and fp16 are absent unless the file sets them.
         generation_config: keyword arguments of `GenerationConfig`; empty when nothing is set.
@@ -91,6 +92,7 @@ class RunConfig:
     image_placeholder_tokens: int | None = None
     cache_image_features: bool = True
     max_tokens_per_pass: int | None = None
+    padding_free: bool = False
     on_nonfinite_loss: Literal["stop", "warn"] = "stop"
     notices: tuple[str, ...] = ()
 
@@ -112,6 +114,7 @@ class RunConfig:
             "image_placeholder_tokens": self.image_placeholder_tokens,
             "cache_image_features": self.cache_image_features,
             "max_tokens_per_pass": self.max_tokens_per_pass,
+            "padding_free": self.padding_free,
             "on_nonfinite_loss": self.on_nonfinite_loss,
             "training_args": {**training, "generation_config": copy.deepcopy(self.generation_config)},
             "peft_config": copy.deepcopy(self.peft_config),
@@ -175,6 +178,7 @@ def _checked_draft(path: Path, overrides: Sequence[str]) -> Draft:
     check_ranges(draft)
     check_peft(draft)
     apply_training_rules(draft)
+    check_padding_free(draft)
     return draft
 
 
@@ -285,6 +289,7 @@ def _finish(draft: Draft, path: Path) -> RunConfig:
         image_placeholder_tokens=top.get("image_placeholder_tokens"),
         cache_image_features=top.get("cache_image_features", True),
         max_tokens_per_pass=top.get("max_tokens_per_pass"),
+        padding_free=top.get("padding_free", False),
         training_args=draft.training,
         generation_config=_set_values(draft.generation),
         peft_config=draft.peft,

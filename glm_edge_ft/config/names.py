@@ -108,6 +108,7 @@ TOP_FIELDS: Mapping[str, Field] = {
     "image_placeholder_tokens": make_field("image_placeholder_tokens", "int | None", "None"),
     "cache_image_features": make_field("cache_image_features", "bool | None", "True"),
     "max_tokens_per_pass": make_field("max_tokens_per_pass", "int | None", "None"),
+    "padding_free": make_field("padding_free", "bool | None", "False"),
     "on_nonfinite_loss": make_field("on_nonfinite_loss", "Literal['stop', 'warn'] | None", "'stop'"),
 }
 DATA_FIELDS: Mapping[str, Field] = {

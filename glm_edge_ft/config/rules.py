@@ -92,6 +92,22 @@ def apply_training_rules(draft: Draft) -> None:
         _resolve_json_file(draft, name)
 
 
+def check_padding_free(draft: Draft) -> None:
+    """Refuse what cannot be with `padding_free: true`, where one row of the batch holds all conversations."""
+    if not draft.top.get("padding_free"):
+        return
+    switched_off = "write padding_free: false"
+    if draft.peft and draft.peft.get("peft_type") == "PREFIX_TUNING":
+        what = "`true` cannot work with PREFIX_TUNING: its prefix stands before the whole batch, not before each row"
+        draft.refuse(("padding_free",), what, f"{switched_off}, or peft_type: LORA")
+    for name, reason in (
+        ("neftune_noise_alpha", "its noise is scaled by the length of a row, which here is that of the whole batch"),
+        ("torch_compile", "rows begin elsewhere in each batch, and each would be compiled anew"),
+    ):
+        if draft.training.get(name):
+            draft.refuse((*TRAINING, name), f"cannot stand beside padding_free: true: {reason}", switched_off)
+
+
 def _check_output_dir(draft: Draft) -> None:
     path = (*TRAINING, "output_dir")
     output_dir, fix = draft.training.get("output_dir"), "write output_dir: ./output/NAME"

@@ -1,4 +1,4 @@
-"""Samples of different length to one padded batch."""
+"""Samples of different length to one batch: padded, or packed without padding."""
 
 from __future__ import annotations
 
@@ -58,25 +58,57 @@ class PaddedCollator:
 
 
 @dataclass(frozen=True)
+class PackedCollator:
+    """Puts rows one behind another into a single one, for training without padding."""
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the batch and where its rows are; `model/packed_attention.py` keeps them apart.
+
+        The names are those by which transformers knows padding-free batches.
+
+        Returns:
+            `input_ids`, `labels` and `position_ids`, (1, tokens) int64. Positions start at 0 in every row, and the first
+            label of a row is -100: the loss shifts by one, and the last token of a row must not predict the next row.
+            `cu_seq_lens_q` and `cu_seq_lens_k`, (rows + 1,) int32: where rows begin, and the number of tokens.
+            `max_length_q` and `max_length_k`: tokens of the longest row.
+        """
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        labels = torch.cat([torch.as_tensor(sample["labels"], dtype=torch.int64) for sample in samples])
+        labels[starts[:-1]] = IGNORE_INDEX
+        ids = torch.cat([torch.as_tensor(sample["input_ids"], dtype=torch.int64) for sample in samples])
+        boundaries, longest = starts.to(torch.int32), max(lengths)
+        return {
+            "input_ids": ids.unsqueeze(0),
+            "labels": labels.unsqueeze(0),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+
+@dataclass(frozen=True)
 class VisionCollator:
-    """Pads as `padded` does and adds the pixels of the samples' images, decoded here: in the loader's workers.
+    """Joins rows as `text` does and adds the pixels of the samples' images, decoded here: in the loader's workers.
 
     Attributes:
-        padded: pads ids and labels.
+        text: makes a batch of ids and labels.
         image_processor: of the checkpoint (`model.loading.load_image_processor`).
         features: what the vision part made of images before; their pixels are not needed again.
         skip: told of each image that can no longer be read; None: such an image ends the run.
         skipped: those that this process met.
     """
 
-    padded: PaddedCollator
+    text: PaddedCollator | PackedCollator
     image_processor: Any
     features: FeatureStore | None = None
     skip: Callable[[str], None] | None = None
     skipped: set[str] = field(default_factory=set, compare=False)
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return what `padded` returns and `pixel_values`, (images, 3, 672, 672) float32.
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what `text` returns and `pixel_values`, (images, 3, 672, 672) float32.
 
         The images stand in the order of their placeholders: sample by sample, and in order within one. Without an image
         in the batch there are no `pixel_values`. An image that several samples share is decoded once. One that can no
@@ -93,7 +125,7 @@ class VisionCollator:
         numbers = {} if self.features is None else {path: self.features.numbers.get(path, -1) for path in paths}
         needed = [path for path in paths if self.features is None or not self.features.holds(numbers[path])]
         pixels, bad = self._decode(needed)
-        batch = self.padded(
+        batch: dict[str, Any] = self.text(
             [_without_labels(sample) if bad & set(sample.get("images", ())) else sample for sample in samples]
         )
         shown = [path for sample in samples for path in sample.get("images", ())]
@@ -150,8 +182,8 @@ class PromptCollator:
         collator: pads on the left.
     """
 
-    collator: PaddedCollator | VisionCollator
+    collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
-    def __call__(self, prompts: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Return `input_ids`, `attention_mask` and, where the prompts have images, what `VisionCollator` adds."""
         return self.collator([{"input_ids": prompt.prompt_ids, "images": prompt.images} for prompt in prompts])

@@ -12,59 +12,97 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 IMAGE_KEYS = ("pixel_values", "image_features")
+CountImages = Callable[[torch.Tensor, int], Sequence[int]]
+NO_TOKEN = -1
 
 
-def plan_parts(lengths: Sequence[int], limit: int) -> list[list[int]]:
+def plan_parts(lengths: Sequence[int], limit: int, padded: bool = True) -> list[list[int]]:
     """Return the rows of each part, longest rows first; a row that is longer than the limit stands alone.
 
     Args:
         lengths: tokens of each row, without padding.
-        limit: most tokens of a part, padding included.
+        limit: most tokens of a part.
+        padded: whether each row takes as many tokens as the longest of its part.
     """
     parts: list[list[int]] = []
-    longest = 0
+    taken = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not parts or (len(parts[-1]) + 1) * longest > limit:
+        tokens = lengths[parts[-1][0]] if parts and padded else lengths[row]
+        if not parts or taken + tokens > limit:
             parts.append([])
-            longest = lengths[row]
+            taken, tokens = 0, lengths[row]
         parts[-1].append(row)
+        taken += tokens
     return parts
 
 
 def split_batch(
-    inputs: Mapping[str, Any], limit: int, count_images: Callable[[torch.Tensor, int], Sequence[int]] | None = None
+    inputs: Mapping[str, Any], limit: int, count_images: CountImages | None = None
 ) -> list[dict[str, Any]]:
     """Return the batch in parts of at most `limit` tokens; one that fits as it is comes back whole.
 
     Args:
-        inputs: `input_ids`, `attention_mask` and `labels`, each `(batch, length)`, padded on the right; with images one
-            of `IMAGE_KEYS`, in the order of their placeholders.
+        inputs: `input_ids`, `attention_mask` and `labels`, each `(batch, length)`, padded on the right; or a packed
+            batch, as `data.collator.PackedCollator` makes it. With images one of `IMAGE_KEYS`, in the order of their
+            placeholders.
         limit: most tokens of a part, padding included.
         count_images: `(input_ids, number of images)` → number of images of each row.
     """
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    if mask is None or ids.numel() <= limit or len(ids) == 1:
+    ids, mask, boundaries = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
+    if ids.numel() <= limit or (mask is None and boundaries is None):
         return [dict(inputs)]
-    lengths = mask.sum(dim=1).tolist()
-    images = {name: inputs[name] for name in IMAGE_KEYS if inputs.get(name) is not None}
-    of_rows: dict[str, Sequence[torch.Tensor]] = {}
-    for name, values in images.items():
-        assert count_images is not None
-        of_rows[name] = values.split(list(count_images(ids, len(values))))
+    lengths = (mask.sum(dim=1) if boundaries is None else boundaries.diff()).tolist()
+    if len(lengths) == 1:
+        return [dict(inputs)]
+    rows_of_ids = ids if boundaries is None else pad_sequence(ids[0].split(lengths), True, NO_TOKEN)
+    images = _images_of_rows(inputs, rows_of_ids, count_images)
     parts = []
-    for rows in plan_parts(lengths, limit):
-        longest = lengths[rows[0]]
-        part: dict[str, Any] = {}
-        for name, values in inputs.items():
-            if name in images:
-                chosen = torch.cat([of_rows[name][row] for row in rows])
-                if len(chosen):
-                    part[name] = chosen
-            elif isinstance(values, torch.Tensor) and values.shape == ids.shape:
-                part[name] = values[rows, :longest]
-            else:
-                part[name] = values
+    for rows in plan_parts(lengths, limit, padded=boundaries is None):
+        part = _padded_part(inputs, rows, lengths) if boundaries is None else _packed_part(inputs, rows, lengths)
+        for name, of_rows in images.items():
+            chosen = torch.cat([of_rows[row] for row in rows])
+            if len(chosen):
+                part[name] = chosen
         parts.append(part)
     return parts
+
+
+def _images_of_rows(
+    inputs: Mapping[str, Any], ids: torch.Tensor, count_images: CountImages | None
+) -> dict[str, Sequence[torch.Tensor]]:
+    of_rows: dict[str, Sequence[torch.Tensor]] = {}
+    for name in IMAGE_KEYS:
+        if inputs.get(name) is not None:
+            assert count_images is not None
+            of_rows[name] = inputs[name].split(list(count_images(ids, len(inputs[name]))))
+    return of_rows
+
+
+def _padded_part(inputs: Mapping[str, Any], rows: Sequence[int], lengths: Sequence[int]) -> dict[str, Any]:
+    """Return these rows, cut to the longest of them, and what belongs to the whole batch."""
+    shape = inputs["input_ids"].shape
+    return {
+        name: values[rows, : lengths[rows[0]]]
+        if isinstance(values, torch.Tensor) and values.shape == shape
+        else values
+        for name, values in inputs.items()
+        if name not in IMAGE_KEYS
+    }
+
+
+def _packed_part(inputs: Mapping[str, Any], rows: Sequence[int], lengths: Sequence[int]) -> dict[str, Any]:
+    """Return these rows one behind another, where they begin in it, and what belongs to the whole batch."""
+    ids, boundaries = inputs["input_ids"], inputs["cu_seq_lens_q"]
+    starts = boundaries.tolist()
+    tokens = torch.cat([torch.arange(starts[row], starts[row] + lengths[row]) for row in rows]).to(ids.device)
+    part = {
+        name: values[:, tokens] if isinstance(values, torch.Tensor) and values.shape == ids.shape else values
+        for name, values in inputs.items()
+        if name not in IMAGE_KEYS
+    }
+    mine = boundaries.new_tensor([0, *(lengths[row] for row in rows)]).cumsum(0, dtype=boundaries.dtype)
+    longest = lengths[rows[0]]
+    return part | {"cu_seq_lens_q": mine, "cu_seq_lens_k": mine, "max_length_q": longest, "max_length_k": longest}

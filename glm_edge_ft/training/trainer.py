@@ -69,6 +69,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         termination: whether the run was asked to end; None: it never will be.
         max_tokens_per_pass: most tokens that go through the model at once in training; None: the whole batch.
         image_features: completes batches by vectors of their images that are kept; None: batches are complete.
+        evaluation_collator: makes the padded batches whose loss is evaluated; None: `data_collator` does.
         kwargs: those of Seq2SeqTrainer. `train_dataset` needs `lengths`; evaluation datasets are EvaluationData.
     """
 
@@ -86,6 +87,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         termination: Termination | None = None,
         max_tokens_per_pass: int | None = None,
         image_features: BatchCompletion | None = None,
+        evaluation_collator: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.reply_tools = reply_tools
@@ -96,6 +98,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self.termination = termination or Termination()
         self.max_tokens_per_pass = max_tokens_per_pass
         self.image_features = image_features
+        self.evaluation_collator = evaluation_collator or kwargs["data_collator"]
         self._tokens_since_log = 0  # real (non-pad) tokens of this process, for the throughput in the log
         self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
         self._use_cache_as_released = bool(kwargs["model"].config.use_cache)
@@ -256,7 +259,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         return DataLoader(
             dataset,
             batch_sampler=mine,
-            collate_fn=self.data_collator,
+            collate_fn=self.evaluation_collator,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=functools.partial(start_loader_process, None),
             pin_memory=self.args.dataloader_pin_memory,

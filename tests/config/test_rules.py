@@ -242,3 +242,52 @@ def test_rules_wait_for_refused_keys(tmp_path: Path) -> None:
     """C8: a mistyped eval_strategy is one problem, not a chain of them."""
     found = refused(tmp_path, "eval_strategy: step\nload_best_model_at_end: true")
     assert [problem.where for problem in found] == ["run.yaml:6: training_args.eval_strategy"]
+
+
+# --- rows without padding
+def test_padding_stays_unless_the_config_says_otherwise(tmp_path: Path) -> None:
+    """The value is in the record of the run."""
+    assert load(tmp_path).padding_free is False
+    config = load(tmp_path, rest="padding_free: true\n" + LORA)
+    assert config.padding_free is config.resolved()["padding_free"] is True
+
+
+@pytest.mark.parametrize(
+    ("training", "rest", "problem"),
+    [
+        (
+            "",
+            "peft_config:\n  peft_type: PREFIX_TUNING\n  num_virtual_tokens: 4\n",
+            Problem(
+                "run.yaml:7: padding_free",
+                "`true` cannot work with PREFIX_TUNING: its prefix stands before the whole batch, not before each row",
+                "write padding_free: false, or peft_type: LORA",
+            ),
+        ),
+        (
+            "neftune_noise_alpha: 5",
+            "",
+            Problem(
+                "run.yaml:6: training_args.neftune_noise_alpha",
+                "cannot stand beside padding_free: true: its noise is scaled by the length of a row, which here is "
+                "that of the whole batch",
+                "write padding_free: false",
+            ),
+        ),
+        (
+            "torch_compile: true",
+            "",
+            Problem(
+                "run.yaml:6: training_args.torch_compile",
+                "cannot stand beside padding_free: true: rows begin elsewhere in each batch, and each would be "
+                "compiled anew",
+                "write padding_free: false",
+            ),
+        ),
+    ],
+    ids=["prefix", "neftune", "compile"],
+)
+def test_what_cannot_be_without_padding_is_refused(tmp_path: Path, training: str, rest: str, problem: Problem) -> None:
+    """And stands where padding_free is false."""
+    assert refused(tmp_path, training, "padding_free: true\n" + rest) == (problem,)
+    load(tmp_path, training, "padding_free: false\n" + rest)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from glm_edge_ft.data.collator import PaddedCollator
+from glm_edge_ft.data.collator import PackedCollator, PaddedCollator
 
 SAMPLES = [
     {"input_ids": np.array([5, 6, 7]), "labels": np.array([-100, 6, 7])},
@@ -37,3 +37,16 @@ def test_the_length_may_be_rounded_up(multiple: int | None, length: int) -> None
     """E2: to a multiple of what the hardware likes."""
     batch = PaddedCollator(pad_token_id=0, pad_to_multiple_of=multiple)(SAMPLES)
     assert {tensor.shape for tensor in batch.values()} == {(2, length)}
+
+
+def test_rows_one_behind_another() -> None:
+    """T3: positions start anew, and no row's last token is asked for the next row's first."""
+    batch = PackedCollator()([*SAMPLES, {"input_ids": np.array([1, 2]), "labels": np.array([1, 2])}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 3
+    assert batch.keys().isdisjoint({"attention_mask"})
+    assert SAMPLES[1]["labels"].tolist() == [8]

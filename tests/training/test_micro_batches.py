@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm_edge_ft.data.collator import PackedCollator
 from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
+from glm_edge_ft.model.packed_attention import PACKED, Attention, use_attention
 from glm_edge_ft.training.loss import install_supervised_loss
 from glm_edge_ft.training.micro_batches import plan_parts, split_batch
 from tests.model.vision_fixtures import SMALL_VOCABULARY, image_row, random_images, write_checkpoint
@@ -39,6 +41,17 @@ def test_every_row_is_in_one_part_and_no_part_is_too_large(lengths: list[int], l
     assert all(len(part) == 1 or len(part) * max(lengths[row] for row in part) <= limit for part in parts)
 
 
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_without_padding_a_part_has_as_many_tokens_as_its_rows(lengths: list[int], limit: int) -> None:
+    """For all lengths and limits; no part could have taken the first row of the next."""
+    parts = plan_parts(lengths, limit, padded=False)
+    sizes = [sum(lengths[row] for row in part) for part in parts]
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    assert all(len(part) == 1 or size <= limit for part, size in zip(parts, sizes, strict=True))
+    following = [lengths[part[0]] for part in parts[1:]]
+    assert all(size + tokens > limit for size, tokens in zip(sizes, following, strict=False))
+
+
 def batch_of(*rows: list[int], pad: int = 0) -> dict[str, torch.Tensor]:
     """Return a batch padded on the right, all of whose tokens but the first of a row are supervised."""
     length = max(map(len, rows))
@@ -62,18 +75,44 @@ def test_a_batch_that_fits_stays_whole() -> None:
     assert {name: values.tolist() for name, values in whole.items()} == {k: v.tolist() for k, v in batch.items()}
 
 
+def packed_batch_of(*rows: list[int]) -> dict[str, Any]:
+    """Return rows one behind another, all of whose tokens are supervised."""
+    return PackedCollator()([{"input_ids": row, "labels": row} for row in rows])
+
+
+def test_parts_of_a_packed_batch_are_packed() -> None:
+    """Longest rows first, token by token; each part says where its own rows are."""
+    parts = split_batch(packed_batch_of([1, 2], [3, 4, 5, 6], [7, 8, 9], [10]), 7)
+    assert [part["input_ids"].tolist() for part in parts] == [[[3, 4, 5, 6, 7, 8, 9]], [[1, 2, 10]]]
+    assert [part["labels"].tolist() for part in parts] == [[[-100, 4, 5, 6, -100, 8, 9]], [[-100, 2, -100]]]
+    assert [part["position_ids"].tolist() for part in parts] == [[[0, 1, 2, 3, 0, 1, 2]], [[0, 1, 0]]]
+    assert [part["cu_seq_lens_q"].tolist() for part in parts] == [[0, 4, 7], [0, 2, 3]]
+    assert [part["cu_seq_lens_k"].dtype for part in parts] == [torch.int32, torch.int32]
+    assert [(part["max_length_q"], part["max_length_k"]) for part in parts] == [(4, 4), (2, 2)]
+
+
+def test_a_packed_row_that_is_longer_than_the_limit_stays_whole() -> None:
+    """There is nothing to cut it at."""
+    (whole,) = split_batch(packed_batch_of([1, 2, 3, 4]), 2)
+    assert whole["input_ids"].tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("key", ["pixel_values", "image_features"])
-def test_gradients_of_the_parts_add_up_to_those_of_the_batch(tmp_path: Path, key: str) -> None:
+def test_gradients_of_the_parts_add_up_to_those_of_the_batch(tmp_path: Path, key: str, packed: bool) -> None:
     """Image rows, one with two images, and a text row: each image goes with its row; loss and gradients within 1e-6."""
     shape = SMALL_VOCABULARY
     two = [*image_row(shape, 8, 9), shape.user, 10, *image_row(shape, 11)[1:]]
-    batch: dict[str, Any] = batch_of(image_row(shape, 5, 6, 7), [shape.user, 20, 21, shape.assistant, 22], two)
+    rows = (image_row(shape, 5, 6, 7), [shape.user, 20, 21, shape.assistant, 22], two)
+    batch: dict[str, Any] = packed_batch_of(*rows) if packed else batch_of(*rows)
     model: Any = load_glm_edge_v(write_checkpoint(tmp_path, shape), torch.float32).train()
     install_supervised_loss(model)
+    if packed:
+        use_attention(model, Attention(PACKED, ""))
     with torch.no_grad():
         batch[key] = random_images(3) if key == "pixel_values" else model.model.vision(random_images(3))
     parts = split_batch(batch, 700, model.get_decoder().count_images)
-    assert [len(part.get(key, [])) for part in parts] == [2, 1, 0]
+    assert [len(part.get(key, [])) for part in parts] == ([2, 1] if packed else [2, 1, 0])
     supervised = int((batch["labels"][:, 1:] != -100).sum())
     found = []
     for group in ([batch], parts):

@@ -1,0 +1,175 @@
+"""Whole runs whose training batches have no padding, against the same runs with it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM, Seq2SeqTrainingArguments
+
+from glm_edge_ft.arguments import check_packed_arguments
+from glm_edge_ft.errors import UserError
+from tests.conftest import TokenizerMaker
+from tests.launch import ZERO_2, ZERO_3, launch
+from tests.runs import LORA, assert_close, assert_same_bits, do_run, losses, metrics, weights
+
+Run = Callable[..., Path]
+STEADY = LORA | {"lora_dropout": 0.0}
+EVALUATED = {"val": "dev.jsonl", "eval_strategy": "steps", "eval_steps": 6}
+PACKED = {"padding_free": True}
+
+
+@pytest.fixture
+def chat(chat_folder: Path) -> Run:
+    """Return a function that does one chat run in this process and returns its output folder."""
+    return lambda output, **options: do_run(chat_folder / output, chat_folder / "data", chat_folder / "model", **options)
+
+
+@pytest.fixture
+def vision(tmp_path: Path, vision_model: Path, vision_data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function that does one vision run in this process and returns its output folder."""
+    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
+    return lambda output, **options: do_run(tmp_path / output, vision_data, vision_model, takes_images=True, **options)
+
+
+def assert_same_training(padded: Path, packed: Path, bound: float = 1e-5) -> None:
+    """Fail unless both runs logged the same losses, norms and evaluations, and saved the same weights."""
+    assert losses(packed).keys() == losses(padded).keys()
+    for step, logged in losses(padded).items():
+        assert losses(packed)[step] == pytest.approx(logged, abs=bound), step
+    evaluations = [[line["eval_loss"] for line in metrics(folder) if "eval_loss" in line] for folder in (padded, packed)]
+    assert evaluations[1] == pytest.approx(evaluations[0], abs=bound)
+    for name, values in weights(padded).items():
+        torch.testing.assert_close(weights(packed)[name], values, rtol=0, atol=bound, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("peft", "settings"),
+    [
+        (STEADY, {}),
+        (None, {"train_sampling_strategy": "random", "gradient_accumulation_steps": 2}),
+        (None, {"activation_checkpointing": True, "top": {"max_tokens_per_pass": 60}}),
+        (None, {"per_device_train_batch_size": 1, "label_smoothing_factor": 0.1}),
+    ],
+    ids=["lora", "accumulated", "parts", "one row"],
+)
+def test_a_chat_run_learns_the_same_without_padding(chat: Run, peft: dict[str, Any] | None, settings: Any) -> None:
+    """T3: losses, norms, evaluations and weights of six steps over two epochs."""
+    top = settings.pop("top", {})
+    options = {"peft": peft, "learning_rate": 1e-4, **EVALUATED, **settings}
+    padded = chat("padded", top=top, **options)
+    assert_same_training(padded, chat("packed", top=top | PACKED, **options))
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])
+def test_a_vision_run_learns_the_same_without_padding(vision: Run, freeze: bool) -> None:
+    """T3, I1: rows with images and without; with kept vectors of images and with the vision part at work."""
+    options = {"peft": STEADY if freeze else None, "learning_rate": 1e-4, "dataloader_num_workers": 1, **EVALUATED}
+    top = {"freezeV": freeze, "max_tokens_per_pass": 100}
+    assert_same_training(vision("padded", top=top, **options), vision("packed", top=top | PACKED, **options))
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(chat: Run) -> None:
+    """R3: 6 steps at once against 4 and a resume to 6, with dropout."""
+    whole = chat("whole", top=PACKED, save_steps=4)
+    (whole.parent / "resumed").mkdir()
+    shutil.copytree(whole / "checkpoint-4", whole.parent / "resumed" / "checkpoint-4")
+    resumed = chat("resumed", top=PACKED, resume="yes")
+    assert_same_bits(whole, resumed)
+    assert losses(resumed)[6] == losses(whole)[6]
+
+
+def test_a_run_may_go_on_with_padding_and_says_so(chat: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """R3: no part of a checkpoint depends on it."""
+    chat("output", top=PACKED, max_steps=2)
+    capsys.readouterr()
+    chat("output", max_steps=4, resume="yes")
+    said = capsys.readouterr()
+    text = "padding_free true -> false since the checkpoint was written: the same gradients, but not the same bits"
+    assert text in said.out + said.err
+    assert "attention: sdpa\n" in said.out
+
+
+def test_the_run_says_how_attention_is_computed_and_counts_every_token(
+    chat: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The saved model is as any other: nothing of it says how it was trained."""
+    output = chat("output", peft=None, top=PACKED, max_steps=2)
+    assert "attention: sdpa, row by row\n" in capsys.readouterr().out
+    assert all(line["tokens_per_second"] > 0 for line in metrics(output) if "loss" in line)
+    assert "packed" not in (output / "config.json").read_text(encoding="utf-8")
+
+
+def test_a_model_whose_rows_would_mix_is_refused_before_the_weights(
+    chat: Run, chat_folder: Path, make_tokenizer: TokenizerMaker
+) -> None:
+    """C4: a sliding window does not end at the beginning of a row."""
+    shutil.rmtree(chat_folder / "model")
+    tokenizer = make_tokenizer("glm")
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=16,
+    )
+    MistralForCausalLM(config).save_pretrained(chat_folder / "model")
+    tokenizer.save_pretrained(chat_folder / "model")
+    with pytest.raises(UserError, match=r"padding_free: true, but .*sliding"):
+        chat("output", top=PACKED)
+
+
+def test_what_would_cut_a_packed_batch_is_refused(tmp_path: Path) -> None:
+    """T3: several GPUs in one process (made up: there is none here), and batches dispatched by one process."""
+    args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), accelerator_config={"dispatch_batches": True})
+    args._n_gpu = 2
+    with pytest.raises(UserError) as caught:
+        check_packed_arguments(args)
+    assert [problem.where for problem in caught.value.problems] == ["padding_free", "training_args.accelerator_config"]
+    assert "torchrun --standalone --nproc_per_node=2" in caught.value.problems[0].fix
+    check_packed_arguments(Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3"])
+def test_two_processes_train_the_model_of_one(chat_folder: Path, mode: str) -> None:
+    """T5: each with packed batches of its own."""
+    if mode != "ddp":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
+    places = chat_folder / "data", chat_folder / "model"
+    settings = {"peft": STEADY, "learning_rate": 1e-3, "train_sampling_strategy": "random", "save_strategy": "no"}
+    one = launch(chat_folder / "one", *places, per_device_train_batch_size=4, **settings)
+    sharing = {"ddp": {}, "zero2": {"deepspeed": ZERO_2}, "zero3": {"deepspeed": ZERO_3}}[mode]
+    two = launch(
+        chat_folder / "two", *places, processes=2, per_device_train_batch_size=2, top=PACKED, **settings, **sharing
+    )
+    assert_close(one, two)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_vision_model_of_one(tmp_path: Path, vision_model: Path, vision_data: Path) -> None:
+    """T5, I1: packed, where one process has no image in its batch."""
+    settings = {
+        "peft": None,
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "random",
+        "save_strategy": "no",
+        "script": "finetune_vision.py",
+    }
+    one = launch(tmp_path / "one", vision_data, vision_model, per_device_train_batch_size=2, **settings)
+    two = launch(
+        tmp_path / "two",
+        vision_data,
+        vision_model,
+        processes=2,
+        per_device_train_batch_size=1,
+        top=PACKED,
+        **settings,
+    )
+    assert_close(one, two)
