@@ -26,7 +26,9 @@ PACKED = {"padding_free": True}
 @pytest.fixture
 def chat(chat_folder: Path) -> Run:
     """Return a function that does one chat run in this process and returns its output folder."""
-    return lambda output, **options: do_run(chat_folder / output, chat_folder / "data", chat_folder / "model", **options)
+    return lambda output, **options: do_run(
+        chat_folder / output, chat_folder / "data", chat_folder / "model", **options
+    )
 
 
 @pytest.fixture
@@ -41,7 +43,9 @@ def assert_same_training(padded: Path, packed: Path, bound: float = 1e-5) -> Non
     assert losses(packed).keys() == losses(padded).keys()
     for step, logged in losses(padded).items():
         assert losses(packed)[step] == pytest.approx(logged, abs=bound), step
-    evaluations = [[line["eval_loss"] for line in metrics(folder) if "eval_loss" in line] for folder in (padded, packed)]
+    evaluations = [
+        [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line] for folder in (padded, packed)
+    ]
     assert evaluations[1] == pytest.approx(evaluations[0], abs=bound)
     for name, values in weights(padded).items():
         torch.testing.assert_close(weights(packed)[name], values, rtol=0, atol=bound, msg=name)
@@ -142,12 +146,17 @@ def test_two_processes_train_the_model_of_one(chat_folder: Path, mode: str) -> N
     """T5: each with packed batches of its own."""
     if mode != "ddp":
         pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
-    places = chat_folder / "data", chat_folder / "model"
-    settings = {"peft": STEADY, "learning_rate": 1e-3, "train_sampling_strategy": "random", "save_strategy": "no"}
-    one = launch(chat_folder / "one", *places, per_device_train_batch_size=4, **settings)
-    sharing = {"ddp": {}, "zero2": {"deepspeed": ZERO_2}, "zero3": {"deepspeed": ZERO_3}}[mode]
+    data, model = chat_folder / "data", chat_folder / "model"
+    settings: dict[str, Any] = {
+        "peft": STEADY,
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "random",
+        "save_strategy": "no",
+    }
+    one = launch(chat_folder / "one", data, model, per_device_train_batch_size=4, **settings)
+    sharing: dict[str, Any] = {"ddp": {}, "zero2": {"deepspeed": ZERO_2}, "zero3": {"deepspeed": ZERO_3}}[mode]
     two = launch(
-        chat_folder / "two", *places, processes=2, per_device_train_batch_size=2, top=PACKED, **settings, **sharing
+        chat_folder / "two", data, model, processes=2, per_device_train_batch_size=2, top=PACKED, **settings, **sharing
     )
     assert_close(one, two)
 
@@ -155,7 +164,7 @@ def test_two_processes_train_the_model_of_one(chat_folder: Path, mode: str) -> N
 @pytest.mark.slow
 def test_two_processes_train_the_vision_model_of_one(tmp_path: Path, vision_model: Path, vision_data: Path) -> None:
     """T5, I1: packed, where one process has no image in its batch."""
-    settings = {
+    settings: dict[str, Any] = {
         "peft": None,
         "learning_rate": 1e-3,
         "train_sampling_strategy": "random",

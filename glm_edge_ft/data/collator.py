@@ -67,8 +67,9 @@ class PackedCollator:
         The names are those by which transformers knows padding-free batches.
 
         Returns:
-            `input_ids`, `labels` and `position_ids`, (1, tokens) int64. Positions start at 0 in every row, and the first
-            label of a row is -100: the loss shifts by one, and the last token of a row must not predict the next row.
+            `input_ids`, `labels` and `position_ids`, (1, tokens) int64. Positions start at 0 in every row, and the
+            first label of a row is -100: the loss shifts by one, and the last token of a row must not predict the next
+            row.
             `cu_seq_lens_q` and `cu_seq_lens_k`, (rows + 1,) int32: where rows begin, and the number of tokens.
             `max_length_q` and `max_length_k`: tokens of the longest row.
         """

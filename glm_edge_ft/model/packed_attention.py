@@ -77,7 +77,7 @@ def choose_attention(packs: bool, device: torch.device, precision: Precision, co
 
 
 def use_attention(model: PreTrainedModel, attention: Attention) -> None:
-    """Make `model` compute attention so; the vision part of a GLM-Edge-V has no packed rows and is not changed by it."""
+    """Make `model` compute attention so. A vision part has no packed rows: `PACKED` does not change a bit of it."""
     if attention.implementation is not None:
         model.set_attn_implementation(attention.implementation)
 
@@ -227,11 +227,13 @@ def _row_by_row(
     outputs = []
     for start, rows, length in _runs(lengths):
         place = slice(start, start + rows * length)
-        of_rows = [
+        queries, keys, values = (
             states[0, :, place].unflatten(1, (rows, length)).transpose(0, 1)  # (rows, heads, length, head_dim)
             for states in (query, key, value)
-        ]
-        output, _ = sdpa_attention_forward(module, *of_rows, None, dropout=dropout, scaling=scaling, is_causal=True)
+        )
+        output, _ = sdpa_attention_forward(
+            module, queries, keys, values, None, dropout=dropout, scaling=scaling, is_causal=True
+        )
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0)
 

@@ -39,9 +39,7 @@ def plan_parts(lengths: Sequence[int], limit: int, padded: bool = True) -> list[
     return parts
 
 
-def split_batch(
-    inputs: Mapping[str, Any], limit: int, count_images: CountImages | None = None
-) -> list[dict[str, Any]]:
+def split_batch(inputs: Mapping[str, Any], limit: int, count_images: CountImages | None = None) -> list[dict[str, Any]]:
     """Return the batch in parts of at most `limit` tokens; one that fits as it is comes back whole.
 
     Args:
@@ -51,23 +49,29 @@ def split_batch(
         limit: most tokens of a part, padding included.
         count_images: `(input_ids, number of images)` → number of images of each row.
     """
-    ids, mask, boundaries = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
-    if ids.numel() <= limit or (mask is None and boundaries is None):
+    ids, packed = inputs["input_ids"], inputs.get("cu_seq_lens_q") is not None
+    lengths = _lengths_of_rows(inputs) if ids.numel() > limit else []
+    if len(lengths) <= 1:
         return [dict(inputs)]
-    lengths = (mask.sum(dim=1) if boundaries is None else boundaries.diff()).tolist()
-    if len(lengths) == 1:
-        return [dict(inputs)]
-    rows_of_ids = ids if boundaries is None else pad_sequence(ids[0].split(lengths), True, NO_TOKEN)
+    rows_of_ids = pad_sequence(ids[0].split(lengths), True, NO_TOKEN) if packed else ids
     images = _images_of_rows(inputs, rows_of_ids, count_images)
     parts = []
-    for rows in plan_parts(lengths, limit, padded=boundaries is None):
-        part = _padded_part(inputs, rows, lengths) if boundaries is None else _packed_part(inputs, rows, lengths)
+    for rows in plan_parts(lengths, limit, padded=not packed):
+        part = (_packed_part if packed else _padded_part)(inputs, rows, lengths)
         for name, of_rows in images.items():
             chosen = torch.cat([of_rows[row] for row in rows])
             if len(chosen):
                 part[name] = chosen
         parts.append(part)
     return parts
+
+
+def _lengths_of_rows(inputs: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of each row, without padding; none where the batch does not say."""
+    mask, boundaries = inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
+    if boundaries is not None:
+        return list(boundaries.diff().tolist())
+    return [] if mask is None else list(mask.sum(dim=1).tolist())
 
 
 def _images_of_rows(
@@ -85,9 +89,7 @@ def _padded_part(inputs: Mapping[str, Any], rows: Sequence[int], lengths: Sequen
     """Return these rows, cut to the longest of them, and what belongs to the whole batch."""
     shape = inputs["input_ids"].shape
     return {
-        name: values[rows, : lengths[rows[0]]]
-        if isinstance(values, torch.Tensor) and values.shape == shape
-        else values
+        name: values[rows, : lengths[rows[0]]] if isinstance(values, torch.Tensor) and values.shape == shape else values
         for name, values in inputs.items()
         if name not in IMAGE_KEYS
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def gradients_of(model: Any, batches: Sequence[dict[str, Any]], supervised: int)
     """Return the summed loss of batches over `supervised` tokens, and every gradient that came of it."""
     model.zero_grad()
     losses = [model(**batch, num_items_in_batch=supervised).loss for batch in batches]
-    sum(losses).backward()  # type: ignore[union-attr]
+    sum(losses).backward()
     return sum(loss.item() for loss in losses), {
         name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
     }
@@ -178,12 +179,12 @@ def test_no_row_sees_another() -> None:
     batch = PackedCollator()(random_rows())
     starts = batch["cu_seq_lens_q"].tolist()
     del batch["labels"]
-    for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
         embeddings = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
         inputs = {name: values for name, values in batch.items() if name != "input_ids"}
         states = model.get_decoder()(inputs_embeds=embeddings, **inputs).last_hidden_state
         states[:, start:end].square().sum().backward()
-        reached = embeddings.grad[0].abs().sum(dim=-1).nonzero().flatten().tolist()  # type: ignore[index]
+        reached = embeddings.grad[0].abs().sum(dim=-1).nonzero().flatten().tolist()
         assert reached == list(range(start, end)), row
         changed = batch["input_ids"].clone()
         changed[0, start:end] = (changed[0, start:end] + 7) % 290 + 1
@@ -220,7 +221,7 @@ def test_batches_that_are_not_packed_keep_every_bit() -> None:
     plain, packed = glm().eval(), ready(glm()).eval()
     rows = [{"input_ids": row["input_ids"]} for row in random_rows()]
     for side in ("right", "left"):
-        batch = PaddedCollator(0, side)(rows)  # type: ignore[arg-type]
+        batch = PaddedCollator(0, side)(rows)
         assert torch.equal(plain(**batch).logits, packed(**batch).logits)
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
     assert torch.equal(plain.generate(**batch, **options), packed.generate(**batch, **options))
@@ -301,7 +302,15 @@ def test_pytorchs_kernel_takes_what_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("packs", "precision", "dropout", "capability", "installed", "implementation", "said"),
     [
-        (True, BFLOAT16, 0.0, (8, 0), True, PACKED, "varlen_attn, the flash kernels of PyTorch, for rows without padding"),
+        (
+            True,
+            BFLOAT16,
+            0.0,
+            (8, 0),
+            True,
+            PACKED,
+            "varlen_attn, the flash kernels of PyTorch, for rows without padding",
+        ),
         (True, BFLOAT16, 0.1, (8, 0), True, PACKED, "sdpa, row by row"),
         (True, FLOAT32, 0.0, (9, 0), False, PACKED, "sdpa, row by row"),
         (True, BFLOAT16, 0.0, (7, 5), False, PACKED, "sdpa, row by row"),
