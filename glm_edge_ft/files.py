@@ -65,3 +65,15 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """Wait until all that a folder holds lies on the disk; the folder's own list of names comes last."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds before the folder
+        flush_to_disk(path)
+    flush_to_disk(folder)
+
+
+def sizes_of_files(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file in a folder and its subfolders, by its path within the folder."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}

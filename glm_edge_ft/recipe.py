@@ -30,6 +30,7 @@ from glm_edge_ft.training.checkpoints import (
     METRICS_FILE,
     PREDICTIONS_FOLDER,
     RUN_RECORD,
+    remove_unfinished,
     set_aside,
     set_aside_earlier_run,
 )
@@ -195,6 +196,7 @@ def make_room(plan: Plan) -> None:
         return
     if plan.resume.notice:
         show_notice(plan.resume.notice)
+    remove_unfinished(plan.output_dir)
     moved_to = (
         set_aside(plan.output_dir, plan.resume.path) if plan.resume.path else set_aside_earlier_run(plan.output_dir)
     )

@@ -84,6 +84,27 @@ def test_a_disk_that_becomes_full_ends_the_run_and_costs_no_checkpoint(chat_fold
 
 
 @pytest.mark.usefixtures("can_mount")
+@pytest.mark.parametrize("kilobytes", [180, *(pytest.param(size, marks=pytest.mark.fault) for size in (150, 210, 240))])
+def test_a_disk_that_becomes_full_of_the_final_model_costs_no_checkpoint(
+    chat_folder: Path, capsys: pytest.CaptureFixture[str], kilobytes: int
+) -> None:
+    """R1: the root holds nothing of it; with room, `yes` saves the model of the last checkpoint."""
+    settings: dict[str, Any] = {"save_steps": 6}
+    code, said, output = run_on(chat_folder, f"mount -t tmpfs -o size={kilobytes}k tmpfs $OUTPUT", **settings)
+    last = output / "checkpoint-6"
+    assert code == 1, said
+    assert f"stopped: {output}: the disk is full (" in said
+    assert said.count(f"{last} is whole, and the same command with `yes` as RESUME goes on from it") == 1, said
+    assert [(found.path, found.defect) for found in find_checkpoints(output)] == [(last, "")]
+    left = {path.name for path in output.iterdir()} - {"loss.png"}
+    assert left == {"checkpoint-6", "metrics.jsonl", "run.json"}
+    capsys.readouterr()
+    do_run(output, chat_folder / "data", chat_folder / "model", resume="yes", **EVERY_STEP | settings)
+    assert f"{last} has all steps behind it: nothing is trained" in capsys.readouterr().err
+    assert_same_bits(output, last)
+
+
+@pytest.mark.usefixtures("can_mount")
 def test_an_output_folder_that_can_only_be_read_is_refused(chat_folder: Path) -> None:
     """Before the model is loaded, with what to write."""
     mount = "mount -t tmpfs tmpfs $OUTPUT && mount -o remount,ro $OUTPUT"

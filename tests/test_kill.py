@@ -3,8 +3,8 @@
 `python -m pytest -m fault -s tests/test_kill.py` kills more than 200 times and prints what the kills hit; the default
 run kills a few times. A run is started, killed, continued, killed again, until it reaches its end; then the next one
 begins. The moments follow from a seed: some lie anywhere in the life of a process, others wait for a checkpoint that is
-being written, for one that has just got its name, or for a line of the log. `KILLS=20` before the command sets another
-number for each kind of run.
+being written, for one that has just got its name, for the final model, or for a line of the log. `KILLS=20` before the
+command sets another number for each kind of run.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import torch
 from tokenizers import Tokenizer
 
 from glm_edge_ft.training.checkpoints import STAGING_FOLDER, find_checkpoints
+from glm_edge_ft.training.final_model import FINAL_FOLDER
 from tests.conftest import TokenizerMaker
-from tests.launch import Started, start
+from tests.launch import Started, launch, start
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, assert_same_bits, metrics, write_chat_data
+from tests.runs import LORA, assert_same_bits, do_run, metrics, write_chat_data
 from tests.vision_folders import save_vision_folder, write_vision_data
 
 SECONDS_BETWEEN_LOOKS = 0.002
@@ -41,6 +42,19 @@ BEST: dict[str, Any] = {
     "load_best_model_at_end": True,
     "save_total_limit": 2,
 }
+
+
+KILLS_ITSELF = """
+import os, signal, sys
+
+awaited, file = os.environ["KILL_BEFORE"], os.environ["KILL_AT"]
+
+def kill_before(event, arguments):
+    if event == awaited and file in map(str, arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill_before)
+"""
 
 
 @dataclass(frozen=True)
@@ -99,14 +113,14 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path, backend: Tokenizer, ma
 def choose_moment(rng: Random, output: Path, seconds: float) -> Callable[[], bool]:
     """Return a function that tells whether the moment to kill has come."""
     began = time.monotonic()
-    kind = rng.choice(("any", "any", "saving", "named", "logged"))
+    kind = rng.choice(("any", "any", "saving", "named", "logged", "final"))
     count = rng.choice((1, 1, 2, 3))
     if kind == "any":
         end = began + rng.uniform(0, seconds)
         return lambda: time.monotonic() > end
     before = len(list(output.glob("checkpoint-*")))
     size = log_size(output)
-    delay = rng.uniform(0, 0.05)
+    delay = 0.0 if kind == "named" else rng.uniform(0, 0.01 if kind == "final" else 0.05)
     seen: list[float] = []
 
     def has_come() -> bool:
@@ -115,11 +129,13 @@ def choose_moment(rng: Random, output: Path, seconds: float) -> Callable[[], boo
             happened = named >= count - 1 and any(output.glob(f"{STAGING_FOLDER}/*"))
         elif kind == "named":
             happened = named >= count
+        elif kind == "final":
+            happened = any(output.glob(f"{STAGING_FOLDER}/{FINAL_FOLDER}/*"))
         else:
             happened = log_size(output) != size
         if happened and not seen:
             seen.append(time.monotonic())
-        return bool(seen) and time.monotonic() >= seen[0] + (0.0 if kind == "named" else delay)
+        return bool(seen) and time.monotonic() >= seen[0] + delay
 
     return has_come
 
@@ -144,11 +160,20 @@ def kill_at_random(bench: Bench, output: Path, rng: Random) -> str | None:
         return None
     broken = {found.path.name: found.defect for found in find_checkpoints(output) if found.defect}
     assert broken == {}, run.said()
+    if is_readable(output):
+        assert_same_bits(bench.whole, output)
+    if any(output.glob(f"{STAGING_FOLDER}/{FINAL_FOLDER}/*")):
+        return "the final model half written"
     if any(output.glob(f"{STAGING_FOLDER}/checkpoint-*/*")):
         return "a checkpoint half written"
     if not any(output.glob("checkpoint-*")):
         return "no checkpoint yet"
     return "training or later" if "memory: " in run.said() else "the start of a run that is continued"
+
+
+def is_readable(output: Path) -> bool:
+    """Return whether a reader takes what lies in the root of an output folder for a model."""
+    return any((output / name).is_file() for name in ("adapter_config.json", "config.json"))
 
 
 @pytest.mark.parametrize(
@@ -234,3 +259,36 @@ def assert_equal(first: Any, second: Any, place: str) -> None:
             assert_equal(value, second[number], f"{place}: {number}")
     else:
         assert bool((first == second) if not hasattr(first, "shape") else (first == second).all()), place
+
+
+@pytest.mark.parametrize(
+    ("processes", "event", "file"),
+    [
+        (1, "os.rename", "adapter_config.json"),
+        pytest.param(1, "open", f"{STAGING_FOLDER}/{FINAL_FOLDER}/adapter_config.json", marks=pytest.mark.fault),
+        pytest.param(2, "os.rename", "adapter_config.json", marks=pytest.mark.fault),
+    ],
+)
+def test_a_run_that_is_killed_while_it_puts_its_final_model_in_place(
+    chat_folder: Path, capsys: pytest.CaptureFixture[str], processes: int, event: str, file: str
+) -> None:
+    """R1: before the last file, with all others in place, and before the model is written; `yes` puts it there."""
+    output, data, model = chat_folder / "output", chat_folder / "data", chat_folder / "model"
+    settings: dict[str, Any] = {"save_steps": 6, "per_device_train_batch_size": 4 // processes}
+    (chat_folder / "sitecustomize.py").write_text(KILLS_ITSELF, encoding="utf-8")
+    aim = {"PYTHONPATH": str(chat_folder), "KILL_BEFORE": event, "KILL_AT": str(output / file)}
+    start(output, data, model, processes=processes, environment=aim, **settings).end(None)
+    assert any(output.glob(f"{STAGING_FOLDER}/{FINAL_FOLDER}/*"))
+    assert (output / "adapter_model.safetensors").is_file() == (event == "os.rename")
+    assert not is_readable(output)
+    capsys.readouterr()
+    do_run(output, data, model, resume="yes", **settings)
+    assert f"{output / 'checkpoint-6'} has all steps behind it: nothing is trained" in capsys.readouterr().err
+    whole = chat_folder / "whole"
+    if processes == 1:
+        do_run(whole, data, model, **settings)
+    else:
+        launch(whole, data, model, processes=processes, **settings)
+    assert_same_bits(whole, output)
+    assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
+    assert is_readable(output)

@@ -11,11 +11,12 @@ import json
 import re
 import shutil
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm_edge_ft.errors import RunStopped, UserError
-from glm_edge_ft.files import flush_to_disk, write_whole
+from glm_edge_ft.files import flush_to_disk, flush_tree, sizes_of_files, write_whole
 
 MANIFEST = "manifest.json"
 RUN_RECORD = "run.json"
@@ -107,8 +108,13 @@ def find_broken_file(folder: Path) -> str:
             return f"{MANIFEST} cannot be read"
     if not expected and not any((folder / name).is_file() for name in _WEIGHT_FILES):
         return "its weights are missing"
-    for name in dict.fromkeys((STATE_FILE, *expected)):
-        if defect := _size_defect(folder, name, expected.get(name)):
+    return _size_defect(folder, STATE_FILE, expected.get(STATE_FILE)) or find_cut_file(folder, expected)
+
+
+def find_cut_file(folder: Path, expected: Mapping[str, int]) -> str:
+    """Return what is missing or of another size than `expected`, or than each weight file's own header says, or ""."""
+    for name, size in expected.items():
+        if defect := _size_defect(folder, name, size):
             return defect
     for path in sorted(folder.glob("*.safetensors")):
         if defect := _safetensors_defect(path):
@@ -214,8 +220,13 @@ def _whole_ones(checkpoints: list[CheckpointFolder]) -> str:
 
 
 def staging_folder(output_dir: Path) -> Path:
-    """Return the folder under which a checkpoint is written until it is whole."""
+    """Return the folder under which a checkpoint, or the final model, is written until it is whole."""
     return output_dir / STAGING_FOLDER
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what a run that was killed while it saved left half written."""
+    shutil.rmtree(staging_folder(output_dir), ignore_errors=True)
 
 
 def publish(staged: Path, output_dir: Path) -> Path:
@@ -224,9 +235,8 @@ def publish(staged: Path, output_dir: Path) -> Path:
     A checkpoint of the same step that is already there, from a run that was resumed before it, is replaced. Raises
     RunStopped where a file is not what was written, as some full or failing disks leave it without an error.
     """
-    files = {str(path.relative_to(staged)): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
-    for path in sorted(staged.rglob("*"), reverse=True):  # what a folder holds before the folder
-        flush_to_disk(path)
+    files = sizes_of_files(staged)
+    flush_tree(staged)
     write_whole(staged / MANIFEST, json.dumps({"files": files}, indent=1))
     flush_to_disk(staged)
     if defect := find_broken_file(staged):
@@ -275,8 +285,8 @@ def _put_out_of_sight(checkpoint: Path, staging: Path) -> None:
     checkpoint.rename(removed)
 
 
-RUN_FILES = ("checkpoint-*", STAGING_FOLDER, PREDICTIONS_FOLDER, METRICS_FILE, CURVE_FILE, RUN_RECORD)
-"""What a run leaves in its output folder besides the final model."""
+RUN_FILES = ("checkpoint-*", PREDICTIONS_FOLDER, METRICS_FILE, CURVE_FILE)
+"""What a run leaves in its output folder besides the final model and its record."""
 
 FINAL_MODEL_FILES = (
     "adapter_config.json",
@@ -293,12 +303,13 @@ def set_aside_earlier_run(output_dir: Path) -> Path | None:
     """Move an earlier run's files into `earlier/N` of its folder, so that a fresh start writes over nothing.
 
     Returns that folder, or None when no run was there. The final model is moved only where `run.json` shows that it
-    is a run's: another file of the same name in a folder that the user chose is left alone.
+    is a run's: another file of the same name in a folder that the user chose is left alone. The record itself goes
+    last, so that a start that is killed meanwhile is followed by one that moves the rest.
     """
     has_record = (output_dir / RUN_RECORD).is_file()
     if not has_record and not find_checkpoints(output_dir):
         return None
-    patterns = RUN_FILES + (FINAL_MODEL_FILES if has_record else ())
+    patterns = RUN_FILES + ((*FINAL_MODEL_FILES, RUN_RECORD) if has_record else ())
     return move_aside(output_dir, [path for pattern in patterns for path in output_dir.glob(pattern)])
 
 

@@ -1,8 +1,8 @@
 """The Seq2SeqTrainer of this project.
 
 It differs from its parent in six places, each for a reason that its method states: the order of training rows, what
-an evaluation is, how a checkpoint is written, what happens on a loss that is not finite, what SIGTERM does, and what a
-resumed run takes over.
+an evaluation is, how checkpoints and the final model are written, what happens on a loss that is not finite, what
+SIGTERM does, and what a resumed run takes over.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
@@ -32,9 +32,11 @@ from glm_edge_ft.training.checkpoints import (
     STATE_FILE,
     publish,
     remove_old_checkpoints,
+    remove_unfinished,
     staging_folder,
 )
 from glm_edge_ft.training.evaluation import BreakOff, ReplyTools, generate_and_score, plan_batches, start_loader_process
+from glm_edge_ft.training.final_model import FINAL_FOLDER, publish_final_model
 from glm_edge_ft.training.loss import IGNORED_LABEL
 from glm_edge_ft.training.micro_batches import split_batch
 from glm_edge_ft.training.processes import ONE_PROCESS, Processes, write_processes
@@ -343,24 +345,46 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write the checkpoint under another name, complete it, then rename it (whole or invisible)."""
-        output_dir = Path(self.args.output_dir)
-        staging = staging_folder(output_dir)
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
+        with self._empty_staging_folder() as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
             self.accelerator.wait_for_everyone()
-            self._publish_checkpoint(output_dir, staging)
+            self._publish_checkpoint(Path(self.args.output_dir), staging)
+        self._last_saved_step = self.state.global_step
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as the parent does; into the output folder, where none is named, whole or not at all.
+
+        Under ZeRO-3 all processes must call this, to give their shares; rank 0 alone writes.
+        """
+        if output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self._empty_staging_folder() as staging:
+            super().save_model(str(staging / FINAL_FOLDER), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_final_model(staging / FINAL_FOLDER, Path(self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @contextmanager
+    def _empty_staging_folder(self) -> Iterator[Path]:
+        """Give all processes at once a folder to write into; where that fails, nothing of it stays."""
+        output_dir = Path(self.args.output_dir)
+        if self.args.should_save:
+            remove_unfinished(output_dir)
+        self.accelerator.wait_for_everyone()
+        try:
+            yield staging_folder(output_dir)
         except BaseException:
             if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
+                remove_unfinished(output_dir)  # on a full disk its room is needed
             raise
-        finally:
-            self._staging = None
         self.accelerator.wait_for_everyone()
-        self._last_saved_step = self.state.global_step
 
     def _publish_checkpoint(self, output_dir: Path, staging: Path) -> None:
         step = self.state.global_step
@@ -390,15 +414,12 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights or adapter, tokenizer and generation config, so that the folder loads, and stops, by itself."""
         folder = output_dir if output_dir is not None else self.args.output_dir
-        card = Path(folder) / "README.md"
-        has_card = card.exists()
         self.model.config.use_cache = self._use_cache_as_released
         try:
             with prompt_from_weights(self.model, state_dict):
                 super()._save(folder, state_dict)
             if self.args.should_save:
-                if not has_card:
-                    card.unlink(missing_ok=True)  # PEFT's model card, a form with nothing filled in
+                (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's card, a form with nothing filled in
                 self.model.generation_config.save_pretrained(folder)  # PEFT saves none beside an adapter
                 (Path(folder) / "training_args.bin").unlink()  # a pickle; run.json is the record of a run
                 self.complete_saved_folder(Path(folder))
