@@ -32,12 +32,15 @@ def can_mount() -> None:
         pytest.skip("unshare cannot make a mount namespace here")
 
 
-def run_on(chat_folder: Path, mount: str, *, stdout: str = "/dev/stdout", **settings: Any) -> tuple[int, str, Path]:
+def run_on(
+    chat_folder: Path, mount: str, *, meanwhile: str = "", stdout: str = "/dev/stdout", **settings: Any
+) -> tuple[int, str, Path]:
     """Do a run whose output folder is mounted by `mount`; return exit code, what was said, and a copy of the output.
 
     Args:
         chat_folder: that of the fixture.
         mount: shell commands; `$OUTPUT` is the output folder.
+        meanwhile: shell commands that are carried out while the run `$RUN` goes on.
         stdout: where the run's stdout goes.
         settings: those of `write_config`.
     """
@@ -45,7 +48,8 @@ def run_on(chat_folder: Path, mount: str, *, stdout: str = "/dev/stdout", **sett
     config = write_config(output, **EVERY_STEP | settings)
     output.mkdir()
     command = [sys.executable, "finetune.py", str(chat_folder / "data"), str(chat_folder / "model"), str(config)]
-    shell = f"{mount}\n{shlex.join(command)} > {stdout}; code=$?; cp -a $OUTPUT {shlex.quote(str(kept))}; exit $code"
+    shell = f"{mount}\n{shlex.join(command)} > {stdout} &\nRUN=$!\n{meanwhile}\nwait $RUN; code=$?\n"
+    shell += f"cp -a $OUTPUT {shlex.quote(str(kept))}; exit $code"
     done = subprocess.run(
         [*NAMESPACE, "sh", "-c", shell],
         env=os.environ | {"OUTPUT": str(output)},
@@ -112,6 +116,37 @@ def test_an_output_folder_that_can_only_be_read_is_refused(chat_folder: Path) ->
     assert code == 2
     assert "training_args.output_dir: " in said
     assert "cannot be made or written to\n    -> name a folder of yours" in said
+
+
+TURN_READ_ONLY = """
+until [ -e $OUTPUT/checkpoint-3 ]; do kill -0 $RUN || exit; sleep 0.05; done
+until mount -o remount,ro $OUTPUT 2> /dev/null; do kill -0 $RUN || exit; done  # refused while a file is being written
+"""
+
+
+@pytest.mark.usefixtures("can_mount")
+def test_a_disk_that_can_only_be_read_from_some_moment_on_ends_the_run_and_costs_no_checkpoint(
+    chat_folder: Path,
+) -> None:
+    """As a disk with errors is mounted again; once it can be written to, the run ends as one that always could."""
+    settings: dict[str, Any] = {"save_steps": 3, "save_total_limit": 2, "lr_scheduler_type": "constant"}
+    endless = settings | {"max_steps": 1_000_000}
+    code, said, output = run_on(chat_folder, "mount -t tmpfs tmpfs $OUTPUT", meanwhile=TURN_READ_ONLY, **endless)
+    assert code == 1, said
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("stopped: ")]
+    (*_, last) = find_checkpoints(output)
+    assert last.defect == ""
+    assert line.startswith(f"stopped: {output}: the disk can only be read (")
+    assert line.endswith(
+        f": mount it for writing; {last.path} is whole, and the same command with `yes` as RESUME goes on from it"
+    )
+    settings["max_steps"] = last.step + 4
+    do_run(output, chat_folder / "data", chat_folder / "model", resume="yes", **settings)
+    whole = do_run(chat_folder / "whole", chat_folder / "data", chat_folder / "model", **settings)
+    assert_same_bits(output, whole)
+    assert losses(output) == losses(whole)
+    assert not (output / STAGING_FOLDER).exists()
 
 
 @pytest.mark.fault
