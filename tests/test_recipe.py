@@ -304,15 +304,26 @@ def test_the_best_adapter_is_the_one_that_is_kept(run: Run, peft: dict[str, Any]
     assert_same_bits(output, output / f"checkpoint-{best}")
 
 
-def test_the_test_data_is_scored_under_the_step_of_the_best_model(run: Run) -> None:
+@pytest.fixture
+def answers_apart(tmp_path: Path) -> Path:
+    """Return data whose dev and test answers share no word with the training answers: they get worse step by step."""
+    folder = tmp_path / "apart"
+    folder.mkdir()
+    for name, answer in (("train", "hello " * 8), ("dev", "今天天气很好。" * 4), ("test", "今天天气很好。" * 4)):
+        messages = [{"role": "user", "content": "fine?"}, {"role": "assistant", "content": answer}]
+        (folder / f"{name}.jsonl").write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_the_test_data_is_scored_under_the_step_of_the_best_model(run: Run, answers_apart: Path) -> None:
     """C8: what is said of the model that is kept carries its step."""
     output = run(
+        data_dir=answers_apart,
         val="dev.jsonl",
         test="test.jsonl",
         eval_strategy="steps",
         eval_steps=2,
         load_best_model_at_end=True,
-        learning_rate=50.0,
         predict_with_generate=False,
     )
     assert [line["step"] for line in metrics(output) if "test_loss" in line] == [2]
@@ -325,20 +336,20 @@ def test_evaluation_that_is_switched_off_stays_off(run: Run) -> None:
     assert not (output / "predictions").exists()
 
 
-def test_the_best_checkpoint_survives_the_limit(run: Run) -> None:
+def test_the_best_checkpoint_survives_the_limit(run: Run, answers_apart: Path) -> None:
     """C8: `save_total_limit: 1` removes others, and the state names the best by its final path."""
     output = run(
+        data_dir=answers_apart,
         val="dev.jsonl",
         eval_strategy="steps",
         eval_steps=2,
         load_best_model_at_end=True,
         save_total_limit=1,
-        learning_rate=50.0,
         predict_with_generate=False,
     )
     by_step = {line["step"]: line["eval_loss"] for line in metrics(output) if "eval_loss" in line}
     best = min(by_step, key=lambda step: by_step[step])
-    assert best == 2  # the learning rate is absurd: it only gets worse
+    assert best == 2
     assert (output / f"checkpoint-{best}").is_dir()
     assert_same_bits(output, output / f"checkpoint-{best}")
 
