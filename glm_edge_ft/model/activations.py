@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from glm_edge_ft.model.lora_dropout import LoraDropout
+
 _INDEXING = (
     torch.ops.aten.index.Tensor,
     torch.ops.aten.index_put.default,
@@ -187,8 +189,8 @@ def _take_dropout_of_gpu(model: nn.Module) -> None:
     """Put the fused dropout, which keeps a mask of one byte a number, in the place of the CPU's."""
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
-            fused: Any = functools.partial(_fused_dropout, module.p)
-            module.forward = fused  # type: ignore[method-assign]
+            name = "drop" if isinstance(module, LoraDropout) else "forward"
+            setattr(module, name, functools.partial(_fused_dropout, module.p))
 
 
 def _fused_dropout(rate: float, hidden_states: torch.Tensor) -> torch.Tensor:

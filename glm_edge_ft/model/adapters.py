@@ -156,6 +156,8 @@ def wrap_meta_model(
     """
     from peft import get_peft_model
 
+    from glm_edge_ft.model.lora_dropout import share_dropout
+
     if settings is None:
         return apply_adapter(meta_model, None, keep_vision)
     if settings["peft_type"] == "LORA":
@@ -166,6 +168,7 @@ def wrap_meta_model(
         wrapped = get_peft_model(meta_model, config, low_cpu_mem_usage=True)
     except _REFUSALS as error:
         raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
+    share_dropout(wrapped)
     if keep_vision:
         _check_vision_is_frozen(settings, wrapped)
     return wrapped
@@ -253,6 +256,8 @@ def apply_adapter(
     """
     from peft import get_peft_model
 
+    from glm_edge_ft.model.lora_dropout import share_dropout
+
     if settings is None:
         model.requires_grad_(True)
         if keep_vision:
@@ -265,6 +270,7 @@ def apply_adapter(
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    share_dropout(wrapped)
     return wrapped
 
 

@@ -2,7 +2,8 @@
 
 A chat row has few supervised tokens, and GLM-Edge has a vocabulary of 59,264: logits for every position would be by
 far the largest tensor of a step. Here the hidden states are selected before `lm_head`, and the loss is summed over
-chunks of them.
+chunks of them. Where nothing of `lm_head` is trained, as with LoRA, a chunk's gradient is computed right after its
+loss: its logits are made once and kept nowhere.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ def supervised_cross_entropy(
     count = targets.numel()
     if count == 0:
         return hidden_states.float().sum() * 0.0
+    divisor = count if num_items_in_batch is None else num_items_in_batch
+    if _is_only_passed_through(selected, lm_head):
+        return _LossWithGradient.apply(selected, targets, lm_head, divisor)
     if count <= CHUNK_TOKENS:
         total = _summed_loss(selected, targets, lm_head)
     else:
@@ -59,11 +63,58 @@ def supervised_cross_entropy(
                 total = total + checkpoint(_summed_loss, hidden_chunk, target_chunk, lm_head, use_reentrant=False)
             else:
                 total = total + _summed_loss(hidden_chunk, target_chunk, lm_head)
-    return total / (count if num_items_in_batch is None else num_items_in_batch)
+    return total / divisor
 
 
 def _summed_loss(hidden_states: torch.Tensor, targets: torch.Tensor, lm_head: torch.nn.Module) -> torch.Tensor:
     return F.cross_entropy(lm_head(hidden_states).float(), targets, reduction="sum")
+
+
+def _is_only_passed_through(hidden_states: torch.Tensor, lm_head: torch.nn.Module) -> bool:
+    """Return whether the hidden states' gradient is all that the loss has to give, and may be computed ahead.
+
+    Not in fp16: what it is scaled by, so that it stays above that format's smallest number, is known in the backward
+    pass only. Not where ZeRO-3 shards `lm_head`: its hooks gather the weights in the order of the passes.
+    """
+    device = hidden_states.device.type
+    return (
+        torch.is_grad_enabled()
+        and hidden_states.requires_grad
+        and hidden_states.dtype != torch.float16
+        and not (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
+        and not any(parameter.requires_grad or hasattr(parameter, "ds_id") for parameter in lm_head.parameters())
+    )
+
+
+class _LossWithGradient(torch.autograd.Function):
+    """The loss of hidden states over a divisor, whose gradient is there when the forward pass ends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        targets: torch.Tensor,
+        lm_head: torch.nn.Module,
+        divisor: torch.Tensor | int,
+    ) -> torch.Tensor:
+        """Return the loss, a float32 scalar, of `(supervised, hidden)` states and `(supervised,)` targets."""
+        total = hidden_states.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden_states)
+        for start in range(0, len(targets), CHUNK_TOKENS):
+            place = slice(start, start + CHUNK_TOKENS)
+            with torch.enable_grad():
+                chunk = hidden_states[place].detach().requires_grad_()
+                loss = _summed_loss(chunk, targets[place], lm_head) / divisor
+                (gradient[place],) = torch.autograd.grad(loss, chunk)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Return the gradient of the hidden states."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * outputs[0]).to(gradient.dtype), None, None, None
 
 
 def install_supervised_loss(model: PreTrainedModel) -> None:

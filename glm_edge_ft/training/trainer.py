@@ -148,7 +148,8 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         mask = inputs.get("attention_mask")
         self._tokens_since_log += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         loss = torch.zeros((), device=self.args.device)
-        *others, last = self._parts_of(self._prepare_inputs(inputs), num_items_in_batch)
+        parts = self._parts_of(self._prepare_inputs(inputs), num_items_in_batch)
+        *others, last = [self._without_mask(part) for part in parts]
         for part in others:
             with self.accelerator.no_sync(model):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
@@ -162,6 +163,16 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             return [inputs]
         model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return split_batch(inputs, self.max_tokens_per_pass, getattr(model.get_decoder(), "count_images", None))
+
+    def _without_mask(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the mask of rows that are padded on the right: no token sees what stands to its right anyway.
+
+        Attention then needs no matrix to look up who sees whom. A trained prefix stands to the left of all rows, and
+        PEFT wants the mask to lengthen it.
+        """
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            return inputs
+        return {name: values for name, values in inputs.items() if name != "attention_mask"}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return super()._prepare_inputs(self.image_features.complete(inputs) if self.image_features else inputs)
@@ -282,7 +293,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     ) -> tuple[None, None, None]:
         """Add the batch's summed loss and its number of supervised tokens to the totals; no logits are made."""
         self._stop_evaluation_if_asked()
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_mask(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             mean = model(**inputs).loss.detach().float()
         count = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()

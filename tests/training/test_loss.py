@@ -48,6 +48,43 @@ def test_loss_and_gradients_equal_the_ordinary_ones(chunk: int, monkeypatch: pyt
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("chunk", [512, 3, 1])
+def test_a_head_that_is_not_trained_is_passed_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LoRA below it: value and gradients are the ordinary ones, and no chunk's logits are made twice."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+
+    def step(supervised: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+        base = tiny_model()
+        calls: list[int] = []
+        base.lm_head.register_forward_hook(lambda _module, inputs, _output: calls.append(inputs[0].shape[0]))
+        if supervised:
+            install_supervised_loss(base)
+        torch.manual_seed(1)
+        model = get_peft_model(base, settings)
+        value = model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss * 2
+        value.backward()
+        return value.detach(), gradients(model), len(calls)
+
+    expected, wanted, _ = step(supervised=False)
+    value, got, calls = step(supervised=True)
+    torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+    assert got.keys() == wanted.keys()
+    assert calls == -(-7 // chunk)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_gradient_of_fp16_is_scaled_before_it_is_made() -> None:
+    """A gradient of fp16 must see its scale: without it, small ones would be 0."""
+    head = torch.nn.Linear(64, 300, bias=False, dtype=torch.float16).requires_grad_(False)
+    hidden = (torch.randn(1, 3, 64) * 0.01).half().requires_grad_()
+    value = supervised_cross_entropy(hidden, torch.tensor([[-100, 3, 4]]), head, 10_000_000)
+    (value * 2.0**24).backward()
+    assert hidden.grad is not None
+    assert bool((hidden.grad[0, :2] != 0).any())
+
+
 def test_the_sum_is_divided_by_the_items_of_the_whole_step() -> None:
     """Gradient accumulation hands in the number of supervised tokens of all its batches."""
     model = tiny_model()
