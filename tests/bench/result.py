@@ -6,6 +6,7 @@ python -m tests.bench.result        renders RESULTS.md and its pictures anew fro
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,18 @@ ORDER = (
     "gpu",
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+
+
+def describe_machine() -> str:
+    """Return processor, number of CPUs and memory of this machine in one line."""
+    model = platform.processor() or platform.machine()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        names = [line for line in cpu_info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cpus} CPUs, {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}"
 
 
 @dataclass(frozen=True)
@@ -109,21 +122,7 @@ class Result:
     plots: Sequence[Plot] = ()
     notes: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
-    machine: str = field(default_factory=lambda: machine())
-
-
-def machine() -> str:
-    """Return processor, number of CPUs and memory of this machine in one line."""
-    import os
-
-    model = platform.processor() or platform.machine()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        names = [line for line in cpu_info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cpus} CPUs, {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}"
+    machine: str = field(default_factory=describe_machine)
 
 
 def installed(*names: str) -> dict[str, str]:
