@@ -97,11 +97,13 @@ def look_at_memory(prepared: Prepared) -> RunMemory:
     from glm_edge_ft.model.adapters import wrap_meta_model
     from glm_edge_ft.model.loading import build_meta_model
     from glm_edge_ft.model.memory import measure_size
+    from glm_edge_ft.model.quantized_twin import quantize_twin
 
     args = prepared.training_arguments
     batch, trace, failure = largest_batch(prepared), None, None
     with _whole_models(args):
         twin = build_meta_model(prepared.checkpoint)
+        quantize_twin(twin, prepared.plan.config.quantization)
         model = wrap_meta_model(prepared.plan.config.peft_config, twin, prepared.keeps_vision)
         size = measure_size(model)
         try:

@@ -28,6 +28,7 @@ from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.files import can_be_made
 from glm_edge_ft.memory_check import estimate_states
 from glm_edge_ft.model.loading import ModelLocation, locate_model
+from glm_edge_ft.model.quantization import is_installed, not_installed
 from glm_edge_ft.node import is_first_of_node, wait_for
 from glm_edge_ft.resume_check import compare_with_checkpoint
 from glm_edge_ft.training.checkpoints import RUN_RECORD, ResumePlan, find_checkpoints, resolve_resume
@@ -65,7 +66,11 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """A command line that makes sense: config read, files there, MODEL found, RESUME resolved."""
+    """A command line that makes sense: config read, files there, MODEL found, RESUME resolved.
+
+    Attributes:
+        trains: whether the model is trained; otherwise it is used as it is.
+    """
 
     request: RunRequest
     config: RunConfig
@@ -73,6 +78,7 @@ class Plan:
     resume: ResumePlan
     output_dir: Path
     data_files: dict[str, Path]
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Prepared:
     Attributes:
         datasets: encoded rows by split, `train` and, where the config names them, `val` and `test`.
         parameters: (trainable, all) parameter counts with the adapter in place.
+        quantized: number of those that are kept in 4 bits.
         keeps_vision: whether the model has a vision part that is not trained.
         image_processor: of a vision model, for runs that take images; else None.
         image_check: what is known of the images; None where there are none or they were not opened.
@@ -93,6 +100,7 @@ class Prepared:
     encoder: ConversationEncoder
     datasets: dict[str, EncodedDataset]
     parameters: tuple[int, int]
+    quantized: int
     memory: MemoryEstimate
     training_arguments: Seq2SeqTrainingArguments
     generation_config: GenerationConfig
@@ -120,6 +128,8 @@ def check_inputs(request: RunRequest) -> Plan:
         problems.add(
             "training_args.deepspeed", "is set, but DeepSpeed is not installed", "pip install deepspeed==0.19.8"
         )
+    if config is not None and config.quantization is not None and not is_installed():
+        problems.problems.append(not_installed("quantization", f"is {config.quantization}"))
     resume = ResumePlan(None)
     if output_dir is not None:
         problems.problems += _check_output_dir(output_dir, request.data_dir, location)
@@ -191,7 +201,7 @@ def prepare(plan: Plan) -> Prepared:
         raise AssertionError("a checkpoint that cannot be used has its problem")
     keep_vision = keeps_vision(checkpoint, config, takes_images)
     images = image_settings(checkpoint, config, takes_images)
-    structure = _check_model(config, checkpoint, images, keep_vision, problems)
+    structure = _check_model(plan, checkpoint, images, keep_vision, problems)
     encoder = image_processor = None
     with _collect(problems):
         budgets = config.max_input_length, config.max_output_length
@@ -221,6 +231,7 @@ def prepare(plan: Plan) -> Prepared:
         encoder=encoder,
         datasets=datasets,
         parameters=(structure.size.trained, structure.size.parameters),
+        quantized=structure.size.quantized,
         memory=estimate_states(structure.size, precision, training_arguments, checkpoint),
         training_arguments=training_arguments,
         generation_config=generation_config,
@@ -231,7 +242,7 @@ def prepare(plan: Plan) -> Prepared:
 
 
 def _check_model(
-    config: RunConfig,
+    plan: Plan,
     checkpoint: Checkpoint,
     images: ImageSettings | None,
     keep_vision: bool,
@@ -239,9 +250,10 @@ def _check_model(
 ) -> Structure | None:
     """Check adapter, weight files and image vectors against the model's structure; None where it does not fit."""
     from glm_edge_ft.model.loading import build_meta_model
+    from glm_edge_ft.model.quantization import check_stored_form
     from glm_edge_ft.model.weight_files import check_weights
 
-    meta_model = None
+    config, meta_model = plan.config, None
     with _collect(problems):
         meta_model = build_meta_model(checkpoint)
     if meta_model is None:
@@ -256,6 +268,8 @@ def _check_model(
     if images is not None and images.max_images > 0:
         with _collect(problems):
             check_vectors(meta_model, checkpoint, images)
+    with _collect(problems):
+        check_stored_form(checkpoint, config.quantization, plan.trains and config.peft_config is None)
     with _collect(problems):
         return look_at_structure(config, meta_model, keep_vision)
     return None
@@ -343,8 +357,11 @@ def look_at_structure(config: RunConfig, meta_model: PreTrainedModel, keep_visio
     """Put the adapter on the model's twin on the meta device. Raises UserError if it does not fit."""
     from glm_edge_ft.model.adapters import build_peft_config, wrap_meta_model
     from glm_edge_ft.model.memory import measure_size
+    from glm_edge_ft.model.quantized_twin import quantize_twin
 
-    size = measure_size(wrap_meta_model(config.peft_config, copy.deepcopy(meta_model), keep_vision))
+    twin = copy.deepcopy(meta_model)
+    quantize_twin(twin, config.quantization)
+    size = measure_size(wrap_meta_model(config.peft_config, twin, keep_vision))
     if config.peft_config is None:
         return Structure(size, None)
     return Structure(size, build_peft_config(config.peft_config, meta_model, keep_vision).to_dict())

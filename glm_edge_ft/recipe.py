@@ -227,7 +227,7 @@ def build_trainer(
 
     config, checkpoint, args = prepared.plan.config, prepared.checkpoint, prepared.training_arguments
     start_deepspeed() if args.deepspeed else keep_deepspeed_out()
-    base = load_weights(checkpoint, getattr(torch, prepared.precision.weights))
+    base = load_weights(checkpoint, getattr(torch, prepared.precision.weights), config.quantization, args.device)
     use_attention(base, attention_of(prepared))
     install_supervised_loss(base)
     torch.manual_seed(args.seed)  # the adapter's first values

@@ -95,6 +95,9 @@ def compare_with_checkpoint(
         frozen, freeze = old_config.get("freezeV"), config.freezeV
         if frozen != freeze:
             problems.append(Problem("freezeV", f"{freeze}, but {checkpoint} was trained with {frozen}", again))
+    if old_config.get("quantization") != config.quantization:
+        forms = [form or "none" for form in (config.quantization, old_config.get("quantization"))]
+        problems.append(Problem("quantization", f"{forms[0]}, but {checkpoint} was trained with {forms[1]}", again))
     old = old_config.get("training_args") or {}
     new = config.training_args
     if old.get("optim") != new.get("optim"):

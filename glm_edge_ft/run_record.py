@@ -50,11 +50,12 @@ def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:
 
 
 def model_facts(prepared: Prepared) -> dict[str, Any]:
-    """Return parameters, precision and the estimate of memory without activations, in bytes."""
+    """Return parameters, how many of them are in 4 bits, precision and the estimate of memory without activations, in bytes."""
     trainable, total = prepared.parameters
     return {
         "parameters": total,
         "trainable_parameters": trainable,
+        "quantized_parameters": prepared.quantized,
         "precision": prepared.precision.reason,
         "memory_bytes": memory_facts(prepared.memory),
     }
@@ -67,10 +68,11 @@ def describe_model(prepared: Prepared) -> str:
     named = {"weights": memory.weights, "gradients": memory.gradients, "optimizer states": memory.optimizer}
     named |= {name: size for name, size in (("buffers", memory.buffers), ("offloaded", memory.host.total)) if size}
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in named.items())
+    quantized = f", {prepared.quantized:,} of them in 4 bits" if prepared.quantized else ""
     frozen = ", the vision part stays as it is" if prepared.keeps_vision else ""
     return (
         f"model: {prepared.plan.location.name}, {total:,} parameters, {trainable:,} of them trained "
-        f"({100 * trainable / total:.2f} %{frozen}), {prepared.precision.reason}\n"
+        f"({100 * trainable / total:.2f} %{frozen}), {prepared.precision.reason}{quantized}\n"
         f"memory: {format_bytes(memory.total)} for one process ({parts}), and activations"
     )
 

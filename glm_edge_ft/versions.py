@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "deepspeed")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "deepspeed", "bitsandbytes")
 
 
 def read_versions() -> dict[str, str]:

@@ -3,8 +3,8 @@
 The keys are those of the fine-tuning guide: `data_config`, `max_input_length`, `max_output_length`, `freezeV`,
 `training_args` (what `Seq2SeqTrainingArguments` takes, with `generation_config` inside), `peft_config` (what PEFT's
 LORA and PREFIX_TUNING take); and this toolkit's own: `max_images`, `on_bad_image`, `image_placeholder_tokens`,
-`cache_image_features`, `max_tokens_per_pass`, `padding_free`, `on_nonfinite_loss`. Nothing heavy is imported here: a
-mistake shows at once.
+`cache_image_features`, `max_tokens_per_pass`, `padding_free`, `on_nonfinite_loss`, `quantization`. Nothing heavy is
+imported here: a mistake shows at once.
 
     yaml_file    file and --set → values with their lines
     schema       what the installed libraries accept
@@ -13,6 +13,7 @@ mistake shows at once.
     ranges       numbers that make sense
     unsupported  what the libraries know and this toolkit does not use
     rules        defaults, impossible combinations
+    quantization what can stand beside a base model in 4 bits
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, Literal
 from glm_edge_ft.config.document import KeyPath, nearest
 from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config.names import DATA_FIELDS, SECTIONS, TOP_FIELDS, refuse_unknown, translate_old_names
+from glm_edge_ft.config.quantization import check_quantization
 from glm_edge_ft.config.ranges import check_ranges
 from glm_edge_ft.config.rules import apply_training_rules, check_padding_free, check_peft, check_peft_type
 from glm_edge_ft.config.schema import PEFT_TYPES, Field, generation_fields, peft_fields, training_fields
@@ -76,6 +78,7 @@ class RunConfig:
         generation_config: keyword arguments of `GenerationConfig`; empty when nothing is set.
         peft_config: keyword arguments of PEFT's config, `peft_type` LORA or PREFIX_TUNING; None means full fine-tuning.
         on_nonfinite_loss: what a loss that is not finite does: stop the run, or warn and go on.
+        quantization: form in which the base model's linear layers are kept: `nf4`, in 4 bits; None: as plain numbers.
         notices: one line each, to be printed by the caller: old names, switches that were turned.
     """
 
@@ -94,6 +97,7 @@ class RunConfig:
     max_tokens_per_pass: int | None = None
     padding_free: bool = False
     on_nonfinite_loss: Literal["stop", "warn"] = "stop"
+    quantization: Literal["nf4"] | None = None
     notices: tuple[str, ...] = ()
 
     def resolved(self) -> dict[str, Any]:
@@ -116,6 +120,7 @@ class RunConfig:
             "max_tokens_per_pass": self.max_tokens_per_pass,
             "padding_free": self.padding_free,
             "on_nonfinite_loss": self.on_nonfinite_loss,
+            "quantization": self.quantization,
             "training_args": {**training, "generation_config": copy.deepcopy(self.generation_config)},
             "peft_config": copy.deepcopy(self.peft_config),
         }
@@ -179,6 +184,7 @@ def _checked_draft(path: Path, overrides: Sequence[str]) -> Draft:
     check_peft(draft)
     apply_training_rules(draft)
     check_padding_free(draft)
+    check_quantization(draft)
     return draft
 
 
@@ -294,5 +300,6 @@ def _finish(draft: Draft, path: Path) -> RunConfig:
         generation_config=_set_values(draft.generation),
         peft_config=draft.peft,
         on_nonfinite_loss=top.get("on_nonfinite_loss", "stop"),
+        quantization=top.get("quantization"),
         notices=tuple(draft.notices),
     )

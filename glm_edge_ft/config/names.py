@@ -36,9 +36,10 @@ class Retired:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A key whose meaning is written in another way now, which only the user can do."""
+    """A key whose meaning is written in another way, now or here, which only the user can do."""
 
     fix: str
+    what: str = "is no longer a key"
 
 
 def when(new_value: Any) -> Callable[[Any], Any]:
@@ -90,10 +91,14 @@ OLD_TRAINING_NAMES: Mapping[str, Renamed | Retired | Replaced] = {
     "tokenizer": Replaced("leave it out: the tokenizer comes from MODEL on the command line"),
 }
 
+_ELSEWHERE = "is a key of other tools"
 OLD_TOP_NAMES: Mapping[str, Retired | Replaced] = {
     "combine": Retired("every assistant turn of a conversation is always supervised"),
     "model_name_or_path": Replaced("leave it out: MODEL is the second argument on the command line"),
     "tokenizer": Replaced("leave it out: the tokenizer comes from MODEL on the command line"),
+    "load_in_4bit": Replaced("write quantization: nf4", _ELSEWHERE),
+    "quantization_bit": Replaced("write quantization: nf4, which is 4 bits", _ELSEWHERE),
+    "quantization_config": Replaced("write quantization: nf4", _ELSEWHERE),
 }
 
 # values of enumerated keys that transformers 5 no longer has
@@ -110,6 +115,7 @@ TOP_FIELDS: Mapping[str, Field] = {
     "max_tokens_per_pass": make_field("max_tokens_per_pass", "int | None", "None"),
     "padding_free": make_field("padding_free", "bool | None", "False"),
     "on_nonfinite_loss": make_field("on_nonfinite_loss", "Literal['stop', 'warn'] | None", "'stop'"),
+    "quantization": make_field("quantization", "Literal['nf4', 'none'] | None", "'none'"),
 }
 DATA_FIELDS: Mapping[str, Field] = {
     "train_file": make_field("train_file", "str", None),
@@ -179,7 +185,7 @@ def _drop(draft: Draft, section: dict[str, Any], path: KeyPath, old: Retired | R
     if isinstance(old, Retired):
         draft.notice(path, f"retired and ignored: {old.why}")
     else:
-        draft.refuse(path, f"`{path[-1]}` is no longer a key", old.fix)
+        draft.refuse(path, f"`{path[-1]}` {old.what}", old.fix)
 
 
 def _rename(draft: Draft, training: dict[str, Any], name: str, old: Renamed) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import show, show_notice
-from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
+from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged, quantization_of_run
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source
@@ -72,7 +72,7 @@ def export_gguf(request: ExportRequest) -> None:
     vocabulary = _check_model(source, checkpoint)
     parts = _parts(request, source, checkpoint, vocabulary)
     _check_space(request.out, parts, checkpoint)
-    model = _load(checkpoint)
+    model = _load(source, checkpoint)
     text = _modelfile(parts, checkpoint, vocabulary, generation)
     writers: dict[Path, Callable[[Path], Any]] = {part.path: _bind(part, model) for part in parts}
     _write_whole({**writers, modelfile_path(request.out): lambda path: path.write_text(text, encoding="utf-8")})
@@ -177,14 +177,14 @@ def _check_space(out: Path, parts: list[Part], checkpoint: Checkpoint) -> None:
         raise UserError.single(f"OUT {out}", what, "make room, name another disk, or take a smaller --type")
 
 
-def _load(checkpoint: Checkpoint) -> PreTrainedModel:
+def _load(source: Source, checkpoint: Checkpoint) -> PreTrainedModel:
     """Return the weights: an adapter's merged in float32, a whole model's as stored, in the least memory."""
     import torch
 
     from glm_edge_ft.model.loading import load_weights
 
     if checkpoint.location.adapter is not None:
-        return load_merged(checkpoint)
+        return load_merged(checkpoint, quantization_of_run(source))
     stored = getattr(checkpoint.config, "dtype", None)
     return load_weights(checkpoint, stored if isinstance(stored, torch.dtype) else torch.float32)
 

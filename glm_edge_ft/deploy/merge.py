@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from glm_edge_ft.console import show, show_notice
-from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
+from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged, quantization_of_run
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.source import Source, find_source
 from glm_edge_ft.distributed import keep_deepspeed_out
@@ -47,7 +47,7 @@ def merge(request: MergeRequest) -> None:
     keep_deepspeed_out()
     checkpoint = open_checkpoint(source)
     check_not_quantized(source, checkpoint)
-    model = load_merged(checkpoint)
+    model = load_merged(checkpoint, quantization_of_run(source))
     _cast(model, checkpoint, request.dtype)
     _save(model, checkpoint, request)
     parameters = sum(parameter.numel() for parameter in model.parameters())

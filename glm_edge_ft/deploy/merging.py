@@ -5,12 +5,12 @@ Merged in float32: in 16 bits a small change would be lost to the rounding of ea
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import show_notice
-from glm_edge_ft.deploy.source import Source
+from glm_edge_ft.deploy.source import Source, read_record
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.quantization import REQUIREMENT, is_installed, not_installed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,20 +30,31 @@ def check_adapter_kind(source: Source) -> None:
     raise UserError.single(f"MODEL {source.name}", what, "use it beside its base model, or train with peft_type: LORA")
 
 
+def quantization_of_run(source: Source) -> str | None:
+    """Return the form in which the run of an adapter kept its base model, as its record says; None: plain numbers."""
+    if source.adapter is None or source.record is None:
+        return None
+    config = read_record(source.record).get("config")
+    return config.get("quantization") if isinstance(config, dict) else None
+
+
 def check_not_quantized(source: Source, checkpoint: Checkpoint) -> None:
     """Raise UserError for a model whose files hold no plain numbers, unless they can be made out of them.
 
-    That is so for the base model of an adapter, where bitsandbytes quantized it and is installed.
+    That is so for the base model of an adapter, where bitsandbytes quantized it and is installed. An adapter that was
+    trained on 4-bit numbers needs bitsandbytes too.
     """
+    if quantization_of_run(source) is not None and not is_installed():
+        raise UserError([not_installed(f"MODEL {source.name}", "its base model was in 4 bits when it was trained")])
     quantization = getattr(checkpoint.config, "quantization_config", None)
     if quantization is None:
         return
     by_bitsandbytes = "bitsandbytes" in str(dict(quantization).get("quant_method"))
     if source.adapter is not None and by_bitsandbytes and not checkpoint.is_vision:
-        if importlib.util.find_spec("bitsandbytes") is not None:
+        if is_installed():
             return
         what = f"its base model {source.location.name} is stored in 4 or 8 bits, and bitsandbytes is not installed"
-        fix = "pip install bitsandbytes, or give the model that it was quantized from: --base MODEL"
+        fix = f"pip install {REQUIREMENT}, or give the model that it was quantized from: --base MODEL"
     elif source.adapter is None:
         what, fix = "is stored in a quantized form, which is not read", "give the model that it was quantized from"
     else:
@@ -52,9 +63,10 @@ def check_not_quantized(source: Source, checkpoint: Checkpoint) -> None:
     raise UserError.single(f"MODEL {source.name}", what, fix)
 
 
-def load_merged(checkpoint: Checkpoint) -> PreTrainedModel:
+def load_merged(checkpoint: Checkpoint, quantization: str | None = None) -> PreTrainedModel:
     """Return the base model in float32 with the adapter of the checkpoint's location added to its weights.
 
+    With `quantization`, that of the run, the adapter is added to what the run had: the 4-bit numbers as plain ones.
     Embeddings that were tied stay tied where both are still the same. Raises UserError when weights cannot be read,
     the adapter does not fit them, or PEFT cannot merge it.
     """
@@ -65,12 +77,15 @@ def load_merged(checkpoint: Checkpoint) -> PreTrainedModel:
 
     adapter = checkpoint.location.adapter
     assert adapter is not None
-    base: Any = load_weights(checkpoint, torch.float32)
+    base: Any = load_weights(checkpoint, torch.float32, quantization)
     if getattr(base, "is_quantized", False):
-        show_notice(
-            f"base model {checkpoint.location.name} is stored in 4 or 8 bits: it is turned into plain numbers, "
-            "rounded as they are; --base with the model that it was quantized from loses nothing"
-        )
+        if quantization is None:
+            what = "is stored in 4 or 8 bits: it is turned into plain numbers, rounded as they are; --base with the "
+            what += "model that it was quantized from loses nothing"
+        else:
+            what = "was in 4 bits when the adapter was trained: the adapter is added to those numbers, rounded as they "
+            what += "are, so that the merged model answers as the run did"
+        show_notice(f"base model {checkpoint.location.name} {what}")
         base = base.dequantize(torch.float32).float()
     was_tied = _untie(base)
     wrapped: PeftModel = load_adapter(base, adapter)

@@ -11,6 +11,7 @@ from glm_edge_ft.console import show_notice
 from glm_edge_ft.deploy.source import Source
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.quantization import REQUIREMENT, is_installed
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, prepare
 from glm_edge_ft.training.checkpoints import ResumePlan
 
@@ -56,9 +57,9 @@ def prepare_use(
     path = next(iter(data_files.values()), Path())
     training_args = {**_usable_precision(config), "output_dir": str(output_dir)}
     data_config = replace(config.data_config, train_file=path.name)
-    config = replace(config, data_config=data_config, training_args=training_args)
+    config = replace(_usable_form(config), data_config=data_config, training_args=training_args)
     request = RunRequest(path.parent, source.name, config.path, takes_images=takes_images)
-    return prepare(Plan(request, config, source.location, ResumePlan(None), output_dir, data_files))
+    return prepare(Plan(request, config, source.location, ResumePlan(None), output_dir, data_files, trains=False))
 
 
 def _usable_precision(config: RunConfig) -> dict[str, Any]:
@@ -74,6 +75,17 @@ def _usable_precision(config: RunConfig) -> dict[str, Any]:
     return dict(config.training_args)
 
 
+def _usable_form(config: RunConfig) -> RunConfig:
+    """Return the config without 4 bits where bitsandbytes is not installed: the run had another machine."""
+    if config.quantization is None or is_installed():
+        return config
+    show_notice(
+        f"the base model is used as plain numbers, not in 4 bits as its run had it (quantization: "
+        f"{config.quantization}): replies can differ a little; pip install {REQUIREMENT} gives those of the run"
+    )
+    return replace(config, quantization=None)
+
+
 def load_model(prepared: Prepared) -> PreTrainedModel | PeftModel:
     """Read the weights, put the adapter on, and return the model on the device of the run, nothing trainable.
 
@@ -84,10 +96,11 @@ def load_model(prepared: Prepared) -> PreTrainedModel | PeftModel:
 
     keep_deepspeed_out()
     adapter = prepared.plan.location.adapter
-    model = load_weights(prepared.checkpoint, _weights_format(prepared))
+    quantization, device = prepared.plan.config.quantization, prepared.training_arguments.device
+    model = load_weights(prepared.checkpoint, _weights_format(prepared), quantization, device)
     model.requires_grad_(False)
     whole: Any = model if adapter is None else load_adapter(model, adapter)
-    return whole.to(prepared.training_arguments.device).eval()
+    return whole.to(device).eval()
 
 
 def _weights_format(prepared: Prepared) -> torch.dtype:

@@ -163,6 +163,7 @@ def wrap_meta_model(
     if settings["peft_type"] == "LORA":
         _check_initialisation(settings)
         _check_module_names(settings, meta_model)
+    _check_whole_weights(settings, meta_model)
     config = build_peft_config(settings, meta_model, keep_vision)
     try:
         wrapped = get_peft_model(meta_model, config, low_cpu_mem_usage=True)
@@ -171,7 +172,39 @@ def wrap_meta_model(
     share_dropout(wrapped)
     if keep_vision:
         _check_vision_is_frozen(settings, wrapped)
+    _check_quantized_is_frozen(settings, wrapped)
     return wrapped
+
+
+def _check_whole_weights(settings: Mapping[str, Any], meta_model: PreTrainedModel) -> None:
+    """Refuse `target_parameters` that are kept in 4 bits: PEFT adds its matrices to the bytes."""
+    from glm_edge_ft.model.quantized_twin import QuantizedTwin
+
+    names = [f"{name}.weight" for name, module in meta_model.named_modules() if isinstance(module, QuantizedTwin)]
+    for entry in settings.get("target_parameters") or ():
+        if any(name == entry or name.endswith(f".{entry}") for name in names):
+            what = f"{entry!r} is kept in 4 bits, and PEFT can add only to plain numbers"
+            raise UserError.single(
+                "peft_config.target_parameters", what, "name the layers in target_modules, or leave quantization out"
+            )
+
+
+def _check_quantized_is_frozen(settings: Mapping[str, Any], wrapped: torch.nn.Module) -> None:
+    """Refuse to train a layer in 4 bits itself: its weight cannot be, and bitsandbytes rounds its bias in each pass."""
+    from glm_edge_ft.model.quantized_twin import QuantizedTwin
+
+    trained = {
+        name.rpartition(".")[2]: name
+        for module_name, module in wrapped.named_modules()
+        if isinstance(module, QuantizedTwin)
+        for name in [f"{module_name}.{key}" for key, values in module.named_parameters() if values.requires_grad]
+    }
+    if not trained:
+        return
+    key = "bias" if trained.keys() == {"bias"} else "modules_to_save"
+    what = f"would train layers that are kept in 4 bits, such as {next(iter(trained.values()))}"
+    fix = "write bias: none" if key == "bias" else "name them in target_modules, or leave them out"
+    raise UserError.single(f"peft_config.{key}", f"{settings.get(key)} {what}", f"{fix}, or leave quantization out")
 
 
 def _check_vision_is_frozen(settings: Mapping[str, Any], wrapped: torch.nn.Module) -> None:

@@ -264,11 +264,13 @@ class GlmEdgeVForCausalLM(GlmForCausalLM):
         return updated
 
 
-def load_glm_edge_v(source: str | Path, dtype: torch.dtype) -> GlmEdgeVForCausalLM:
+def load_glm_edge_v(source: str | Path, dtype: torch.dtype, **options: Any) -> GlmEdgeVForCausalLM:
     """Load a vision checkpoint, released or saved by this toolkit, in `dtype`; no remote code is run.
 
     Args:
         source: a folder, or a hub id.
+        dtype: the format of its weights.
+        options: further ones of `from_pretrained`.
 
     Raises:
         UserError: the config is not that of a vision model, the weights cannot be read or have other shapes, some are
@@ -284,6 +286,7 @@ def load_glm_edge_v(source: str | Path, dtype: torch.dtype) -> GlmEdgeVForCausal
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, with names and shapes
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]

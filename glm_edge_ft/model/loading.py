@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,8 +286,14 @@ def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         ) from error
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def load_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load the weights in `dtype`, with the stop ids written into the generation config.
+
+    With `quantization` (`nf4`) the layers that `model/quantization.py` names are put into 4 bits one by one as they are
+    read, and compute in `dtype`. A model in 4 bits, also one that is stored so, is loaded onto `device`; a plain one
+    comes on the CPU.
 
     Weights are read from safetensors only. A checkpoint in which weights of the model are missing is refused, since
     transformers would fill them with random numbers, and so is one with weights left over, since it would drop them.
@@ -296,8 +302,11 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from glm_edge_ft.model.quantization import settle
+
+    options = _quantized_loading(checkpoint, dtype, quantization, device)
     if checkpoint.is_vision:
-        return _load_vision_weights(checkpoint, dtype)
+        return _load_vision_weights(checkpoint, dtype, options)
     where = f"MODEL {checkpoint.location.name}"
     try:
         loaded = _read(
@@ -309,6 +318,7 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             adapter_kwargs={"local_files_only": True},  # the look for an adapter asks the hub otherwise
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError.single(
@@ -322,16 +332,34 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if surplus:
         what = f"its files hold {len(surplus)} weights that config.json has no place for: {name_first(surplus)}"
         raise UserError.single(where, what, "take config.json and the weights from one download")
+    settle(model, dtype)
     carry_stop_ids(model, checkpoint)
     return model
 
 
-def _load_vision_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def _quantized_loading(
+    checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None, device: torch.device | str
+) -> dict[str, Any]:
+    """Return what `from_pretrained` needs besides for a model in 4 bits; nothing for a plain one."""
+    from glm_edge_ft.model.quantization import is_stored_in_4_bits, loading_settings, silence
+
+    if is_stored_in_4_bits(checkpoint.config):
+        silence()
+        return {"device_map": {"": device}}
+    if quantization is None:
+        return {}
+    settings = loading_settings(build_meta_model(checkpoint), dtype)
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _load_vision_weights(checkpoint: Checkpoint, dtype: torch.dtype, options: Mapping[str, Any]) -> PreTrainedModel:
     from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
+    from glm_edge_ft.model.quantization import settle
 
     location = checkpoint.location
     cached = None if location.is_local else find_cached_folder(location.source)
-    model: Any = load_glm_edge_v(cached or location.source, dtype)
+    model: Any = load_glm_edge_v(cached or location.source, dtype, **options)
+    settle(model, dtype)
     model.name_or_path = model.config._name_or_path = location.source  # a saved adapter names its base model by it
     carry_stop_ids(model, checkpoint)
     return model

@@ -4,7 +4,8 @@ P counts all parameters, T the trained ones, n the processes; c is the bytes of 
 model: 2 under bf16 and fp16, else 4; f is what a float32 copy takes besides: 4 under bf16 and fp16, else 0. AdamW keeps
 two float32 states of each trained parameter: 8 T.
 
-Without DeepSpeed (`model/precision.py`): frozen weights are in the 16-bit format or in float32, trained ones, their
+Without DeepSpeed (`model/precision.py`): frozen weights are in the 16-bit format or in float32, or in 4 bits with their
+scales (`model/quantization.py`); trained ones, their
 gradients and AdamW's states in float32. On several processes DDP keeps a second copy of the gradients, in which it
 averages them (torch.nn.parallel.DistributedDataParallel, `gradient_as_bucket_view=False`): 4 T.
 
@@ -58,11 +59,15 @@ class ModelSize:
         parameters: number of all.
         trained: number of those that are trained.
         largest: number of those in the largest trained tensor.
+        quantized: number of those that are kept in 4 bits.
+        quantized_bytes: what these take, scales included, in every format of the others.
     """
 
     parameters: int
     trained: int
     largest: int = 0
+    quantized: int = 0
+    quantized_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,8 @@ def estimate_memory(
     """
     if sharding.stage is not None:
         return _estimate_deepspeed(size, BYTES_PER_WEIGHT[dtype], sharding, trace, accumulates, state_bytes)
-    frozen = size.parameters - size.trained
-    weights = frozen * BYTES_PER_WEIGHT[dtype] + size.trained * FLOAT32
+    frozen = size.parameters - size.trained - size.quantized
+    weights = frozen * BYTES_PER_WEIGHT[dtype] + size.quantized_bytes + size.trained * FLOAT32
     gradients = size.trained * FLOAT32
     optimizer = size.trained * state_bytes
     buffers = gradients if sharding.processes > 1 else 0
@@ -162,7 +167,8 @@ def _estimate_deepspeed(
 ) -> MemoryEstimate:
     stage, processes = sharding.stage, sharding.processes
     share = math.ceil(size.trained / processes) if stage else size.trained
-    weights = width * (math.ceil(size.parameters / processes) if stage == 3 else size.parameters)
+    plain = size.parameters - size.quantized  # there is none in 4 bits at stage 3
+    weights = width * (math.ceil(plain / processes) if stage == 3 else plain) + size.quantized_bytes
     optimizer = share * (FLOAT32 + state_bytes)
     gradients = width * (size.trained if stage in (0, 1) else share)
     copies = width + (FLOAT32 if width < FLOAT32 else 0)  # of gradients, while the optimizer steps
@@ -240,4 +246,17 @@ def measure_size(model: Any) -> ModelSize:
     """Return the parameter counts of a model, wrapped or not; one on the meta device will do."""
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
     trained = [count for count, is_trained in sizes if is_trained]
-    return ModelSize(sum(count for count, _ in sizes), sum(trained), max(trained, default=0))
+    stored = [(module.weight.numel(), module.stored_bytes) for module in model.modules() if _is_quantized(module)]
+    return ModelSize(
+        sum(count for count, _ in sizes),
+        sum(trained),
+        max(trained, default=0),
+        sum(count for count, _ in stored),
+        sum(size for _, size in stored),
+    )
+
+
+def _is_quantized(module: Any) -> bool:
+    from glm_edge_ft.model.quantized_twin import QuantizedTwin
+
+    return isinstance(module, QuantizedTwin)
