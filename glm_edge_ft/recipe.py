@@ -23,6 +23,7 @@ from glm_edge_ft.errors import UserError
 from glm_edge_ft.failures import explain_failures
 from glm_edge_ft.feature_cache import open_image_features
 from glm_edge_ft.machines import check_shared_folder, end_meetings, meet
+from glm_edge_ft.model.quantization import silence_bitsandbytes
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
 from glm_edge_ft.run_record import build_run_record, describe_model, run_title, write_json, write_run_record
 from glm_edge_ft.training.checkpoints import (
@@ -78,6 +79,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
+    silence_bitsandbytes()
     import transformers.utils.logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -50,7 +50,7 @@ def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:
 
 
 def model_facts(prepared: Prepared) -> dict[str, Any]:
-    """Return parameters, how many of them are in 4 bits, precision and the estimate of memory without activations, in bytes."""
+    """Return parameters, precision, and the estimate of memory without activations, in bytes."""
     trainable, total = prepared.parameters
     return {
         "parameters": total,

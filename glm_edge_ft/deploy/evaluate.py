@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from glm_edge_ft.config import DATA_SUFFIXES, RunConfig
 from glm_edge_ft.console import show, show_notice
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_file, settings_of_run
-from glm_edge_ft.deploy.source import Source, find_source
+from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG
 from glm_edge_ft.preflight import Prepared
@@ -132,6 +132,15 @@ def _settings(request: EvaluateRequest, sources: Sequence[Source]) -> RunConfig:
     return config
 
 
+def _in_own_form(source: Source, config: RunConfig, request: EvaluateRequest) -> RunConfig:
+    """Return the settings with the base model in the form that a model's own run had it in, unless `--set` says one."""
+    if any(text.partition("=")[0].strip() == "quantization" for text in request.overrides):
+        return config
+    if source.adapter is not None and source.record is None:
+        return config
+    return replace(config, quantization=quantization_of_run(source))
+
+
 def _what_counts(config: RunConfig) -> tuple[Any, ...]:
     return config.max_input_length, config.max_output_length, config.generation_config, config.max_images
 
@@ -155,7 +164,8 @@ def _open_all(sources: Sequence[Source], config: RunConfig, request: EvaluateReq
         try:
             images = _takes_images(open_checkpoint(source), config)
             files = {"test": request.data_file}
-            opened.append(prepare_use(source, config, takes_images=images, output_dir=request.out, data_files=files))
+            own = _in_own_form(source, config, request)
+            opened.append(prepare_use(source, own, takes_images=images, output_dir=request.out, data_files=files))
         except UserError as error:
             problems.problems += [problem for problem in error.problems if problem not in problems.problems]
     problems.raise_if_any()

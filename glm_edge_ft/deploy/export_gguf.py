@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import show, show_notice
-from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged, quantization_of_run
+from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run
-from glm_edge_ft.deploy.source import Source, find_source
+from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.files import can_be_made

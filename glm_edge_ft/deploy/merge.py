@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from glm_edge_ft.console import show, show_notice
-from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged, quantization_of_run
+from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
 from glm_edge_ft.deploy.opening import open_checkpoint
-from glm_edge_ft.deploy.source import Source, find_source
+from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.files import can_be_made

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import show_notice
-from glm_edge_ft.deploy.source import Source, read_record
+from glm_edge_ft.deploy.source import Source, quantization_of_run
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.quantization import REQUIREMENT, is_installed, not_installed
 
@@ -28,14 +28,6 @@ def check_adapter_kind(source: Source) -> None:
     what = f"is an adapter of the type {source.adapter.peft_type}, which changes no weights: it puts trained "
     what += "vectors before every text, and a model's files have no place for them"
     raise UserError.single(f"MODEL {source.name}", what, "use it beside its base model, or train with peft_type: LORA")
-
-
-def quantization_of_run(source: Source) -> str | None:
-    """Return the form in which the run of an adapter kept its base model, as its record says; None: plain numbers."""
-    if source.adapter is None or source.record is None:
-        return None
-    config = read_record(source.record).get("config")
-    return config.get("quantization") if isinstance(config, dict) else None
 
 
 def check_not_quantized(source: Source, checkpoint: Checkpoint) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.loading import ModelLocation, locate_model
@@ -138,6 +138,14 @@ def _find_base(name: str, adapter: SavedAdapter, record: Path | None) -> ModelLo
 def _recorded_model(record: Path | None) -> str:
     content = read_record(record) if record is not None else {}
     return str(content.get("model") or "")
+
+
+def quantization_of_run(source: Source) -> Literal["nf4"] | None:
+    """Return the form in which the run of an adapter kept its base model, as its record says; None: plain numbers."""
+    if source.adapter is None or source.record is None:
+        return None
+    config = read_record(source.record).get("config")
+    return "nf4" if isinstance(config, dict) and config.get("quantization") == "nf4" else None
 
 
 def read_record(record: Path) -> dict[str, Any]:

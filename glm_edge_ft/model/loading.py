@@ -341,10 +341,9 @@ def _quantized_loading(
     checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None, device: torch.device | str
 ) -> dict[str, Any]:
     """Return what `from_pretrained` needs besides for a model in 4 bits; nothing for a plain one."""
-    from glm_edge_ft.model.quantization import is_stored_in_4_bits, loading_settings, silence
+    from glm_edge_ft.model.quantization import is_stored_in_4_bits, loading_settings
 
     if is_stored_in_4_bits(checkpoint.config):
-        silence()
         return {"device_map": {"": device}}
     if quantization is None:
         return {}

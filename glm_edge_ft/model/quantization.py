@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import Problem, UserError
-from glm_edge_ft.model.glm_edge_v_config import VISION_PREFIX
 from glm_edge_ft.model.weight_files import name_first
 
 if TYPE_CHECKING:
@@ -76,7 +75,9 @@ def check_stored_form(checkpoint: Checkpoint, wanted: str | None, trains_weights
     problems = [] if is_installed() else [not_installed(where, "is stored in 4 bits")]
     if trains_weights:
         what = "is stored in 4 bits, and such weights cannot be trained"
-        problems.append(Problem(where, what, "add peft_config with peft_type: LORA, or give the model it was made from"))
+        problems.append(
+            Problem(where, what, "add peft_config with peft_type: LORA, or give the model it was made from")
+        )
     if problems:
         raise UserError(problems)
 
@@ -84,6 +85,8 @@ def check_stored_form(checkpoint: Checkpoint, wanted: str | None, trains_weights
 def find_layers(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the names of the layers that are kept in 4 bits, of a plain model; on the meta device will do."""
     from torch import nn
+
+    from glm_edge_ft.model.glm_edge_v_config import VISION_PREFIX
 
     head: Any = model.get_output_embeddings()
     return tuple(
@@ -102,7 +105,7 @@ def find_stored_layers(model: PreTrainedModel, settings: Mapping[str, Any]) -> t
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = model._keep_in_fp32_modules
+    kept = list(model._keep_in_fp32_modules or ())
     plain = HfQuantizer.get_modules_to_not_convert(model, settings.get("llm_int8_skip_modules"), kept)
     return tuple(
         name
@@ -121,7 +124,6 @@ def loading_settings(twin: PreTrainedModel, compute: torch.dtype) -> BitsAndByte
     from torch import nn
     from transformers import BitsAndBytesConfig
 
-    silence()
     layers = set(find_layers(twin))
     plain = [name for name, module in twin.named_modules() if type(module) is nn.Linear and name not in layers]
     return BitsAndBytesConfig(
@@ -133,8 +135,11 @@ def loading_settings(twin: PreTrainedModel, compute: torch.dtype) -> BitsAndByte
     )
 
 
-def silence() -> None:
-    """Keep bitsandbytes from recommending a package for a way of computing that is never taken here."""
+def silence_bitsandbytes() -> None:
+    """Keep bitsandbytes from recommending a package for a way of computing that is never taken here.
+
+    PEFT imports it wherever it is installed.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

@@ -30,7 +30,7 @@ class QuantizedTwin(nn.Linear):
         product: Any = _Product.apply(hidden_states.to(self.weight.dtype), self.weight)
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
-        return product.to(hidden_states.dtype)  # type: ignore[no-any-return]
+        return product.to(hidden_states.dtype)
 
 
 class _Product(torch.autograd.Function):

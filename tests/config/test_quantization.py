@@ -15,7 +15,13 @@ PREFIX = "peft_config:\n  peft_type: PREFIX_TUNING\n  num_virtual_tokens: 4\n"
 
 @pytest.mark.parametrize(
     ("line", "value"),
-    [(NF4, "nf4"), ("quantization: 'nf4'", "nf4"), ("quantization: none", None), ("quantization: null", None), ("", None)],
+    [
+        (NF4, "nf4"),
+        ("quantization: 'nf4'", "nf4"),
+        ("quantization: none", None),
+        ("quantization: null", None),
+        ("", None),
+    ],
 )
 def test_the_base_model_is_quantized_on_request_only(tmp_path: Path, line: str, value: str | None) -> None:
     """Beside an adapter; `none` and null are as good as nothing, and the record says which it was."""
@@ -35,7 +41,9 @@ def test_another_value_is_refused_with_those_that_are_taken(tmp_path: Path, valu
     assert ("did you mean nf4?" in problem.fix) is (value in ("nf4x", "'nf4 '", "fp4"))
 
 
-@pytest.mark.parametrize("line", ["load_in_4bit: true", "quantization_bit: 4", "quantization_config: {load_in_4bit: true}"])
+@pytest.mark.parametrize(
+    "line", ["load_in_4bit: true", "quantization_bit: 4", "quantization_config: {load_in_4bit: true}"]
+)
 def test_the_keys_of_other_tools_are_answered_with_this_one(tmp_path: Path, line: str) -> None:
     """C4: three spellings of the same wish."""
     (problem,) = refused(tmp_path, rest=f"{line}\n{LORA}")
