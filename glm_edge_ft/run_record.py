@@ -68,7 +68,7 @@ def describe_model(prepared: Prepared) -> str:
     named = {"weights": memory.weights, "gradients": memory.gradients, "optimizer states": memory.optimizer}
     named |= {name: size for name, size in (("buffers", memory.buffers), ("offloaded", memory.host.total)) if size}
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in named.items())
-    quantized = f", {prepared.quantized:,} of them in 4 bits" if prepared.quantized else ""
+    quantized = f", {prepared.quantized:,} parameters in 4 bits" if prepared.quantized else ""
     frozen = ", the vision part stays as it is" if prepared.keeps_vision else ""
     return (
         f"model: {prepared.plan.location.name}, {total:,} parameters, {trainable:,} of them trained "

@@ -113,7 +113,7 @@ def test_the_run_says_and_records_what_is_in_4_bits(run: Run, capsys: pytest.Cap
     # two layers of q and o (64 x 64), k and v (32 x 64), gate_up (256 x 64), down (64 x 128)
     count = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 256 * 64 + 64 * 128)
     assert record["facts"]["quantized_parameters"] == count
-    assert f", {count:,} of them in 4 bits" in capsys.readouterr().out
+    assert f", {count:,} parameters in 4 bits" in capsys.readouterr().out
     saved = other["facts"]["memory_bytes"]["weights"] - record["facts"]["memory_bytes"]["weights"]
     scales = count // 64 + 2 * 6 * 4  # a byte a block, four bytes for at most 256 of them, of twelve layers
     tables = 12 * 4 * (16 + 256 + 1)
