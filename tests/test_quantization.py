@@ -104,6 +104,17 @@ def test_evaluation_does_not_change_training(run: Run) -> None:
     assert [name for name, values in weights(without).items() if "lora_B" in name and values.abs().sum() == 0] == []
 
 
+def test_batches_without_padding_train_as_padded_ones(run: Run) -> None:
+    """T3: the same losses and weights within 1e-5, rows of different length one behind another."""
+    settings: dict[str, Any] = {"peft": {**LORA, "lora_dropout": 0.0}, "max_steps": 3, "learning_rate": 1e-4}
+    padded = run("padded", **settings)
+    packed = run("packed", top={**NF4, "padding_free": True}, **settings)
+    for step, logged in losses(padded).items():
+        assert losses(packed)[step][0] == pytest.approx(logged[0], abs=1e-5)
+    for name, values in weights(padded).items():
+        torch.testing.assert_close(weights(packed)[name], values, rtol=0, atol=1e-5, msg=name)
+
+
 def test_the_run_says_and_records_what_is_in_4_bits(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """The count of weights, and an estimate that is smaller by them, to the byte."""
     output, plain = run(max_steps=1), run("plain", top={}, max_steps=1)
