@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.training.pickles import check_pickles
 from glm_edge_ft.training.processes import PROCESSES_FILE, read_processes
 from tests.conftest import TokenizerMaker
 from tests.launch import REPOSITORY, ZERO_2, ZERO_3, launch
@@ -135,6 +136,21 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(runs: Runs, folder: Path
     expected = losses(runs(kind, mode))
     assert losses(output) == {step: expected[step] for step in (5, 6)}
     assert_same_bits(runs(kind, mode), output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "kind"), [("zero2", "lora"), ("zero2", "full"), ("zero3", "lora"), ("zero3", "full")])
+def test_a_run_in_bf16_goes_on_as_if_never_interrupted(folder: Path, mode: str, kind: str) -> None:
+    """R1, R3: DeepSpeed keeps other files then, `bf16_zero_*`; what their pickles call is known."""
+    whole, resumed = (folder / f"{name}-bf16-{mode}-{kind}" for name in ("whole", "resumed"))
+    settings = {**TRAINING, "bf16": True, "per_device_train_batch_size": 2, **MODES[mode], "peft": KINDS[kind]}
+    launch(whole, folder / "data", folder / "model", processes=2, **settings)
+    assert list(whole.glob("checkpoint-4/global_step4/bf16_zero_*"))
+    assert check_pickles(whole / "checkpoint-4") == []
+    copy_checkpoint(whole, resumed)
+    launch(resumed, folder / "data", folder / "model", processes=2, resume="yes", **settings)
+    assert losses(resumed) == {step: losses(whole)[step] for step in (5, 6)}
+    assert_same_bits(whole, resumed)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,6 +247,29 @@ def test_deepspeeds_pickles_are_looked_through_too(tmp_path: Path, content: str)
         "is a pickle that would call posix.mkdir" if content == "zip" else "cannot be read: "
     )
     assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_known"),
+    [
+        ("deepspeed.runtime.zero.config\nsys.modules", False),
+        ("deepspeed.runtime.zero.config\nsys", False),
+        ("deepspeed.runtime.engine\nDeepSpeedEngine", False),
+        ("deepspeed.runtime.zero.config\nZeroStageEnum", True),
+    ],
+)
+def test_a_module_of_deepspeed_opens_no_way_to_what_it_imports(tmp_path: Path, name: str, is_known: bool) -> None:
+    """R1: what its states hold is known name by name; from protocol 4 on, a dotted name reaches `os` by a module."""
+    path = tmp_path / "checkpoint-2" / "global_step2" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w") as changed:
+        for entry in plain.namelist():
+            program = f"c{name}\n.".encode() if entry.endswith("data.pkl") else b""
+            changed.writestr(entry, b"\x80\x04" + program if program else plain.read(entry))
+    found = [problem.what for problem in check_pickles(tmp_path / "checkpoint-2")]
+    named = name.replace("\n", ".")
+    assert found == ([] if is_known else [f"is a pickle that would call {named}: nothing of it was read"])
 
 
 def test_checkpoints_of_this_toolkit_pass(chat_folder: Path) -> None:

@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer, GlmConfig, GlmForCausalLM
 
+from glm_edge_ft import recipe
 from glm_edge_ft.data import collator
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
 from glm_edge_ft.model.glm_edge_v_config import VISION_PREFIX
+from glm_edge_ft.preflight import RunRequest
+from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, assert_same_bits, do_run, losses, metrics, weights
+from tests.runs import LORA, PREFIX, assert_same_bits, do_run, losses, metrics, weights, write_chat_data
 from tests.vision_folders import (
     PLACEHOLDERS,
     draw,
@@ -28,8 +31,10 @@ from tests.vision_folders import (
     save_vision_folder,
     text_part,
     turns,
+    write_vision_data,
 )
 
+SHIPPED = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 Run = Callable[..., Path]
 Row = dict[str, Any]
 ADAPTERS = pytest.mark.parametrize("peft", [LORA, None, PREFIX], ids=["lora", "full", "prefix"])
@@ -387,3 +392,19 @@ def test_check_counts_image_tokens_apart(run: Run, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     assert any(line.split()[:2] == ["image", str(9 * PLACEHOLDERS)] for line in text.splitlines()), text
     assert "check passed" in text
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize("takes_images", [False, True], ids=["finetune", "finetune_vision"])
+def test_both_scripts_take_every_shipped_config(
+    tmp_path: Path, vision_model: Path, make_tokenizer: TokenizerMaker, path: Path, takes_images: bool
+) -> None:
+    """C1: all checks of a run pass, each script with a model and data of its own; nothing is trained."""
+    model = vision_model if takes_images else save_model_folder(tmp_path / "chat", make_tokenizer("glm"))
+    data = (write_vision_data if takes_images else write_chat_data)(tmp_path / "data")
+    report, output = tmp_path / "report.json", tmp_path / "output"
+    overrides = (f"training_args.output_dir={output}", "training_args.dataloader_num_workers=0")
+    recipe.run(RunRequest(data, str(model), path, None, overrides, True, None, report, takes_images))
+    rows = len((data / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    assert json.loads(report.read_text(encoding="utf-8"))["data"]["train"]["rows"] == rows
+    assert not output.exists()

@@ -69,6 +69,23 @@ def test_worker_processes_give_the_same_bytes(
         assert (alone.folder / name).read_bytes() == (together.folder / name).read_bytes()
 
 
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_bar_shows_how_far_the_encoding_is(
+    make_encoder: EncoderMaker,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    num_proc: int,
+) -> None:
+    """D5: on stderr, in rows; the last it shows is their number."""
+    path = write_rows([row(question="how are you " * (number % 50)) for number in range(700)])
+    monkeypatch.setattr("glm_edge_ft.data.workers.BYTES_PER_PROCESS", 1)
+    build_dataset([path], make_encoder("glm"), num_proc, tmp_path / "cache")
+    shown = capsys.readouterr().err.rstrip("\n").split("\r")[-1]
+    assert shown.startswith("encoding train.jsonl: 700 rows [")
+
+
 def test_problems_of_worker_processes_arrive_in_order(
     make_encoder: EncoderMaker, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,35 @@ def test_three_thousand_rows_of_one_image_are_small(backend: Tokenizer, write_ro
     assert sum(size.values()) < 3000 * 4096
     assert size[cache.IMAGE_PATHS_FILE] == 3000 * len("pictures/one.jpg")
     assert size[cache.IMAGE_ENDS_FILE] == 3000 * 8
+
+
+MEASURE = """
+import pickle, sys
+from pathlib import Path
+dataset, collator = pickle.loads(Path(sys.argv[1]).read_bytes())
+rows = [len(collator([dataset[row] for row in range(at, at + 6)])["pixel_values"]) for at in range(0, len(dataset), 6)]
+status = Path("/proc/self/status").read_text()
+print(sum(rows), status.split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_memory_does_not_grow_with_the_rows_of_one_image(
+    backend: Tokenizer, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    """I1: an epoch over 3,000 rows, whose pixels are 113 MB, takes less than 10 MB more than one over 300."""
+    write_images(tmp_path)
+    collator = VisionCollator(PaddedCollator(PAD), image_processor_of(tmp_path, size={"height": 56, "width": 56}))
+    peaks = []
+    for count in (300, 3000):
+        file = write_rows([[user(image("red.png"), text(f"hello {number}")), REPLY] for number in range(count)])
+        (tmp_path / "pickled").write_bytes(pickle.dumps((built(backend, file), collator)))
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / "pickled")]
+        rows, kilobytes = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+        assert rows == count
+        peaks.append(kilobytes)
+    assert peaks[1] - peaks[0] < 10_000
 
 
 def test_the_cache_knows_the_settings_of_images(
