@@ -19,6 +19,7 @@ from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
 from glm_edge_ft.deploy.export_gguf import ExportRequest, export_gguf
 from glm_edge_ft.deploy.merge import MergeRequest, merge
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.model.precision import look_at_machine
 from tests.conftest import TokenizerMaker
 from tests.deploy.gguf_files import model_key, read_gguf
 from tests.launch import start
@@ -102,6 +103,18 @@ def test_evaluation_does_not_change_training(run: Run) -> None:
     assert losses(between) == losses(without)
     assert_same_bits(without, between)
     assert [name for name, values in weights(without).items() if "lora_B" in name and values.abs().sum() == 0] == []
+
+
+@pytest.mark.skipif(not look_at_machine().cpu_has_bf16, reason="this CPU has no bfloat16 instructions")
+def test_in_16_bit_the_adapter_is_in_float32_and_a_resumed_run_the_same(run: Run) -> None:
+    """R3, C7: bfloat16 for what is computed; evaluated, resumed and saved so."""
+    settings: dict[str, Any] = {"bf16": True, "val": "dev.jsonl", "eval_strategy": "steps", "eval_steps": 2}
+    whole = run("whole", save_steps=4, **settings)
+    resumed = resume_from_4(run, whole, **settings)
+    assert losses(resumed) == {step: line for step, line in losses(whole).items() if step > 4}
+    assert_same_bits(whole, resumed)
+    assert {values.dtype for values in weights(whole).values()} == {torch.float32}
+    assert any(torch.count_nonzero(values - values.bfloat16().float()) for values in weights(whole).values())
 
 
 def test_batches_without_padding_train_as_padded_ones(run: Run) -> None:

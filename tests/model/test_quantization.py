@@ -12,7 +12,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from glm_edge_ft.config import load_config
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.memory_table import build_released_model
 from glm_edge_ft.model.adapters import apply_adapter, wrap_meta_model
 from glm_edge_ft.model.loading import Checkpoint, build_meta_model, load_weights, locate_model, read_checkpoint
 from glm_edge_ft.model.memory import estimate_memory, measure_size
@@ -33,6 +35,7 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 LAYERS = 2
+ROOT = Path(__file__).resolve().parents[2]
 IN_4_BITS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_up_proj")
 
 
@@ -193,6 +196,20 @@ def test_the_estimate_knows_every_byte_of_the_weights(name: str, dtype: torch.dt
     model = apply_adapter(load_weights(checkpoint, dtype, "nf4"), settings)
     assert size.quantized == sum(layer.weight.quant_state.shape.numel() for layer in four_bit_layers(model).values())
     assert estimate_memory(size, str(dtype).removeprefix("torch.")).weights == storage_bytes(model)
+
+
+@pytest.mark.parametrize("name", ["glm-edge-4b-chat", "glm-edge-1.5b-chat"])
+def test_the_readmes_tell_the_estimate_of_the_released_models(name: str) -> None:
+    """GB of weights in 4 bits and in 16, with the adapter of the shipped config."""
+    settings = load_config(ROOT / "configs" / "lora.yaml").peft_config
+    told = []
+    for quantization in ("nf4", None):
+        twin = build_released_model(name)
+        quantize_twin(twin, quantization)
+        estimate = estimate_memory(measure_size(wrap_meta_model(settings, twin)), "bfloat16")
+        told.append(f"{estimate.weights / 1e9:.1f}")
+    for readme, words in (("README.md", "{} GB instead of {}"), ("README_zh.md", "占 {} GB，而不是 {} GB")):
+        assert words.format(*told) in (ROOT / readme).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
