@@ -157,6 +157,11 @@ def settle(model: PreTrainedModel, compute: torch.dtype) -> None:
         return
     from bitsandbytes.nn import Linear4bit
 
+    quantizer: Any = model.hf_quantizer
+    if quantizer.pre_quantized and not model._keep_in_fp32_modules:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # transformers leaves these as they are stored
+                parameter.data = parameter.data.to(compute)
     torn = []
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):

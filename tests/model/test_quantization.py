@@ -147,19 +147,21 @@ def test_loss_and_gradients_are_those_of_its_own_numbers(checkpoint: Checkpoint,
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_a_16_bit_file_is_computed_with_as_exactly(folder: Path, tmp_path: Path) -> None:
+def test_a_file_of_4_bits_made_in_16_bit_is_computed_with_as_exactly(folder: Path, tmp_path: Path) -> None:
     """The weights as plain numbers are in the format of the run, forwards and backwards, not in that of the file."""
-    shutil.copytree(folder, tmp_path / "model")
-    stored: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    stored.save_pretrained(tmp_path / "model")
-    checkpoint = read_checkpoint(locate_model(str(tmp_path / "model")))
-    test_loss_and_gradients_are_those_of_its_own_numbers(checkpoint, LORA)
-    weight: Any = next(iter(four_bit_layers(load_weights(checkpoint, torch.float32, "nf4")).values())).weight
-    numbers = dict(load_weights(checkpoint, torch.float32, "nf4").dequantize(torch.float32).named_parameters())
-    assert weight.quant_state.dtype == torch.float32
-    assert any(
-        torch.count_nonzero(values - values.bfloat16().float()) for name, values in numbers.items() if "q_proj" in name
-    )
+    shutil.copytree(folder, tmp_path / "plain")
+    half: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "plain")
+    stored = save_quantized(tmp_path / "stored", tmp_path / "plain", ("down_proj",))
+    model: Any = load_weights(stored, torch.float32)
+    plain = plain_copy(read_checkpoint(locate_model(str(tmp_path / "plain"))), model)
+    numbers = plain.model.layers[0].self_attn.q_proj.weight
+    assert torch.count_nonzero(numbers - numbers.bfloat16().float())
+    loss, gradients = loss_and_gradients(with_adapter(model, LORA))
+    expected, expected_gradients = loss_and_gradients(with_adapter(plain, LORA))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_an_evaluation_in_between_changes_no_bit_and_no_gradient(checkpoint: Checkpoint) -> None:
