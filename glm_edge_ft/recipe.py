@@ -221,6 +221,7 @@ def build_trainer(
 
     from glm_edge_ft.model.adapters import apply_adapter
     from glm_edge_ft.model.loading import load_weights
+    from glm_edge_ft.model.lora_inputs import leave_input_format
     from glm_edge_ft.model.packed_attention import use_attention
     from glm_edge_ft.model.saved_folder import complete_saved_folder
     from glm_edge_ft.training.logs import RunLog
@@ -234,6 +235,8 @@ def build_trainer(
     install_supervised_loss(base)
     torch.manual_seed(args.seed)  # the adapter's first values
     model = apply_adapter(base, config.peft_config, prepared.keeps_vision)
+    if (args.bf16 or args.fp16) and not args.deepspeed:  # under DeepSpeed all weights are in 16 bit, without autocast
+        leave_input_format(model)
     features = keep_image_features(prepared, base)
     trainer = GlmEdgeTrainer(
         model=model,

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glm_edge_ft.model.lora_dropout import LoraDropout
+from glm_edge_ft.model.lora_inputs import LoraDropout, leave_input_format
 
 _INDEXING = (
     torch.ops.aten.index.Tensor,
@@ -157,6 +157,8 @@ def trace_step(
         layers = settings.pop("every_n_layers", 1)
         settings.pop("offload", None)
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None, every_n_layers=layers)
+    if formats.autocast is not None:
+        leave_input_format(model)
     if formats.on_gpu:
         _take_dropout_of_gpu(model)
     counter = _Storages(batch.supervised)

@@ -156,7 +156,7 @@ def wrap_meta_model(
     """
     from peft import get_peft_model
 
-    from glm_edge_ft.model.lora_dropout import share_dropout
+    from glm_edge_ft.model.lora_inputs import share_dropout
 
     if settings is None:
         return apply_adapter(meta_model, None, keep_vision)
@@ -289,7 +289,7 @@ def apply_adapter(
     """
     from peft import get_peft_model
 
-    from glm_edge_ft.model.lora_dropout import share_dropout
+    from glm_edge_ft.model.lora_inputs import share_dropout
 
     if settings is None:
         model.requires_grad_(True)

@@ -23,6 +23,7 @@ from glm_edge_ft.model.activations import BatchShape, StepFormats
 from glm_edge_ft.model.adapters import apply_adapter, freeze_vision
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
+from glm_edge_ft.model.lora_inputs import leave_input_format
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.model.vision_fixtures import Shape, released_config
 from tests.model_folders import tiny_config
@@ -78,6 +79,8 @@ def measure(name: str) -> int:
     base = build_model(name, formats)
     install_supervised_loss(base)
     model: Any = apply_adapter(base, settings)
+    if formats.autocast is not None:
+        leave_input_format(model)
     if name == "vision kept":
         freeze_vision(model)
     model.train()

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from glm_edge_ft.model.adapters import apply_adapter
-from glm_edge_ft.model.lora_dropout import LoraDropout, share_dropout
+from glm_edge_ft.model.lora_inputs import LoraDropout, leave_input_format, share_dropout
 from tests.model_folders import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
@@ -140,3 +140,38 @@ def test_evaluation_drops_nothing_and_a_seed_repeats_a_mask() -> None:
     torch.manual_seed(9)
     assert torch.equal(dropout.drop(inputs), first)
     assert dropout.eval()(inputs) is inputs
+
+
+@pytest.mark.parametrize("base_format", [torch.float32, torch.bfloat16])
+def test_inputs_left_in_16_bit_give_the_same_bits_and_no_copy(base_format: torch.dtype) -> None:
+    """Under autocast: loss and gradients equal those with PEFT's copies in float32, bit for bit."""
+
+    def step(leave: bool) -> tuple[list[torch.Tensor], set[torch.dtype]]:
+        torch.manual_seed(1)
+        settings = {**SETTINGS, "target_modules": ["q_proj", "o_proj", "down_proj"]}  # each reads an input of its own
+        base: Any = tiny_model()
+        model = apply_adapter(base.to(base_format), settings).train()
+        if leave:
+            leave_input_format(model)
+        seen: set[torch.dtype] = set()
+        dropout_of(model, "o_proj").register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        return [loss.detach(), *(weight.grad for weight in model.parameters() if weight.grad is not None)], seen
+
+    (plain, copied), (left, kept) = step(leave=False), step(leave=True)
+    assert copied == {torch.float32}
+    assert kept == {torch.bfloat16}
+    assert len(plain) == len(left) > 10
+    assert all(torch.equal(one, other) for one, other in zip(plain, left, strict=True))
+
+
+def test_dora_keeps_its_own_way() -> None:
+    """A variant of LoRA mixes its inputs with float32 weights outside of autocast's operators."""
+    model = adapted(use_dora=True)
+    leave_input_format(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.get_decoder().layers[0].self_attn.q_proj.cast_input_dtype_enabled

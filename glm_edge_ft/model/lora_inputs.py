@@ -1,4 +1,4 @@
-"""The dropout in front of LoRA's matrices: once for the layers that read the same input, with few random bits.
+"""What LoRA does to the inputs of its layers: once for the layers that read the same one, with few random bits.
 
 PEFT gives each adapted layer a dropout of its own. The projections for queries, keys and values read one input: three
 masks are drawn for it, and three dropped copies of it are kept for the backward pass. Here they share one, as in LoRA's
@@ -79,6 +79,21 @@ def share_dropout(model: torch.nn.Module) -> None:
         alone = set(layers).difference(*groups)
         for group in (*groups, *([name] for name in sorted(alone))):
             _share([layers[name].lora_dropout for name in group])
+
+
+def leave_input_format(model: torch.nn.Module) -> None:
+    """Let the LoRA layers of `model` take their inputs as they come; it must be run under autocast from now on.
+
+    PEFT turns 16-bit inputs into the float32 of the matrices, and autocast turns what was dropped of them back into 16
+    bits: the same numbers, by way of a copy of twice the size in each layer.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if (
+            isinstance(layer, LoraLayer) and not layer.lora_variant
+        ):  # a variant, such as DoRA, computes with them itself
+            layer.cast_input_dtype_enabled = False
 
 
 def _share(dropouts: list[torch.nn.ModuleDict]) -> None:
