@@ -1,0 +1,58 @@
+"""Runs whose model torch.compile translates first, against the same runs without it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import LORA, do_run, losses, metrics, weights
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+]
+STEADY = LORA | {"lora_dropout": 0.0}
+
+
+def test_a_compiled_run_learns_the_same(chat_folder: Path) -> None:
+    """Losses, norms, evaluation and the saved adapter: those of the plain run, up to the order of summation."""
+    plain, compiled = (
+        do_run(
+            chat_folder / name,
+            chat_folder / "data",
+            chat_folder / "model",
+            peft=STEADY,
+            val="dev.jsonl",
+            eval_strategy="steps",
+            eval_steps=6,
+            torch_compile=name == "compiled",
+        )
+        for name in ("plain", "compiled")
+    )
+    assert len(losses(plain)) == 6
+    for step, logged in losses(plain).items():
+        assert losses(compiled)[step] == pytest.approx(logged, abs=1e-4), step
+    evaluations = [
+        [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line] for folder in (plain, compiled)
+    ]
+    assert evaluations[1] == pytest.approx(evaluations[0], abs=1e-4)
+    expected = weights(plain)
+    assert weights(compiled).keys() == expected.keys()
+    for name, values in weights(compiled).items():
+        torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-3, msg=name)
+
+
+def test_a_compiled_run_goes_on_from_its_checkpoint(chat_folder: Path) -> None:
+    """With dropout: what follows the checkpoint equals the uninterrupted compiled run."""
+    data, model = chat_folder / "data", chat_folder / "model"
+    whole = do_run(chat_folder / "whole", data, model, torch_compile=True)
+    part = do_run(chat_folder / "part", data, model, torch_compile=True)
+    for name in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(part / name)
+    do_run(part, data, model, resume="yes", torch_compile=True)
+    assert {step: losses(part)[step] for step in (3, 4, 5, 6)} == pytest.approx(
+        {step: losses(whole)[step] for step in (3, 4, 5, 6)}, abs=1e-4
+    )
