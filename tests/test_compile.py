@@ -53,6 +53,5 @@ def test_a_compiled_run_goes_on_from_its_checkpoint(chat_folder: Path) -> None:
     for name in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(part / name)
     do_run(part, data, model, resume="yes", torch_compile=True)
-    assert {step: losses(part)[step] for step in (3, 4, 5, 6)} == pytest.approx(
-        {step: losses(whole)[step] for step in (3, 4, 5, 6)}, abs=1e-4
-    )
+    for step in (3, 4, 5, 6):
+        assert losses(part)[step] == pytest.approx(losses(whole)[step], abs=1e-5), step
