@@ -2,9 +2,9 @@
 
 `python -m pytest -m fault -s tests/test_kill.py` kills more than 200 times and prints what the kills hit; the default
 run kills a few times. A run is started, killed, continued, killed again, until it reaches its end; then the next one
-begins. The moments follow from a seed: some lie anywhere in the life of a process, others wait for a checkpoint that is
-being written, for one that has just got its name, for the final model, or for a line of the log. `KILLS=20` before the
-command sets another number for each kind of run.
+begins. Two rows of such runs go on side by side, each on a core of its own. The moments follow from a seed: some lie
+anywhere in the life of a process, others wait for a checkpoint that is being written, for one that has just got its
+name, for the final model, or for a line of the log. `KILLS=20` before the command sets another number for each kind.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,6 +35,8 @@ from tests.runs import LORA, assert_same_bits, do_run, metrics, write_chat_data
 from tests.vision_folders import save_vision_folder, write_vision_data
 
 SECONDS_BETWEEN_LOOKS = 0.002
+CORES, SIDE_BY_SIDE_FROM = 2, 10  # so many kills are worth two runs at a time
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two runs share two cores
 TIMED = ("_per_second", "_runtime", "peak_memory_bytes")
 EVERY_STEP: dict[str, Any] = {"max_steps": 6, "save_steps": 1}
 BEST: dict[str, Any] = {
@@ -103,7 +107,8 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path, backend: Tokenizer, ma
 
     def go(output: Path, resume: str | None = None) -> Started:
         settings = EVERY_STEP | kind.settings
-        return start(output, data, model, processes=kind.processes, resume=resume, script=kind.script, **settings)
+        how: dict[str, Any] = {"processes": kind.processes, "script": kind.script, "environment": ONE_THREAD}
+        return start(output, data, model, resume=resume, **how, **settings)
 
     began = time.monotonic()
     go(tmp_path / "whole").end()
@@ -114,7 +119,7 @@ def choose_moment(rng: Random, output: Path, seconds: float) -> Callable[[], boo
     """Return a function that tells whether the moment to kill has come."""
     began = time.monotonic()
     kind = rng.choice(("any", "any", "saving", "named", "logged", "final"))
-    count = rng.choice((1, 1, 2, 3))
+    wanted = rng.choice((1, 1, 2, 3))
     if kind == "any":
         end = began + rng.uniform(0, seconds)
         return lambda: time.monotonic() > end
@@ -126,9 +131,9 @@ def choose_moment(rng: Random, output: Path, seconds: float) -> Callable[[], boo
     def has_come() -> bool:
         named = len(list(output.glob("checkpoint-*"))) - before
         if kind == "saving":
-            happened = named >= count - 1 and any(output.glob(f"{STAGING_FOLDER}/*"))
+            happened = named >= wanted - 1 and any(output.glob(f"{STAGING_FOLDER}/*"))
         elif kind == "named":
-            happened = named >= count
+            happened = named >= wanted
         elif kind == "final":
             happened = any(output.glob(f"{STAGING_FOLDER}/{FINAL_FOLDER}/*"))
         else:
@@ -189,12 +194,25 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(
 ) -> None:
     """R1, R3: whole checkpoints alone are seen; weights, optimizer, random state and log are those of the whole run."""
     kills = int(os.environ.get("KILLS", kills))
+    rows = 1 if kills < SIDE_BY_SIDE_FROM else CORES // KINDS[kind].processes
+    shares = [kills // rows + (row < kills % rows) for row in range(rows)]
+    with ThreadPoolExecutor(rows) as pool:
+        done = [pool.submit(kill_many, bench, tmp_path, kind, count(row + 1, rows), shares[row]) for row in range(rows)]
+        hits, runs = zip(*[future.result() for future in done], strict=True)
+    hit = sum(hits, Counter[str]())
+    assert hit.total() == kills
+    print(f"\n{kind}: {hit.total()} kills in {sum(runs)} runs: {dict(hit)}")
+
+
+def kill_many(bench: Bench, folder: Path, kind: str, seeds: Iterator[int], kills: int) -> tuple[Counter[str], int]:
+    """Kill run after run until their number is reached, and compare each end; return what was hit, and the runs."""
     hit: Counter[str] = Counter()
-    seed = 0
+    runs = 0
     while hit.total() < kills:
-        seed += 1
+        seed = next(seeds)
+        runs += 1
         rng = Random(f"{kind}-{seed}")
-        output = tmp_path / f"killed-{seed}"
+        output = folder / f"killed-{seed}"
         while hit.total() < kills and (what := kill_at_random(bench, output, rng)) is not None:
             hit[what] += 1
             print(end=".", flush=True)
@@ -203,7 +221,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(
         assert_same_ends(bench.whole, output, f"{kind}, seed {seed}")
         shutil.rmtree(output)
         print(f"{kind}, seed {seed}: {dict(hit)}", flush=True)
-    print(f"\n{kind}: {hit.total()} kills in {seed} runs: {dict(hit)}")
+    return hit, runs
 
 
 def assert_same_ends(whole: Path, killed: Path, label: str) -> None:
