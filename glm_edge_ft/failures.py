@@ -31,11 +31,7 @@ _DISK_ERRORS = {
     errno.EIO: "the disk fails",
 }
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # so safetensors and tokenizers end their messages
-_TORCH_SAVE = (
-    "inline_container",
-    "PytorchStreamWriter",
-    "iostream",
-)  # torch.save tells neither the file nor the reason
+_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream")  # it tells neither the file nor the reason
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "failed to map segment")
 _LOADER_DIED = "DataLoader worker (pid"
 _FROM_LOADER = re.compile(r"\ACaught RunStopped in DataLoader .*\bRunStopped: (.*)\Z", re.DOTALL)
