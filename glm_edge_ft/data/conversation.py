@@ -111,35 +111,33 @@ def parse_conversation(row: RawRow, rendered_roles: frozenset[str], max_images: 
         UserError: every mistake of the row, each with `file:line` and the message's index.
     """
     problems = ProblemList()
-    value = row.value
+    place, value = row.place, row.value
     tools: Any = None
     ignored: tuple[str, ...] = ()
     if isinstance(value, dict):
         tools = value.get("tools")
         ignored = tuple(key for key in value if key not in ("messages", "tools"))
-        _check_tools(row.place, tools, problems)
-        raw_messages = _messages_of(row.place, value, problems)
+        _check_tools(place, tools, problems)
+        raw_messages = _messages_of(place, value, problems)
     else:
         raw_messages = value
         if not isinstance(value, list):
-            problems.add(row.place, f"a row must be an object or a list, this one is {shown(value)}", f"write {_SHAPE}")
+            problems.add(place, f"a row must be an object or a list, this one is {shown(value)}", f"write {_SHAPE}")
     problems.raise_if_any()
     if not isinstance(raw_messages, list):
-        problems.add(row.place, f"'messages' must be a list, it is {shown(raw_messages)}", f"write {_SHAPE}")
+        problems.add(place, f"'messages' must be a list, it is {shown(raw_messages)}", f"write {_SHAPE}")
     elif not raw_messages:
-        problems.add(
-            row.place, "'messages' is empty", "write at least a user and an assistant message, or remove the row"
-        )
+        problems.add(place, "'messages' is empty", "write at least a user and an assistant message, or remove the row")
     problems.raise_if_any()
     takes_images = max_images is not None
     parsed = [
-        _message(row.place, index, raw, rendered_roles, problems, takes_images=takes_images)
+        _message(place, index, raw, rendered_roles, problems, takes_images=takes_images)
         for index, raw in enumerate(raw_messages)
     ]
     problems.raise_if_any()
     messages = tuple(message for message in parsed if message is not None)
-    _check_supervision(row.place, messages, problems)
-    _check_image_count(row.place, messages, max_images, problems)
+    _check_supervision(place, messages, problems)
+    _check_image_count(place, messages, max_images, problems)
     problems.raise_if_any()
     return Conversation(messages, tuple(tools) if tools is not None else None, row.file, row.line, ignored)
 

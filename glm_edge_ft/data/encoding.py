@@ -18,6 +18,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,8 @@ from glm_edge_ft.data.template import (
     probe_reply_format,
 )
 from glm_edge_ft.errors import Problem, UserError
+
+_START, _END = itemgetter(0), itemgetter(1)  # of a token's offsets
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class EncodedRow:
     @property
     def supervised(self) -> int:
         """Number of tokens that bear loss."""
-        return int(self.loss_mask.sum())
+        return int(np.count_nonzero(self.loss_mask))
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,7 @@ class _Located:
     """A tokenized conversation with its replies located in it."""
 
     ids: list[int]
-    starts: list[int]
-    ends: list[int]
+    offsets: list[tuple[int, int]]
     text: str
     replies: list[ReplySpan]
 
@@ -227,7 +229,6 @@ class ConversationEncoder:
     def _locate(self, conversation: Conversation, text: str, encoding: Encoding) -> _Located:
         ids = encoding.ids
         offsets = encoding.offsets
-        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
         replies: list[ReplySpan] = []
         last = len(conversation.messages) - 1
         if conversation.messages[last].role == "assistant" and not self.reply_format.closing_stops:
@@ -236,16 +237,16 @@ class ConversationEncoder:
             if message.role != "assistant":
                 continue
             begin, stop = self._reply_characters(conversation, index, text)
-            first = bisect_right(ends, begin)
-            if first < len(starts) and starts[first] < begin and ids[first] in self.tokenizer.special_ids:
+            first = bisect_right(offsets, begin, key=_END)
+            if first < len(offsets) and offsets[first][0] < begin and ids[first] in self.tokenizer.special_ids:
                 first += 1
-            end = max(first, bisect_left(starts, stop))
+            end = max(first, bisect_left(offsets, stop, key=_START))
             if not self.reply_format.closing_stops and end < len(ids) and ids[end] in self.reply_format.stop_ids:
                 end += index == last or self._has_header(conversation, index)
             replies.append(ReplySpan(index, first, end, message.supervised))
             if message.supervised and first > self.budgets.max_input_length:
                 break  # this turn and all later ones will not be kept
-        return _Located(ids, starts, ends, text, replies)
+        return _Located(ids, offsets, text, replies)
 
     def _has_header(self, conversation: Conversation, index: int) -> bool:
         # Without a text of its own before the next content, a stop token there would be the user's.
@@ -312,8 +313,8 @@ def _role_tokens(conversation: Conversation, located: _Located, length: int, ima
             if start < 0:
                 continue
         position = start + len(content)
-        first = bisect_right(located.ends, start)
-        end = min(bisect_left(located.starts, position), length)
+        first = bisect_right(located.offsets, start, key=_END)
+        end = min(bisect_left(located.offsets, position, key=_START), length)
         counts[role if role in counts else "other"] += max(0, end - first)
     template = length - sum(counts.values()) - image_tokens
     return RoleTokens(**counts, template=template, image=image_tokens)

@@ -6,10 +6,12 @@ that it holds for any template whose turns are prefixes of the whole conversatio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jinja2 import Template
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
@@ -85,15 +87,14 @@ class ChatTemplate:
             messages = [_with_parts(message) for message in messages]
         try:
             if tools is None and all(map(_is_plain, messages)):
-                template = _compile_jinja_template(self.source)
-                text: str = template.render(
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
+                variables = {
+                    "messages": messages,
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
                     **self.special_tokens,
-                )
-                return text
+                }
+                return _render_plain(self.source, variables)
             render: Any = render_jinja_template  # its annotations do not say what it returns
             rendered, _ = render(
                 conversations=[[_without_nulls(message) for message in messages]],
@@ -107,9 +108,28 @@ class ChatTemplate:
             raise TemplateRefusal(str(error) or type(error).__name__) from error
 
 
+@functools.lru_cache
+def _compiled(source: str) -> tuple[Template, dict[str, Any]]:
+    # The template and the names that every rendering has, in a plain dictionary.
+    template = _compile_jinja_template(source)
+    return template, dict(template.globals)
+
+
+def _render_plain(source: str, variables: Mapping[str, Any]) -> str:
+    # What `Template.render` does; that one looks through the chain of global names anew for each rendering, which takes
+    # longer than the rendering of a short conversation.
+    template, names = _compiled(source)
+    environment = template.environment
+    parent = {**names, **variables}
+    context = environment.context_class(environment, parent, template.name, template.blocks, globals=names)
+    return "".join(template.root_render_func(context))
+
+
 def _is_plain(message: Mapping[str, Any]) -> bool:
-    values = (value for key, value in message.items() if key != "content" or type(value) is not list)
-    return all(type(value) is str for value in values) and _REASONING_KEYS.isdisjoint(message)
+    for key, value in message.items():
+        if (type(value) is not str and (key != "content" or type(value) is not list)) or key in _REASONING_KEYS:
+            return False
+    return True
 
 
 def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:

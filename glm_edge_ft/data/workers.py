@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -75,6 +76,8 @@ def _start_worker(encoder: ConversationEncoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, which then ends the workers
     _worker_encoder = encoder
+    gc.collect()
+    gc.freeze()  # modules and encoder stay: the collections that many short-lived tuples cause need not walk them
 
 
 def _work(rows: list[RawRow | Problem]) -> EncodedChunk:

@@ -1,0 +1,38 @@
+"""Encodes a data file, or opens what was encoded, in a process of its own; started by `tests.bench.encoding`.
+
+    python -m tests.bench.encode_process DATA_FILE MODEL PROCESSES CACHE
+
+prints one line of JSON: rows, seconds of `build_dataset` with the report on the data, and the ids and supervised tokens
+of the first 200 rows. Imports, and loading the tokenizer, come before the clock starts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    """Encode and report."""
+    from transformers import AutoTokenizer
+
+    from glm_edge_ft.data.dataset import build_dataset
+    from glm_edge_ft.data.encoding import ConversationEncoder
+    from tests.bench.workload import STOP_TOKENS
+
+    path, model, processes, cache = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encoder = ConversationEncoder(tokenizer, tokenizer.convert_tokens_to_ids(STOP_TOKENS), 2048, 2048)
+    start = time.perf_counter()
+    dataset, _ = build_dataset([path], encoder, processes, cache, progress=False)
+    dataset.report()
+    seconds = time.perf_counter() - start
+    sample = dataset.rows_info[:200]
+    record = {"tokens": int(sample["length"].sum()), "supervised": int(sample["supervised"].sum())}
+    print(json.dumps({"rows": len(dataset), "seconds": seconds, **record}))
+
+
+if __name__ == "__main__":  # worker processes import this module, and do nothing then
+    main()
