@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 IGNORED_LABEL = -100
 CHUNK_TOKENS = 512  # 512 x 59,264 logits are 121 MB in float32
+SOFTMAX_TOKENS = 64  # of them, whose probabilities are held at once
 
 
 def supervised_cross_entropy(
@@ -86,6 +87,23 @@ def _is_only_passed_through(hidden_states: torch.Tensor, lm_head: torch.nn.Modul
     )
 
 
+def _turn_into_gradient(logits: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:
+    """Return the summed cross entropy over a divisor; write its gradient in the place of `(tokens, vocabulary)` logits.
+
+    The same bits as autograd's, which holds three tensors of the logits' size beside them; here these are of some rows.
+    """
+    taught = torch.empty(len(targets), 1, dtype=torch.float32, device=logits.device)
+    for start in range(0, len(targets), SOFTMAX_TOKENS):
+        place = slice(start, start + SOFTMAX_TOKENS)
+        with torch.enable_grad():
+            rows = logits[place].detach().requires_grad_()
+            log_probabilities = F.log_softmax(rows.float(), dim=-1)
+            loss = F.nll_loss(log_probabilities, targets[place], reduction="sum") / divisor
+        taught[place] = log_probabilities.detach().gather(1, targets[place, None])
+        (logits[place],) = torch.autograd.grad(loss, rows)
+    return F.nll_loss(taught, torch.zeros_like(targets), reduction="sum") / divisor
+
+
 class _LossWithGradient(torch.autograd.Function):
     """The loss of hidden states over a divisor, whose gradient is there when the forward pass ends."""
 
@@ -104,9 +122,10 @@ class _LossWithGradient(torch.autograd.Function):
             place = slice(start, start + CHUNK_TOKENS)
             with torch.enable_grad():
                 chunk = hidden_states[place].detach().requires_grad_()
-                loss = _summed_loss(chunk, targets[place], lm_head) / divisor
-                (gradient[place],) = torch.autograd.grad(loss, chunk)
-            total += loss.detach()
+                logits = lm_head(chunk)
+            total += _turn_into_gradient(logits.detach(), targets[place], divisor)
+            (gradient[place],) = torch.autograd.grad(logits, chunk, logits.detach())
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(gradient)
         return total
 

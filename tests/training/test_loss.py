@@ -159,3 +159,21 @@ def test_the_result_is_float32_for_bfloat16_weights() -> None:
     expected = torch.nn.functional.cross_entropy(head(hidden[0, :3]).float(), torch.tensor([3, 4, 5]))
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divisor", [7, torch.tensor(1234)])
+@pytest.mark.parametrize("tokens", [1, 64, 150])
+def test_a_gradient_in_the_place_of_logits_is_autograds(
+    tokens: int, divisor: torch.Tensor | int, dtype: torch.dtype
+) -> None:
+    """Loss and gradient of a frozen head's logits are bit for bit those of `cross_entropy` on all rows at once."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(tokens, 1003, generator=generator) * 3).to(dtype).requires_grad_()
+    targets = torch.randint(0, 1003, (tokens,), generator=generator)
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / divisor
+    (wanted,) = torch.autograd.grad(expected, logits)
+    gradient = logits.detach().clone()
+    value = loss._turn_into_gradient(gradient, targets, divisor)
+    assert torch.equal(value, expected.detach())
+    assert torch.equal(gradient, wanted)
