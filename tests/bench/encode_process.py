@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -24,12 +25,14 @@ def main() -> None:
 
     path, model, processes, cache = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     tokenizer = AutoTokenizer.from_pretrained(model)
-    encoder = ConversationEncoder(tokenizer, tokenizer.convert_tokens_to_ids(STOP_TOKENS), 2048, 2048)
+    stop_ids: Any = tokenizer.convert_tokens_to_ids(STOP_TOKENS)
+    encoder = ConversationEncoder(tokenizer, stop_ids, 2048, 2048)
     start = time.perf_counter()
     dataset, _ = build_dataset([path], encoder, processes, cache, progress=False)
-    dataset.report()
+    report = dataset.report
     seconds = time.perf_counter() - start
     sample = dataset.rows_info[:200]
+    assert report.rows == len(dataset)
     record = {"tokens": int(sample["length"].sum()), "supervised": int(sample["supervised"].sum())}
     print(json.dumps({"rows": len(dataset), "seconds": seconds, **record}))
 

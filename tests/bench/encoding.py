@@ -117,7 +117,9 @@ def _report(rows: int, large: Encoded, opened: list[Encoded], found: list[list[E
         Ratio(f"start from the cache, {rows:,} rows", start, 3.0, at_least=False, unit="s"),
     ]
     names = (f"{rows // 10:,} rows of one turn", f"{rows // 40:,} rows of four turns")
-    table = [[f"{rows:,} rows of one turn", large.rows_per_second, large.peak_bytes / 1e6, "", ""]]
+    table: list[list[str | float]] = [
+        [f"{rows:,} rows of one turn", large.rows_per_second, large.peak_bytes / 1e6, "", ""]
+    ]
     for number, name in enumerate(names):
         ours = found[number]
         line = [name, statistics.median(one.rows_per_second for one in ours), ours[0].peak_bytes / 1e6, "", ""]

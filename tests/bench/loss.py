@@ -73,7 +73,8 @@ def main(
 ) -> None:
     """Measure both heads, compare the gradients and keep the result."""
     logits_bytes = tokens * vocabulary * 4
-    ratios, rows, measured = [], [], {}
+    ratios, measured = [], {}
+    rows: list[list[str | float]] = []
     with tempfile.TemporaryDirectory() as work:
         for head in HEADS:
             passes = [partial(run, Path(work), (tokens, hidden, vocabulary), head, whose) for whose in ("ours", "full")]

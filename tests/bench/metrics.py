@@ -106,7 +106,8 @@ def main(
     many, long = make_pairs(pairs, characters), [make_long_pair(words)]
     score_ours(long[:0] + many[:1])  # dictionaries are loaded before the clock starts, for both
     score_peer(many[:1])
-    ratios, rows, largest = [], [], 0.0
+    ratios, largest = [], 0.0
+    rows: list[list[str | float]] = []
     cases = (
         (f"BLEU and ROUGE of {pairs:,} pairs of {characters} characters", many, 10.0),
         (f"BLEU and ROUGE of one pair of {words:,} words", long, 1.0),
