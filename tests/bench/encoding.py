@@ -41,13 +41,13 @@ class Encoded:
         rows: how many it encoded or opened.
         seconds: how long that took, without imports.
         peak_bytes: the most memory that it, or a process that it started, held.
-        sample: ids and supervised tokens of the first 200 rows.
+        tokens: how many ids and how many supervised tokens.
     """
 
     rows: int
     seconds: float
     peak_bytes: int
-    sample: tuple[int, int]
+    tokens: tuple[int, int]
 
     @property
     def rows_per_second(self) -> float:
@@ -59,8 +59,8 @@ def run(command: Sequence[str]) -> Encoded:
     """Run a command that encodes, and return what it says of itself."""
     finished = run_process([*command], {"HF_HUB_OFFLINE": "1"})
     record = json.loads(finished.output.splitlines()[-1])
-    sample = (record["tokens"], record["supervised"])
-    return Encoded(record["rows"], record["seconds"], finished.peak_bytes, sample)
+    tokens = (record["tokens"], record["supervised"])
+    return Encoded(record["rows"], record["seconds"], finished.peak_bytes, tokens)
 
 
 def run_ours(work: Path, name: str, cache: Path | None = None) -> Encoded:
@@ -83,8 +83,8 @@ def write(path: Path, rows: int, turns: int) -> None:
 
 def check_same(ours: Encoded, theirs: Encoded) -> None:
     """Check that both found the same tokens. Ends the program where they did not."""
-    if ours.sample != theirs.sample:
-        sys.exit(f"ids and supervised tokens of 200 rows: ours {ours.sample}, the peer's {theirs.sample}")
+    if ours.tokens != theirs.tokens:
+        sys.exit(f"ids and supervised tokens: ours {ours.tokens}, the peer's {theirs.tokens}")
 
 
 def main(
@@ -122,7 +122,13 @@ def _report(rows: int, large: Encoded, opened: list[Encoded], found: list[list[E
     ]
     for number, name in enumerate(names):
         ours = found[number]
-        line = [name, statistics.median(one.rows_per_second for one in ours), ours[0].peak_bytes / 1e6, "", ""]
+        line: list[str | float] = [
+            name,
+            statistics.median(one.rows_per_second for one in ours),
+            ours[0].peak_bytes / 1e6,
+            "",
+            "",
+        ]
         if len(found) > number + 2:
             theirs = found[number + 2]
             check_same(ours[0], theirs[0])
@@ -145,7 +151,7 @@ def _report(rows: int, large: Encoded, opened: list[Encoded], found: list[list[E
                 "process are left out, as they are for the peer.",
                 "The start from the cache is the same call where the data was encoded before: the fingerprint of the "
                 "data file, opening, and the report.",
-                "Ids and supervised tokens of the first 200 rows are checked to be as many as the peer's.",
+                "Ids and supervised tokens are checked to be as many as the peer's.",
             ],
         )
     )

@@ -13,9 +13,9 @@ import time
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-TEMPLATE = (  # the model's, with the marks of what the assistant writes
-    "{% for item in messages %}{% if item['role'] == 'user' %}<|user|>\n{{ item['content'] }}"
-    "{% elif item['role'] == 'assistant' %}<|assistant|>"
+TEMPLATE = (  # renders as the model's does, and marks what the assistant writes: up to the token that ends its turn
+    "{% for item in messages %}{% if item['role'] == 'user' %}{% if loop.first %}<|user|>{% endif %}"
+    "{{ '\\n' + item['content'] }}{% elif item['role'] == 'assistant' %}<|assistant|>"
     "{% generation %}{{ '\\n' + item['content'] }}<|user|>{% endgeneration %}{% endif %}{% endfor %}"
 )
 
@@ -39,8 +39,7 @@ def main() -> None:
             encode, fn_kwargs={"tokenizer": tokenizer}, num_proc=processes, remove_columns=rows.column_names
         )
         seconds = time.perf_counter() - start
-        sample = encoded.select(range(200))
-        tokens, supervised = sum(map(len, sample["input_ids"])), sum(map(sum, sample["assistant_masks"]))
+        tokens, supervised = sum(map(len, encoded["input_ids"])), sum(map(sum, encoded["assistant_masks"]))
     print(json.dumps({"rows": len(encoded), "seconds": seconds, "tokens": tokens, "supervised": supervised}))
 
 
