@@ -40,6 +40,7 @@ class ImageFeatures:
         shape: (tokens_per_image, hidden).
         device: where `vision` computes.
         pixels: decodes an image, (3, 672, 672); for records that turn out to be damaged.
+        scale: pixels (1, 3, 672, 672) as the loader hands them on to what `vision` takes; None: they are that.
     """
 
     store: FeatureStore
@@ -48,6 +49,7 @@ class ImageFeatures:
     shape: tuple[int, int]
     device: torch.device
     pixels: Callable[[str], Any]
+    scale: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch of `VisionCollator` with `image_features`, (images, tokens_per_image, hidden), on `device`.
@@ -83,7 +85,8 @@ class ImageFeatures:
 
         is_mixed = self.dtype in (torch.bfloat16, torch.float16)
         with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=is_mixed):
-            return self.vision(pixels.unsqueeze(0).to(self.device))[0].to(self.dtype)
+            image = pixels.unsqueeze(0).to(self.device)
+            return self.vision(self.scale(image) if self.scale else image)[0].to(self.dtype)
 
     def _keep(self, record: int, vectors: torch.Tensor) -> None:
         import torch
@@ -102,7 +105,12 @@ class ImageFeatures:
             self.store.remove()
 
 
-def open_image_features(prepared: Prepared, model: Any, pixels: Callable[[str], Any]) -> ImageFeatures | None:
+def open_image_features(
+    prepared: Prepared,
+    model: Any,
+    pixels: Callable[[str], Any],
+    scale: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> ImageFeatures | None:
     """Return what keeps the vectors of the run's images; None where they are computed anew each time.
 
     That is where a weight of the vision part is trained, where it is shared among processes (ZeRO-3), where the config
@@ -112,6 +120,7 @@ def open_image_features(prepared: Prepared, model: Any, pixels: Callable[[str], 
         prepared: the run.
         model: the vision model with its weights, and the adapter in place.
         pixels: decodes an image.
+        scale: see `ImageFeatures`.
     """
     import torch
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -152,7 +161,7 @@ def open_image_features(prepared: Prepared, model: Any, pixels: Callable[[str], 
         f"images: the vision part computes each of {len(images):,} once; until the run has ended their vectors lie in "
         f"{folder}, {format_bytes(len(images) * record_bytes)} at most"
     )
-    return ImageFeatures(store, vision, dtype, shape, device, pixels)
+    return ImageFeatures(store, vision, dtype, shape, device, pixels, scale)
 
 
 def images_seen_again(prepared: Prepared) -> list[str]:

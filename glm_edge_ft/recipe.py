@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
+    from glm_edge_ft.data.pixels import PixelScale
     from glm_edge_ft.feature_cache import ImageFeatures
     from glm_edge_ft.model.packed_attention import Attention
     from glm_edge_ft.training.evaluation import EvaluationData, ReplyTools
@@ -128,8 +129,8 @@ def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], t
         raise
     show_results(trainer, plan)
     leave_together(trainer)
-    if trainer.image_features is not None:
-        trainer.image_features.remove()
+    if trainer.images is not None:
+        trainer.images.remove()
 
 
 def train_and_evaluate(trainer: GlmEdgeTrainer, plan: Plan, evaluations: Mapping[str, EvaluationData]) -> None:
@@ -237,23 +238,23 @@ def build_trainer(
     model = apply_adapter(base, config.peft_config, prepared.keeps_vision)
     if (args.bf16 or args.fp16) and not args.deepspeed:  # under DeepSpeed all weights are in 16 bit, without autocast
         leave_input_format(model)
-    features = keep_image_features(prepared, base)
+    images = complete_images(prepared, base)
     trainer = GlmEdgeTrainer(
         model=model,
         args=args,
         train_dataset=prepared.datasets["train"],
         eval_dataset=evaluations.get("val"),
         processing_class=checkpoint.tokenizer,
-        data_collator=build_collator(prepared, "packed" if config.padding_free else "right", features),
-        evaluation_collator=build_collator(prepared, "right", features),
-        reply_tools=build_reply_tools(prepared, features),
+        data_collator=build_collator(prepared, "packed" if config.padding_free else "right", images),
+        evaluation_collator=build_collator(prepared, "right", images),
+        reply_tools=build_reply_tools(prepared, images),
         on_nonfinite_loss=config.on_nonfinite_loss,
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
         processes=processes_of(prepared.plan),
         write_record=write_record,
         termination=termination,
         max_tokens_per_pass=tokens_per_pass(config, args),
-        image_features=features,
+        images=images,
         callbacks=[RunLog(prepared.plan.output_dir, run_title(prepared), is_main_process(), show_notice)],
     )
     trainer.remove_callback(ProgressCallback)
@@ -270,57 +271,73 @@ def attention_of(prepared: Prepared) -> Attention:
 
 
 def build_collator(
-    prepared: Prepared, form: Literal["left", "right", "packed"], features: ImageFeatures | None = None
+    prepared: Prepared,
+    form: Literal["left", "right", "packed"],
+    images: ImageFeatures | PixelScale | None = None,
 ) -> PaddedCollator | PackedCollator | VisionCollator:
     """Return what makes a batch: ids, and in vision runs the pixels of its images, where they are needed.
 
-    `form` says on which side rows are padded, or that they are packed.
+    `form` says on which side rows are padded, or that they are packed. `images` completes the batches
+    (`complete_images`); without it they are complete.
     """
     from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
+    from glm_edge_ft.data.images import scales_bytes
+    from glm_edge_ft.feature_cache import ImageFeatures
 
     pad_token_id = prepared.checkpoint.tokenizer.pad_token_id
     text = PackedCollator() if form == "packed" else PaddedCollator(pad_token_id, form)
     if prepared.image_processor is None:
         return text
     skip = show_notice_of_any if prepared.plan.config.on_bad_image == "skip" else None
-    return VisionCollator(text, prepared.image_processor, features.store if features else None, skip)
+    store = images.store if isinstance(images, ImageFeatures) else None
+    hands_bytes = images is not None and scales_bytes(prepared.image_processor)
+    return VisionCollator(text, prepared.image_processor, store, skip, hands_bytes)
 
 
-def keep_image_features(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | None:
-    """Return what keeps the vectors of images that the base model's vision part makes; None where none are kept."""
+def complete_images(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | PixelScale | None:
+    """Return what adds to batches what the loader's processes leave out of images; None where they are complete.
+
+    That is the vectors of images that the base model's vision part makes, where they are kept, else the scaling.
+    """
     from glm_edge_ft.data.collator import decode
+    from glm_edge_ft.data.pixels import pixel_scale
 
     if prepared.image_processor is None:
         return None
-    return open_image_features(prepared, base, functools.partial(decode, image_processor=prepared.image_processor))
+    scale = pixel_scale(prepared.image_processor, prepared.training_arguments.device)
+    pixels = functools.partial(decode, image_processor=prepared.image_processor)
+    return open_image_features(prepared, base, pixels, scale) or scale
 
 
-def build_reply_tools(prepared: Prepared, features: ImageFeatures | None = None) -> ReplyTools:
+def build_reply_tools(prepared: Prepared, images: ImageFeatures | PixelScale | None = None) -> ReplyTools:
     """Return what evaluation needs to generate: greedy unless the config says otherwise, up to a stop id."""
     from glm_edge_ft.data.collator import PromptCollator
     from glm_edge_ft.data.prompts import clean_prediction
     from glm_edge_ft.model.adapters import generate
+    from glm_edge_ft.model.decoding import start_rows
     from glm_edge_ft.training.evaluation import ReplyTools
 
-    tokenizer, images = prepared.checkpoint.tokenizer, prepared.encoder.images
+    tokenizer, settings = prepared.checkpoint.tokenizer, prepared.encoder.images
 
     def shorten_images(text: str) -> str:  # one placeholder for each image is enough to read
-        if images is None:
+        if settings is None:
             return text
-        placeholder = str(tokenizer.convert_ids_to_tokens(images.placeholder_id))
-        return text.replace(placeholder * images.placeholders_per_image, placeholder)
+        placeholder = str(tokenizer.convert_ids_to_tokens(settings.placeholder_id))
+        return text.replace(placeholder * settings.placeholders_per_image, placeholder)
 
     def generate_from(model: Any, **inputs: Any) -> torch.Tensor:
-        return generate(model, **(features.complete(inputs) if features else inputs))
+        return generate(model, **(images.complete(inputs) if images else inputs))
 
     return ReplyTools(
         generate=generate_from,
-        collate=PromptCollator(build_collator(prepared, "left", features)),
+        collate=PromptCollator(build_collator(prepared, "left", images)),
         loader_processes=prepared.training_arguments.dataloader_num_workers if prepared.image_processor else 0,
         clean=lambda ids: clean_prediction(prepared.encoder, tokenizer, ids),
         decode=lambda ids: shorten_images(str(tokenizer.decode(list(ids)))),
         warn=show_notice,
         options={"generation_config": prepared.generation_config},
+        complete=images.complete if images else dict,
+        start_rows=start_rows,
         scoring_processes=prepared.plan.config.data_config.num_proc,
         show_progress=is_main_process() and not prepared.training_arguments.disable_tqdm,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glm_edge_ft.data.feature_store import FeatureStore
-from glm_edge_ft.data.images import BACKGROUND, load_image, preprocess
+from glm_edge_ft.data.images import BACKGROUND, fit, fitted_shape, load_image, preprocess
 from glm_edge_ft.errors import RunStopped, UserError
 
 IGNORE_INDEX = -100
@@ -99,6 +100,8 @@ class VisionCollator:
         image_processor: of the checkpoint (`model.loading.load_image_processor`).
         features: what the vision part made of images before; their pixels are not needed again.
         skip: told of each image that can no longer be read; None: such an image ends the run.
+        hands_bytes: whether `pixel_values` are the bytes that `PixelScale` makes float32 of, (images, 672, 672, 3)
+            uint8: for processors that `images.scales_bytes`.
         skipped: those that this process met.
     """
 
@@ -106,6 +109,7 @@ class VisionCollator:
     image_processor: Any
     features: FeatureStore | None = None
     skip: Callable[[str], None] | None = None
+    hands_bytes: bool = False
     skipped: set[str] = field(default_factory=set, compare=False)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -122,41 +126,66 @@ class VisionCollator:
         Raises:
             RunStopped: an image can no longer be read.
         """
-        paths = list(dict.fromkeys(path for sample in samples for path in sample.get("images", ())))
+        shown = [path for sample in samples for path in sample.get("images", ())]
+        paths = list(dict.fromkeys(shown))
         numbers = {} if self.features is None else {path: self.features.numbers.get(path, -1) for path in paths}
         needed = [path for path in paths if self.features is None or not self.features.holds(numbers[path])]
-        pixels, bad = self._decode(needed)
+        pixels, bad = self._decode(shown if self.features is None else needed)
         batch: dict[str, Any] = self.text(
             [_without_labels(sample) if bad & set(sample.get("images", ())) else sample for sample in samples]
         )
-        shown = [path for sample in samples for path in sample.get("images", ())]
-        if shown and self.features is None:
-            batch["pixel_values"] = torch.from_numpy(np.stack([pixels[path] for path in shown]))
-        elif shown:
+        if pixels is not None:
+            batch["pixel_values"] = pixels
+        if shown and self.features is not None:
             places = {path: place for place, path in enumerate(needed)}
             records = [-1 if path in bad else numbers[path] for path in shown]  # a blank image is not kept
             batch["image_records"] = torch.tensor(records)
             batch["image_pixels"] = torch.tensor([places.get(path, -1) for path in shown])
-            if needed:
-                batch["pixel_values"] = torch.from_numpy(np.stack([pixels[path] for path in needed]))
         return batch
 
-    def _decode(self, paths: Iterable[str]) -> tuple[dict[str, Any], set[str]]:
-        """Return the pixels of each image, and which of them are blank instead."""
-        pixels, bad = {}, set()
-        for path in paths:
-            try:
-                pixels[path] = decode(path, self.image_processor)
-            except RunStopped as error:
-                if self.skip is None:
-                    raise
-                if path not in self.skipped:
-                    self.skipped.add(path)
-                    count = len(self.skipped)
-                    self.skip(f"{error}; its rows teach nothing (on_bad_image: skip; {count} such images so far)")
-                bad.add(path)
-                pixels[path] = preprocess(Image.new("RGB", (32, 32), BACKGROUND), self.image_processor)
-        return pixels, bad
+    def _decode(self, paths: Sequence[str]) -> tuple[torch.Tensor | None, set[str]]:
+        """Return the pixels of the images, each decoded once, and which of them are blank instead."""
+        if not paths:
+            return None, set()
+        bad: set[str] = set()
+        first_places: dict[str, int] = {}
+        images: list[NDArray[np.float32]] = []
+        pixels = _shared_zeros(len(paths), fitted_shape(self.image_processor)) if self.hands_bytes else None
+        for place, path in enumerate(paths):
+            first = first_places.setdefault(path, place)
+            if first < place:
+                images += images[first : first + 1]
+                if pixels is not None:
+                    pixels[place] = pixels[first]
+                continue
+            image = self._open(path, bad)
+            if pixels is not None:
+                fit(image, self.image_processor, pixels[place].numpy())
+            else:
+                images.append(preprocess(image, self.image_processor))
+        return torch.from_numpy(np.stack(images)) if pixels is None else pixels, bad
+
+    def _open(self, path: str, bad: set[str]) -> Image.Image:
+        """Return the picture, or, where that is wanted, a blank one for one that can no longer be read: a bad one."""
+        try:
+            return open_again(path)
+        except RunStopped as error:
+            if self.skip is None:
+                raise
+            if path not in self.skipped:
+                self.skipped.add(path)
+                count = len(self.skipped)
+                self.skip(f"{error}; its rows teach nothing (on_bad_image: skip; {count} such images so far)")
+            bad.add(path)
+            return Image.new("RGB", (32, 32), BACKGROUND)
+
+
+def _shared_zeros(count: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return (count, *shape) uint8 of 0; in a loader's process in memory that it shares, so that no copy follows."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.zeros(count, *shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(count * math.prod(shape))  # fresh pages, which are 0
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, *shape)
 
 
 def _without_labels(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,14 +194,19 @@ def _without_labels(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {**sample, "labels": np.full_like(sample["labels"], IGNORE_INDEX)}
 
 
-def decode(path: str, image_processor: Any) -> NDArray[np.float32]:
-    """Return an image as the model gets it, (3, 672, 672). Raises RunStopped when it can no longer be read."""
+def open_again(path: str) -> Image.Image:
+    """Return the picture of an image that was there before training. Raises RunStopped when it cannot be read now."""
     try:
-        return preprocess(load_image(path), image_processor)
+        return load_image(path)
     except UserError as error:  # a loader's worker can only pass on an exception that is made of one text
         (problem,) = error.problems
         what = f"an image that was there before training cannot be read now: {problem.where}: {problem.what}"
         raise RunStopped(what) from None
+
+
+def decode(path: str, image_processor: Any) -> NDArray[np.float32]:
+    """Return an image as the model gets it, (3, 672, 672). Raises RunStopped when it can no longer be read."""
+    return preprocess(open_again(path), image_processor)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Image files to pixels: opened in every colour mode, checked before training, preprocessed as the checkpoint does it.
 
-Pixels are never stored: the loader's workers call `load_image` and `preprocess` for each row anew.
+Pixels are never stored: the loader's workers call `load_image` and `preprocess` for each row anew. Where they can,
+they hand on bytes (`fit`), a quarter of what float32 takes, and the process that computes scales them (`PixelScale`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def load_image(path: str | Path) -> Image.Image:
             if image.format == "EPS":
                 raise _NoPictureError("this is a PostScript program, which would be run to see it: convert it to PNG")
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Exception as error:  # the bytes are foreign, and Pillow's readers raise many kinds
         raise UserError.single(str(path), _reason(Path(path), error), _FIX) from None
 
@@ -70,7 +72,7 @@ def _check_regular(path: Path) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode in mode RGB; see `load_image`."""
+    """Return an image of any mode in mode RGB, itself where it is that; see `load_image`."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return _from_deep_grey(image).convert("RGB")
     if image.has_transparency_data:
@@ -82,7 +84,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         converted = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
         assert converted is not None  # it returns None only where it works in place
         return converted
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
@@ -183,7 +185,7 @@ def preprocess(image: Image.Image, image_processor: Any) -> NDArray[np.float32]:
     Raises:
         UserError: the processor cuts the image into several tiles.
     """
-    pixels = np.asarray(image_processor(images=image, return_tensors="np")["pixel_values"], dtype=np.float32)
+    pixels = _by_processor(image, image_processor)
     if pixels.size != np.prod(pixels.shape[-3:]):
         raise UserError.single(
             "MODEL: preprocessor_config.json",
@@ -191,3 +193,50 @@ def preprocess(image: Image.Image, image_processor: Any) -> NDArray[np.float32]:
             "write max_image_tiles: 1",
         )
     return pixels.reshape(pixels.shape[-3:])
+
+
+def _by_processor(image: Image.Image, image_processor: Any) -> NDArray[np.float32]:
+    return np.asarray(image_processor(images=image, return_tensors="np")["pixel_values"], dtype=np.float32)
+
+
+def scales_bytes(image_processor: Any) -> bool:
+    """Return whether a processor fits an image into one square tile and scales each value by itself after that.
+
+    Then `fit`, and a table of what each value becomes, give what `preprocess` gives. The released one is such.
+    """
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+    if type(image_processor) is not MllamaImageProcessorPil:
+        return False
+    size = image_processor.size
+    return bool(image_processor.max_image_tiles == 1 and size["height"] == size["width"])
+
+
+def fitted_shape(image_processor: Any) -> tuple[int, int, int]:
+    """Return the shape of what `fit` writes, (height, width, 3), for a processor that `scales_bytes`."""
+    side = int(image_processor.size["height"])
+    return side, side, 3
+
+
+def fit(image: Image.Image, image_processor: Any, canvas: NDArray[np.uint8]) -> None:
+    """Write the values that `preprocess` scales into `canvas`, for a processor that `scales_bytes`.
+
+    Args:
+        image: of mode RGB.
+        image_processor: as in `preprocess`.
+        canvas: (height, width, 3), all 0: what the picture leaves free stays so.
+    """
+    from transformers.models.mllama.image_processing_pil_mllama import get_image_size_fit_to_canvas
+
+    side = len(canvas)
+    height, width = get_image_size_fit_to_canvas(image.height, image.width, side, side, side)
+    resized = image if image.size == (width, height) else image.resize((width, height), image_processor.resample)
+    canvas[:height, :width] = np.asarray(resized)
+
+
+def scaled_values(image_processor: Any) -> NDArray[np.float32]:
+    """Return what a processor that `scales_bytes` makes of each value, (3, 256) float32: it is asked, once."""
+    side = int(image_processor.size["height"])
+    shades = np.resize(np.arange(256, dtype=np.uint8), (side, side))
+    pixels = _by_processor(Image.fromarray(np.stack([shades] * 3, axis=-1)), image_processor).reshape(3, -1)
+    return np.ascontiguousarray(pixels[:, :256])

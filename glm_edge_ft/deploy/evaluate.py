@@ -194,18 +194,21 @@ def _evaluator(prepared: Prepared) -> GlmEdgeTrainer:
     from peft import PeftModel
     from transformers import PrinterCallback, ProgressCallback
 
+    from glm_edge_ft.data.pixels import pixel_scale
     from glm_edge_ft.training.loss import install_supervised_loss
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
     model = load_model(prepared)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     install_supervised_loss(base)
+    images = pixel_scale(prepared.image_processor, prepared.training_arguments.device)
     trainer = GlmEdgeTrainer(
         model=model,
         args=prepared.training_arguments,
         processing_class=prepared.checkpoint.tokenizer,
-        data_collator=build_collator(prepared, "right"),
-        reply_tools=build_reply_tools(prepared),
+        data_collator=build_collator(prepared, "right", images),
+        reply_tools=build_reply_tools(prepared, images),
+        images=images,
         complete_saved_folder=lambda _: None,  # nothing is saved
     )
     trainer.remove_callback(ProgressCallback)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,11 @@ from transformers import StoppingCriteria
 from glm_edge_ft.training.metrics import MAX_SCORED_CHARACTERS, PairScores, summarize
 from glm_edge_ft.training.scoring import Pairs, PairScorer
 from glm_edge_ft.training.termination import Termination, leave_signals_to_parent
+
+JOINS_OF_A_BATCH = 4
+"""Where rows are refilled, a quarter of the batch size joins at once: each time the rows' cache is copied."""
+MOST_ROWS = 4
+"""Where rows are refilled, so many times the batch size go through the model at once when they are short."""
 
 
 class Prompt(Protocol):
@@ -58,6 +63,18 @@ class EvaluationData(Dataset):
         return self.rows[index]
 
 
+class Rows(Protocol):
+    """Rows whose replies are being generated; a finished one makes room for the next prompt."""
+
+    max_new_tokens: int
+
+    def __len__(self) -> int: ...
+    def add(
+        self, numbers: Sequence[int], input_ids: torch.Tensor, attention_mask: torch.Tensor, **images: torch.Tensor
+    ) -> dict[int, list[int]]: ...
+    def step(self) -> dict[int, list[int]]: ...
+
+
 @dataclass(frozen=True)
 class ReplyTools:
     """What generation needs from the other rooms.
@@ -66,9 +83,12 @@ class ReplyTools:
         generate: `(model, **batch, **options)` → new tokens `(batch, new_length)`.
         collate: prompts → `input_ids` and `attention_mask`, `(batch, length)`, left-padded, and `pixel_values` where
             the prompts have images.
+        complete: a batch on the model's device → what the model takes; for `start_rows`, `generate` does so itself.
         clean: new token ids → the reply's text, up to its stop token.
         decode: token ids → text with its special tokens, for the predictions file.
         options: passed to `generate`, among them `generation_config`.
+        start_rows: `(model, options)` → rows that take up prompts as they finish, where `generate` would give the same
+            replies; else None.
         scoring_processes: worker processes for BLEU and ROUGE.
         loader_processes: processes that call `collate`; 0: this one. Decoding images is worth some.
         warn: shows one line to the user.
@@ -81,6 +101,8 @@ class ReplyTools:
     decode: Callable[[Sequence[int]], str]
     warn: Callable[[str], None]
     options: Mapping[str, Any] = field(default_factory=dict)
+    complete: Callable[[dict[str, torch.Tensor]], dict[str, Any]] = dict
+    start_rows: Callable[[Any, Mapping[str, Any]], Rows | None] = lambda model, options: None
     scoring_processes: int = 1
     loader_processes: int = 0
     show_progress: bool = True
@@ -193,28 +215,89 @@ def generate_and_score(
     Returns:
         The mean of each metric over all prompts, 0-100; on ranks other than 0 an empty dict.
     """
-    batches, counted, loader = prompt_batches(prompts, tools, batch_size, process_index, world_size)
     is_main = process_index == 0
     replies: dict[int, str] = {}
+    share = _Share(prompts, batch_size, process_index, world_size, device, before_batch)
     with _PredictionsWriter(predictions_file, prompts, tools) if is_main else _NoWriter() as writer:
         bar = tqdm(
             total=len(prompts), desc="replies", unit="reply", disable=not (is_main and tools.show_progress), leave=False
         )
-        for number, (batch, inputs) in enumerate(zip(batches, loader, strict=True)):
-            before_batch()
-            new_tokens = tools.generate(
-                model, **{name: values.to(device) for name, values in inputs.items()}, **tools.options
-            )
-            if number < counted:
-                texts = {index: tools.clean(ids) for index, ids in zip(batch, new_tokens.tolist(), strict=True)}
-                replies |= texts
-                writer.add(texts)
-            bar.update(len(batch) * world_size)
+        for new_ids in generate_replies(model, tools, share):
+            texts = {index: tools.clean(ids) for index, ids in new_ids.items()}
+            replies |= texts
+            writer.add(texts)
+            bar.update(len(texts) * world_size)
         bar.close()
         if world_size > 1:
             gathered = _gather(replies, world_size)
             writer.add({index: text for index, text in gathered.items() if index not in replies})
         return writer.finish()
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What this process has to generate, and how; see `generate_and_score`."""
+
+    prompts: Sequence[Prompt]
+    batch_size: int
+    process_index: int
+    world_size: int
+    device: torch.device
+    before_batch: Callable[[], None]
+
+    def batches(self, tools: ReplyTools, batch_size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor], bool]]:
+        """Yield prompt numbers, what `collate` makes of them, and whether they count."""
+        batches, counted, loader = prompt_batches(self.prompts, tools, batch_size, self.process_index, self.world_size)
+        for number, (batch, inputs) in enumerate(zip(batches, loader, strict=True)):
+            yield batch, inputs, number < counted
+
+    def on_device(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: values.to(self.device) for name, values in inputs.items()}
+
+
+def generate_replies(model: torch.nn.Module, tools: ReplyTools, share: _Share) -> Iterator[dict[int, list[int]]]:
+    """Yield the new ids of each reply of this process's share by the number of its prompt, as they are finished."""
+    rows = tools.start_rows(model, tools.options)
+    if rows is not None:
+        yield from _refilled(rows, tools, share)
+        return
+    for batch, inputs, counts in share.batches(tools, share.batch_size):
+        share.before_batch()
+        new_ids = tools.generate(model, **share.on_device(inputs), **tools.options).tolist()
+        if counts:
+            yield dict(zip(batch, new_ids, strict=True))
+
+
+def _refilled(rows: Rows, tools: ReplyTools, share: _Share) -> Iterator[dict[int, list[int]]]:
+    """Let prompts join in small batches, longest first, as soon as there is room for them.
+
+    There is as much room as `batch_size` rows with the longest prompt would take: as many tokens, padding included. So
+    short prompts are more at once, up to `MOST_ROWS` times `batch_size`.
+    """
+    lengths = [len(prompt.prompt_ids) for prompt in share.prompts]
+    room = share.batch_size * (max(lengths) + rows.max_new_tokens)
+    joins_at_once = max(1, share.batch_size // JOINS_OF_A_BATCH)
+    joined: dict[int, int] = {}  # the prompts under way: number → tokens
+    for batch, inputs, counts in share.batches(tools, joins_at_once):
+        joining = {index: lengths[index] for index in batch}
+        while joined and not _fits({**joined, **joining}, share.batch_size, room, rows.max_new_tokens):
+            finished = rows.step()
+            joined = {index: length for index, length in joined.items() if index not in finished}
+            if finished:
+                yield finished
+        share.before_batch()
+        if counts:
+            finished = rows.add(batch, **tools.complete(share.on_device(inputs)))
+            joined = {index: length for index, length in {**joined, **joining}.items() if index not in finished}
+            yield finished
+    while len(rows):
+        if finished := rows.step():
+            yield finished
+
+
+def _fits(joined: Mapping[int, int], batch_size: int, room: int, reply_length: int) -> bool:
+    tokens = len(joined) * (max(joined.values()) + reply_length)
+    return len(joined) <= batch_size or (len(joined) <= MOST_ROWS * batch_size and tokens <= room)
 
 
 def _gather(replies: dict[int, str], world_size: int) -> dict[int, str]:

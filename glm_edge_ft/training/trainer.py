@@ -53,7 +53,7 @@ class NonFiniteLossError(RunStopped):
 
 
 class BatchCompletion(Protocol):
-    """What adds to a batch what the loader's workers could not make, and keeps it for later batches."""
+    """What adds to a batch what the loader's processes leave out, and may keep it for later batches."""
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]: ...
     def remove(self) -> None: ...
@@ -70,7 +70,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         write_record: lays what else is to be known of the run into a checkpoint.
         termination: whether the run was asked to end; None: it never will be.
         max_tokens_per_pass: most tokens that go through the model at once in training; None: the whole batch.
-        image_features: completes batches by vectors of their images that are kept; None: batches are complete.
+        images: completes batches by what the loader's processes leave out of images; None: batches are complete.
         evaluation_collator: makes the padded batches whose loss is evaluated; None: `data_collator` does.
         kwargs: those of Seq2SeqTrainer. `train_dataset` needs `lengths`; evaluation datasets are EvaluationData.
     """
@@ -88,7 +88,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         write_record: Callable[[Path], None] = lambda folder: None,
         termination: Termination | None = None,
         max_tokens_per_pass: int | None = None,
-        image_features: BatchCompletion | None = None,
+        images: BatchCompletion | None = None,
         evaluation_collator: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -99,7 +99,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self.write_record = write_record
         self.termination = termination or Termination()
         self.max_tokens_per_pass = max_tokens_per_pass
-        self.image_features = image_features
+        self.images = images
         self.evaluation_collator = evaluation_collator or kwargs["data_collator"]
         self._tokens_since_log = 0  # real (non-pad) tokens of this process, for the throughput in the log
         self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
@@ -175,7 +175,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         return {name: values for name, values in inputs.items() if name != "attention_mask"}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs(self.image_features.complete(inputs) if self.image_features else inputs)
+        return super()._prepare_inputs(self.images.complete(inputs) if self.images else inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does; a training line also gets this process's real tokens per second, pauses left out."""

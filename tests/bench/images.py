@@ -3,19 +3,17 @@
     python -m tests.bench.images [--rows 3000] [--steps 20]
 
 Each case is a real run of `finetune_vision.py` in a process of its own, in which every row has a photograph of
-640 x 480 pixels: a tenth of the rows, all rows that share one image file, and all rows with an image file each. Printed
-as JSON: the peak memory of the run (the most that the process held at once), its cache on disk, and what the same
-rows would take as stored float32 pixels.
+640 x 480 pixels: a tenth of the rows, all rows that share one image file, and all rows with an image file each. Found
+are the peak memory of the run (the most that the process held at once), its cache on disk, and what the same rows
+would take as stored float32 pixels.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +22,9 @@ import typer
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.bench.measure import ROOT, run_process
+from tests.bench.result import Ratio, Result, Table, installed, keep
+
 PIXEL_BYTES = 3 * 672 * 672 * 4
 CONFIG = {
     "data_config": {"train_file": "train.jsonl"},
@@ -64,13 +64,13 @@ class Cost:
     peak_bytes: int
 
 
-def write_data(folder: Path, rows: int, images: int) -> int:
-    """Write rows that share `images` image files evenly; return the size of these files."""
+def write_data(folder: Path, rows: int, images: int, size: tuple[int, int] = (640, 480)) -> int:
+    """Write rows that share `images` image files of `size` evenly; return the bytes of these files."""
     generator = np.random.default_rng(0)
     folder.mkdir()
     for number in range(images):
         coarse = Image.fromarray(generator.integers(0, 255, (48, 64, 3), dtype=np.uint8))
-        coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=85)
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=85)
     lines = []
     for number in range(rows):
         question = [{"type": "image", "image": f"{number % images}.jpg"}, {"type": "text", "text": f"图 {number}？"}]
@@ -86,11 +86,7 @@ def measure(work: Path, model: str, rows: int, images: int, steps: int) -> Cost:
     training = {**CONFIG["training_args"], "output_dir": str(work / "output"), "max_steps": steps}  # type: ignore[dict-item]
     (work / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"training_args": training}), encoding="utf-8")
     command = [sys.executable, str(ROOT / "finetune_vision.py"), str(work / "data"), model, str(work / "run.yaml")]
-    environment = os.environ | {"GLM_EDGE_FT_CACHE": str(work / "cache")}
-    process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"the run failed: {' '.join(command)}")
+    done = run_process(command, {"GLM_EDGE_FT_CACHE": str(work / "cache"), "HF_HUB_OFFLINE": "1"})
     cache_bytes = sum(path.stat().st_size for path in (work / "cache").rglob("*") if path.is_file())
     return Cost(
         rows=rows,
@@ -99,7 +95,7 @@ def measure(work: Path, model: str, rows: int, images: int, steps: int) -> Cost:
         cache_bytes=cache_bytes,
         cache_bytes_per_row=cache_bytes // rows,
         stored_pixels_ratio=rows * PIXEL_BYTES // cache_bytes,
-        peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        peak_bytes=done.peak_bytes,
     )
 
 
@@ -119,9 +115,39 @@ def main(
         with tempfile.TemporaryDirectory() as work:
             costs[name] = measure(Path(work), model, count, images, steps)
     small, _, large = costs.values()
-    report = {name: asdict(cost) for name, cost in costs.items()}
-    ratio = round(large.peak_bytes / small.peak_bytes, 3)
-    print(json.dumps({"cases": report, "peak of all rows / peak of a tenth": ratio}, indent=2))
+    rows_of_table = [
+        (name, cost.rows, cost.images, cost.cache_bytes_per_row, cost.stored_pixels_ratio, cost.peak_bytes / 2**20)
+        for name, cost in costs.items()
+    ]
+    keep(
+        Result(
+            name="images",
+            title="What images cost",
+            command=f"python -m tests.bench.images --rows {rows} --steps {steps}",
+            ratios=[
+                Ratio("cache on disk a row with an image", large.cache_bytes_per_row, 4096, False, "bytes"),
+                Ratio("peak memory, all rows / a tenth of them", large.peak_bytes / small.peak_bytes, 1.1, False),
+            ],
+            tables=[
+                Table(
+                    (
+                        "case",
+                        "rows",
+                        "image files",
+                        "cache, bytes a row",
+                        "stored float32 pixels / cache",
+                        "peak memory, MiB",
+                    ),
+                    rows_of_table,
+                )
+            ],
+            notes=[
+                "Each case is a run of `finetune_vision.py` on the CPU in a process of its own: LoRA, batches of four, "
+                f"{steps} steps, photographs of 640 x 480. The peak is the most that its process held at once.",
+            ],
+            versions=installed("pillow"),
+        )
+    )
 
 
 if __name__ == "__main__":

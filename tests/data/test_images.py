@@ -13,17 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from glm_edge_ft.data.images import (
     find_bad_images,
+    fit,
+    fitted_shape,
     load_image,
     preprocess,
     raise_bad_images,
     resolve,
     to_rgb,
 )
+from glm_edge_ft.data.pixels import pixel_scale
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.loading import ModelLocation, load_image_processor
 
@@ -267,6 +271,39 @@ def test_preprocessing_equals_the_recipe(tmp_path: Path, size: tuple[int, int]) 
     pixels = preprocess(image, image_processor_of(tmp_path))
     assert (pixels.shape, pixels.dtype) == ((3, 672, 672), np.float32)
     assert np.abs(pixels - by_recipe(image)).max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [(672, 672), (100, 37), (37, 100), (1344, 700), (1, 1), (1, 900), (900, 1)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
+        {"resample": 2, "do_normalize": False},
+        {"size": {"height": 336, "width": 336}, "do_rescale": False},
+    ],
+    ids=["released", "other mean", "bilinear", "half the side"],
+)
+def test_bytes_scaled_later_equal_the_processor_bit_by_bit(
+    tmp_path: Path, size: tuple[int, int], changes: dict[str, Any]
+) -> None:
+    """I3: what the loader hands on as bytes becomes the very values that the processor makes, black edges included."""
+    noise = np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    noise[..., 1] = noise[..., 1] // 2  # channels that differ
+    image, processor = Image.fromarray(noise), image_processor_of(tmp_path, **changes)
+    scale = pixel_scale(processor, torch.device("cpu"))
+    assert scale is not None
+    canvas = np.zeros(fitted_shape(processor), dtype=np.uint8)
+    fit(image, processor, canvas)
+    pixels = scale(torch.from_numpy(canvas).unsqueeze(0))
+    assert pixels.dtype == torch.float32
+    assert np.array_equal(pixels[0].numpy(), preprocess(image, processor))
+
+
+@pytest.mark.parametrize("changes", [{"max_image_tiles": 4}, {"image_processor_type": "SiglipImageProcessor"}])
+def test_bytes_are_not_handed_on_where_the_processor_does_more(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """I4: tiles, and processors of another kind, stay with the processor itself."""
+    assert pixel_scale(image_processor_of(tmp_path, **changes), torch.device("cpu")) is None
 
 
 def test_several_tiles_are_refused(tmp_path: Path) -> None:
