@@ -1,0 +1,95 @@
+"""What settings that trade time for memory cost and save: each against the same run without it.
+
+    python -m tests.bench.levers [--steps 20] [--rounds 3] [--length 1024]
+
+A lever is an entry of `LEVERS`: keys of the config that switch it on, and what both runs share.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tests.bench.growth import PROMPT_TOKENS, long_workload, steady_tokens_per_second
+from tests.bench.measure import in_turn, median_ratio
+from tests.bench.result import Ratio, Result, Table, keep
+from tests.bench.workload import make_workload
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A setting that is compared with its absence.
+
+    Attributes:
+        name: in the table.
+        top: keys of the config that switch it on.
+        training: keys of its `training_args` that do.
+        without: keys of `training_args` that switch it off, where leaving it out does not.
+    """
+
+    name: str
+    top: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    without: Mapping[str, Any] = field(default_factory=dict)
+
+
+LEVERS = (
+    Lever(
+        "gradient_checkpointing",
+        training={"gradient_checkpointing": True},
+        without={"gradient_checkpointing": False},
+    ),
+)
+
+
+def main(
+    *,
+    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Runs of each kind, in turn.")] = 3,
+    length: Annotated[int, typer.Option(help="Tokens of a row; four rows make a step.")] = 1024,
+) -> None:
+    """Measure all levers and keep the result."""
+    ratios: list[Ratio] = []
+    rows: list[tuple[str | float, ...]] = []
+    with tempfile.TemporaryDirectory() as work:
+        make_workload(Path(work) / "source", 2000)
+        workload = long_workload(Path(work) / "long", Path(work) / "source")
+        lengths = {"max_input_length": PROMPT_TOKENS, "max_output_length": length - PROMPT_TOKENS}
+        shared = {"per_device_train_batch_size": 4}
+        for lever in LEVERS:
+            off = partial(steady_tokens_per_second, workload, steps, lengths, **shared, **lever.without)
+            on = partial(
+                steady_tokens_per_second, workload, steps, {**lengths, **lever.top}, **shared, **lever.training
+            )
+            with_it, without = in_turn(rounds, on, off)
+            speeds = [[speed for speed, _ in runs] for runs in (without, with_it)]
+            peaks = [[peak for _, peak in runs] for runs in (with_it, without)]
+            ratios.append(Ratio(f"{lever.name}: time of a step, with / without", median_ratio(*speeds)))
+            ratios.append(Ratio(f"{lever.name}: peak memory, with / without", median_ratio(*peaks)))
+            medians = [statistics.median(values) for values in (*reversed(speeds), *peaks)]
+            rows.append((lever.name, medians[0], medians[1], medians[2] / 2**20, medians[3] / 2**20))
+    columns = ("lever", "tokens/s with", "without", "peak with, MiB", "without")
+    keep(
+        Result(
+            name="levers",
+            title="What memory costs",
+            command=f"python -m tests.bench.levers --steps {steps} --rounds {rounds} --length {length}",
+            ratios=ratios,
+            tables=[Table(columns, rows)],
+            notes=[
+                f"LoRA in float32 on the CPU, four rows of {length:,} tokens a step, {steps} steps, {rounds} runs each "
+                "in turn. The peak is that of the process, some 500 MiB of which are libraries."
+            ],
+        )
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
