@@ -57,7 +57,7 @@ def seconds_to_first_step(cache: Path | None = None) -> float:
             for line in process.stdout:
                 if line.startswith(b"step 1/1"):
                     seconds = time.perf_counter() - start
-                    process.stdout.read()  # the run goes on to its end
+                    process.kill()  # what follows, such as saving the model, is not waited for
                     break
             else:
                 sys.exit(f"no line of a step: {' '.join(command)}")
