@@ -134,7 +134,7 @@ def main(
                 "Ours as an evaluation runs it: batches of 16 pairs, in two processes where there are more than "
                 "400,000 characters (the seconds include their start), else in this one. The peer scores pair by pair "
                 "in one process, as the original demonstration does. Dictionaries of this process are loaded before.",
-                f"The peer scores {peer_pairs} pairs at most, and its seconds are scaled to all of them. All its scores "
+                f"The peer scores {peer_pairs} pairs at most, and its seconds are scaled to all. All its scores "
                 f"were compared with ours: the largest difference is {largest:.1e} of 100.",
             ],
             versions=installed("jieba", "nltk", "rouge-chinese"),
