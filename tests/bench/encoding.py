@@ -152,8 +152,8 @@ def _report(rows: int, large: Encoded, opened: list[Encoded], found: list[list[E
                 "The start from the cache is the same call where the data was encoded before: the fingerprint of the "
                 "data file, opening, and the report.",
                 "Ids and supervised tokens are checked to be as many as the peer's.",
-                "Where the time goes, profiled on rows of one turn: 136 µs a row in an encoding process, of which 80 are "
-                "the tokenizer's, 16 the copies of its ids and offsets, 14 the checks of the row, some 10 the template. "
+                "Where the time goes, on rows of one turn: 136 µs a row in an encoding process, of which 80 are "
+                "the tokenizer's, 16 copies of its ids and offsets, 14 the checks of the row, some 10 the template. "
                 "The first process spends 13 µs on reading a row and 4 on handing it on, and each encoding process "
                 "imports transformers first, which is what small files are slower by.",
             ],
