@@ -3,7 +3,7 @@
 A chat row has few supervised tokens, and GLM-Edge has a vocabulary of 59,264: logits for every position would be by
 far the largest tensor of a step. Here the hidden states are selected before `lm_head`, and the loss is summed over
 chunks of them. Where nothing of `lm_head` is trained, as with LoRA, a chunk's gradient is computed right after its
-loss: its logits are made once and kept nowhere.
+loss: its logits are made once and kept nowhere. So it is for more than a chunk where all of `lm_head` is trained.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils import ModulesToSaveWrapper
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -53,8 +54,12 @@ def supervised_cross_entropy(
     if count == 0:
         return hidden_states.float().sum() * 0.0
     divisor = count if num_items_in_batch is None else num_items_in_batch
-    if _is_only_passed_through(selected, lm_head):
-        return _LossWithGradient.apply(selected, targets, lm_head, divisor)
+    if _may_be_ahead(selected, lm_head):
+        if not any(parameter.requires_grad for parameter in lm_head.parameters()):
+            return _LossWithGradient.apply(selected, targets, lm_head, divisor, None)
+        weight = _plain_weight(lm_head)
+        if weight is not None and count > CHUNK_TOKENS:
+            return _LossWithGradient.apply(selected, targets, lm_head, divisor, weight)
     if count <= CHUNK_TOKENS:
         total = _summed_loss(selected, targets, lm_head)
     else:
@@ -71,11 +76,11 @@ def _summed_loss(hidden_states: torch.Tensor, targets: torch.Tensor, lm_head: to
     return F.cross_entropy(lm_head(hidden_states).float(), targets, reduction="sum")
 
 
-def _is_only_passed_through(hidden_states: torch.Tensor, lm_head: torch.nn.Module) -> bool:
-    """Return whether the hidden states' gradient is all that the loss has to give, and may be computed ahead.
+def _may_be_ahead(hidden_states: torch.Tensor, lm_head: torch.nn.Module) -> bool:
+    """Return whether gradients may be computed in the forward pass, right after the loss that they belong to.
 
-    Not in fp16: what it is scaled by, so that it stays above that format's smallest number, is known in the backward
-    pass only. Not where ZeRO-3 shards `lm_head`: its hooks gather the weights in the order of the passes.
+    Not in fp16: what they are scaled by, so that they stay above that format's smallest number, is known in the
+    backward pass only. Not where ZeRO-3 shards `lm_head`: its hooks gather the weights in the order of the passes.
     """
     device = hidden_states.device.type
     return (
@@ -83,8 +88,19 @@ def _is_only_passed_through(hidden_states: torch.Tensor, lm_head: torch.nn.Modul
         and hidden_states.requires_grad
         and hidden_states.dtype != torch.float16
         and not (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
-        and not any(parameter.requires_grad or hasattr(parameter, "ds_id") for parameter in lm_head.parameters())
+        and not any(hasattr(parameter, "ds_id") for parameter in lm_head.parameters())
     )
+
+
+def _plain_weight(lm_head: Any) -> torch.nn.Parameter | None:
+    """Return the weight of a head that is trained as a whole and multiplies by it alone, else None."""
+    if isinstance(lm_head, ModulesToSaveWrapper):
+        if lm_head.disable_adapters or lm_head.active_adapters != list(lm_head.modules_to_save):
+            return None
+        lm_head = lm_head.modules_to_save[lm_head.active_adapters[0]]
+    if type(lm_head) is torch.nn.Linear and lm_head.bias is None and lm_head.weight.requires_grad:
+        return lm_head.weight
+    return None
 
 
 def _turn_into_gradient(logits: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:
@@ -105,7 +121,7 @@ def _turn_into_gradient(logits: torch.Tensor, targets: torch.Tensor, divisor: to
 
 
 class _LossWithGradient(torch.autograd.Function):
-    """The loss of hidden states over a divisor, whose gradient is there when the forward pass ends."""
+    """The loss of hidden states over a divisor, whose gradients are there when the forward pass ends."""
 
     @staticmethod
     def forward(
@@ -114,26 +130,47 @@ class _LossWithGradient(torch.autograd.Function):
         targets: torch.Tensor,
         lm_head: torch.nn.Module,
         divisor: torch.Tensor | int,
+        weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the loss, a float32 scalar, of `(supervised, hidden)` states and `(supervised,)` targets."""
+        """Return the loss, a float32 scalar, of `(supervised, hidden)` states and `(supervised,)` targets.
+
+        `weight` is that of `lm_head`, (vocabulary, hidden), where it is trained.
+        """
         total = hidden_states.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden_states)
+        of_weight = None if weight is None else torch.zeros_like(weight)
         for start in range(0, len(targets), CHUNK_TOKENS):
             place = slice(start, start + CHUNK_TOKENS)
             with torch.enable_grad():
                 chunk = hidden_states[place].detach().requires_grad_()
                 logits = lm_head(chunk)
-            total += _turn_into_gradient(logits.detach(), targets[place], divisor)
-            (gradient[place],) = torch.autograd.grad(logits, chunk, logits.detach())
-            del logits  # before the next chunk's are made
+            of_logits = logits.detach()
+            total += _turn_into_gradient(of_logits, targets[place], divisor)
+            (gradient[place],) = torch.autograd.grad(logits, chunk, of_logits)
+            if of_weight is not None:
+                _add_product(of_weight, of_logits, chunk.detach())
+            del logits, of_logits  # before the next chunk's are made
         ctx.save_for_backward(gradient)
+        ctx.of_weight = of_weight
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """Return the gradient of the hidden states."""
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of the hidden states and of the weight."""
         (gradient,) = ctx.saved_tensors
-        return (gradient.float() * outputs[0]).to(gradient.dtype), None, None, None
+        of_weight, ctx.of_weight = ctx.of_weight, None  # scaled in its place: it is as large as the weight
+        if of_weight is not None:
+            of_weight *= outputs[0]
+        return (gradient.float() * outputs[0]).to(gradient.dtype), None, None, None, of_weight
+
+
+def _add_product(total: torch.Tensor, of_logits: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    """Add the weight's gradient that a chunk of logits gives to `total`, in its place."""
+    with torch.autocast(total.device.type, enabled=False):
+        if total.dtype == of_logits.dtype:
+            total.addmm_(of_logits.t(), hidden_states.to(of_logits.dtype))
+        else:
+            total += of_logits.t() @ hidden_states.to(of_logits.dtype)
 
 
 def install_supervised_loss(model: PreTrainedModel) -> None:

@@ -75,6 +75,39 @@ def test_a_head_that_is_not_trained_is_passed_once(chunk: int, monkeypatch: pyte
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_head_that_is_saved_with_an_adapter_is_passed_once(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`modules_to_save`: all of the head is trained; in float32, and under autocast within what 16 bit can tell."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 3)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+
+    def step(ahead: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+        if not ahead:
+            monkeypatch.setattr(loss, "_may_be_ahead", lambda hidden_states, lm_head: False)
+        base = tiny_model()
+        install_supervised_loss(base)
+        torch.manual_seed(1)
+        model = get_peft_model(base, settings)
+        calls: list[int] = []
+        model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            value = model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss * 2
+        value.backward()
+        return value.detach(), gradients(model), len(calls)
+
+    value, got, calls = step(ahead=True)
+    expected, wanted, twice = step(ahead=False)
+    bound = 1e-2 if mixed else 1e-5
+    assert (calls, twice) == (3, 6)
+    torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+    assert got.keys() == wanted.keys()
+    assert any("lm_head" in name for name in got)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=bound * float(gradient.abs().max()), rtol=0, msg=name)
+
+
 def test_the_gradient_of_fp16_is_scaled_before_it_is_made() -> None:
     """A gradient of fp16 must see its scale: without it, small ones would be 0."""
     head = torch.nn.Linear(64, 300, bias=False, dtype=torch.float16).requires_grad_(False)
