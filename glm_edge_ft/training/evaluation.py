@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 
-from glm_edge_ft.training.metrics import MAX_SCORED_CHARACTERS, PairScores, summarize
-from glm_edge_ft.training.scoring import Pairs, PairScorer
+from glm_edge_ft.training.predictions import NoWriter, PredictionsWriter
 from glm_edge_ft.training.termination import Termination, leave_signals_to_parent
 
 JOINS_OF_A_BATCH = 4
@@ -218,7 +215,7 @@ def generate_and_score(
     is_main = process_index == 0
     replies: dict[int, str] = {}
     share = _Share(prompts, batch_size, process_index, world_size, device, before_batch)
-    with _PredictionsWriter(predictions_file, prompts, tools) if is_main else _NoWriter() as writer:
+    with PredictionsWriter(predictions_file, prompts, tools) if is_main else NoWriter() as writer:
         bar = tqdm(
             total=len(prompts), desc="replies", unit="reply", disable=not (is_main and tools.show_progress), leave=False
         )
@@ -304,88 +301,3 @@ def _gather(replies: dict[int, str], world_size: int) -> dict[int, str]:
     gathered: list[dict[int, str]] = [{} for _ in range(world_size)]
     torch.distributed.all_gather_object(gathered, replies)
     return {index: text for part in gathered for index, text in part.items()}
-
-
-class _NoWriter:
-    """What the ranks other than 0 hold."""
-
-    def __enter__(self) -> _NoWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
-
-    def add(self, texts: Mapping[int, str]) -> None:
-        """Leave it to rank 0."""
-
-    def finish(self) -> dict[str, float]:
-        """Return no metrics."""
-        return {}
-
-
-class _PredictionsWriter:
-    """Scores replies in worker processes and writes a line for each: as they come, and at the end in order."""
-
-    def __init__(self, path: Path, prompts: Sequence[Prompt], tools: ReplyTools) -> None:
-        self.path, self.prompts, self.tools = path, prompts, tools
-        self.replies: dict[int, str] = {}
-        self.scores: dict[int, PairScores] = {}
-        self.waiting: list[tuple[list[int], Pairs, Future[list[PairScores]]]] = []
-
-    def __enter__(self) -> _PredictionsWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w", encoding="utf-8")
-        expected_characters = 2 * sum(len(prompt.reference) for prompt in self.prompts)
-        self.scorer = PairScorer(self.tools.scoring_processes, expected_characters, self.tools.warn)
-        self.scorer.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.scorer.__exit__(*error)
-        self.file.close()
-
-    def add(self, texts: Mapping[int, str]) -> None:
-        """Hand replies, by the number of their prompt, to the scorer; write those whose scores are there."""
-        if not texts:
-            return
-        self.replies |= texts
-        pairs = [(text, self.prompts[index].reference) for index, text in texts.items()]
-        self.waiting.append((list(texts), pairs, self.scorer.submit(pairs)))
-        while self.waiting and self.waiting[0][-1].done():
-            self._take(*self.waiting.pop(0))
-
-    def finish(self) -> dict[str, float]:
-        """Wait for all scores, put the file into the data's order and return the means."""
-        while self.waiting:
-            self._take(*self.waiting.pop(0))
-        self.file.close()
-        ordered = self.path.with_suffix(".ordered")
-        ordered.write_text("".join(self._line(index) for index in sorted(self.scores)), encoding="utf-8")
-        ordered.replace(self.path)
-        cut = sum(scores.was_cut for scores in self.scores.values())
-        if cut:
-            self.tools.warn(
-                f"{cut} of {len(self.scores)} pairs have a side of more than {MAX_SCORED_CHARACTERS:,} characters; "
-                "ROUGE and BLEU saw its beginning only"
-            )
-        return summarize([self.scores[index] for index in sorted(self.scores)])
-
-    def _take(self, indices: list[int], pairs: Pairs, future: Future[list[PairScores]]) -> None:
-        for index, scores in zip(indices, self.scorer.result(future, pairs), strict=True):
-            self.scores[index] = scores
-            self.file.write(self._line(index))
-        self.file.flush()
-
-    def _line(self, index: int) -> str:
-        prompt = self.prompts[index]
-        record = {
-            "file": str(prompt.file),
-            "line": prompt.line,
-            "turn": prompt.turn,
-            **({"images": list(prompt.images)} if prompt.images else {}),
-            "prompt": self.tools.decode(prompt.prompt_ids),
-            "reference": prompt.reference,
-            "prediction": self.replies[index],
-            **self.scores[index].as_dict(),
-        }
-        return json.dumps(record, ensure_ascii=False) + "\n"
