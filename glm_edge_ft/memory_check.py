@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,7 +157,10 @@ def _trace(prepared: Prepared, model: Any, batch: BatchShape) -> StepTrace:
     kwargs: Any = args.activation_checkpointing_kwargs
     settings = dict(kwargs or {}) if args.activation_checkpointing else None
     formats = step_formats(prepared.precision, bool(args.deepspeed), not args.use_cpu)
-    return trace_step(model, batch, formats, install_supervised_loss, settings)
+    parsed: Any = args  # the attribute is there with DeepSpeed alone
+    shares_weights = bool(args.deepspeed) and parsed.hf_deepspeed_config.is_zero3()
+    install_loss = functools.partial(install_supervised_loss, ahead=not shares_weights)
+    return trace_step(model, batch, formats, install_loss, settings)
 
 
 def step_formats(precision: Precision, deepspeed: bool, on_gpu: bool) -> StepFormats:

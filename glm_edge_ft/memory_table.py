@@ -10,6 +10,7 @@ The sizes are those of the released checkpoints; no weights are read.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterable
@@ -124,13 +125,15 @@ def estimate_row(name: str, method: str) -> Row:
     images = (1, 3, 672, 672) if "vision_config" in MODELS[name] else None
     batch = BatchShape(rows=1, length=LENGTH, supervised=LENGTH - 1, images=images)
     estimates = {}
-    for shared in (False, True):
+    for stage in (0, 2, 3):
+        shared = stage > 0
         model = wrap_meta_model(settings, build_released_model(name))
         size = measure_size(model)
         formats = step_formats(Precision(weights, bf16=True, fp16=False, reason=""), shared, on_gpu=True)
-        trace = trace_step(model, batch, formats, install_supervised_loss, checkpointing={})
+        install_loss = functools.partial(install_supervised_loss, ahead=stage < 3)
+        trace = trace_step(model, batch, formats, install_loss, checkpointing={})
         for heading, (processes, file) in WAYS.items():
-            if shared == (file is not None):
+            if stage == _stage(heading):
                 content = json.loads((CONFIGS / file).read_text(encoding="utf-8")) if file else None
                 if content is not None:
                     content = complete_deepspeed(content, has_gpu=True, bf16=True, fp16=False)
@@ -143,6 +146,11 @@ def estimate_row(name: str, method: str) -> Row:
         gpu={heading: estimates[heading].total for heading in WAYS},
         host={stage: estimates[f"1 GPU, {stage} offload"].host.total for stage in ("ZeRO-2", "ZeRO-3")},
     )
+
+
+def _stage(heading: str) -> int:
+    """Return the stage of ZeRO that a column is about, 0 for none."""
+    return next((stage for stage in (2, 3) if f"ZeRO-{stage}" in heading), 0)
 
 
 def format_need(size: int) -> str:

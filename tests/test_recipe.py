@@ -532,7 +532,7 @@ def test_a_run_never_writes_over_a_model_that_is_not_its_own(run: Run, tmp_path:
 def test_settings_that_only_the_trainer_would_miss_are_refused_before_the_weights(run: Run) -> None:
     """Optimizer, schedule and reporting are built once for one parameter; all of them are listed."""
     with pytest.raises(UserError) as caught:
-        run(optim="adamw_bnb_8bit", lr_scheduler_type="cosine_with_min_lr", report_to="wandb")
+        run(optim="schedule_free_adamw", lr_scheduler_type="cosine_with_min_lr", report_to="wandb")
     assert [problem.where for problem in caught.value.problems] == [
         "training_args.optim",
         "training_args.lr_scheduler_type",

@@ -31,6 +31,7 @@ def supervised_cross_entropy(
     labels: torch.Tensor,
     lm_head: torch.nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
+    ahead: bool = True,
 ) -> torch.Tensor:
     """Return the next-token cross entropy over the supervised tokens, in float32.
 
@@ -42,6 +43,7 @@ def supervised_cross_entropy(
         lm_head: called as a module, so that adapters on it and sharded weights take part.
         num_items_in_batch: the number of supervised tokens of the whole optimizer step; the sum is divided by it, which
             makes gradient accumulation exact. None: the number in this batch.
+        ahead: whether gradients may be computed in the forward pass.
 
     Returns:
         A scalar; 0.0, still attached to the graph, when nothing is supervised.
@@ -54,7 +56,7 @@ def supervised_cross_entropy(
     if count == 0:
         return hidden_states.float().sum() * 0.0
     divisor = count if num_items_in_batch is None else num_items_in_batch
-    if _may_be_ahead(selected, lm_head):
+    if ahead and _may_be_ahead(selected, lm_head):
         if not any(parameter.requires_grad for parameter in lm_head.parameters()):
             return _LossWithGradient.apply(selected, targets, lm_head, divisor, None)
         weight = _plain_weight(lm_head)
@@ -173,11 +175,12 @@ def _add_product(total: torch.Tensor, of_logits: torch.Tensor, hidden_states: to
             total += of_logits.t() @ hidden_states.to(of_logits.dtype)
 
 
-def install_supervised_loss(model: PreTrainedModel) -> None:
+def install_supervised_loss(model: PreTrainedModel, ahead: bool = True) -> None:
     """Make `model` compute `supervised_cross_entropy` when called with labels; its outputs then hold no logits.
 
     `model` is the causal language model itself, not its PEFT, DDP or DeepSpeed wrapper: those call its `forward`, so
     the loss is computed inside their hooks. Calls without labels, `generate` among them, are left as they were.
+    Without `ahead` it is computed everywhere as it is under ZeRO-3.
     """
     original = type(model).forward
 
@@ -191,7 +194,7 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
         kwargs["use_cache"] = False
         outputs = self.get_decoder()(*args, **kwargs)
         loss = supervised_cross_entropy(
-            outputs.last_hidden_state, labels, self.get_output_embeddings(), num_items_in_batch
+            outputs.last_hidden_state, labels, self.get_output_embeddings(), num_items_in_batch, ahead
         )
         return CausalLMOutputWithPast(loss=loss)
 
