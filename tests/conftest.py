@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from glm_edge_ft.data.encoding import ConversationEncoder
+from glm_edge_ft.model import nano
 
 # No example fails for being slow on a busy machine, and each run tries the same ones; `--hypothesis-profile=explore`
 # tries others.
@@ -27,26 +28,7 @@ settings.register_profile("repeatable", _NOT_TIMED, derandomize=True)
 settings.register_profile("explore", _NOT_TIMED)
 settings.load_profile("repeatable")
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "<sop>",
-    "<eop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<|begin_of_image|>",
-    "<|end_of_image|>",
-    "<|im_start|>",
-    "<|im_end|>",
-)
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPECIAL_TOKENS = (*nano.SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>")
 SENTENCES = (
     "hello there my friend, how are you today? I am fine and you are fine.",
     "what is the weather like in the city of Beijing, and what is the time now?",
@@ -117,7 +99,7 @@ def backend() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(nano.SPLIT_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

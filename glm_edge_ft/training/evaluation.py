@@ -214,7 +214,7 @@ def generate_and_score(
     """
     is_main = process_index == 0
     replies: dict[int, str] = {}
-    share = _Share(prompts, batch_size, process_index, world_size, device, before_batch)
+    share = Share(prompts, batch_size, process_index, world_size, device, before_batch)
     with PredictionsWriter(predictions_file, prompts, tools) if is_main else NoWriter() as writer:
         bar = tqdm(
             total=len(prompts), desc="replies", unit="reply", disable=not (is_main and tools.show_progress), leave=False
@@ -232,7 +232,7 @@ def generate_and_score(
 
 
 @dataclass(frozen=True)
-class _Share:
+class Share:
     """What this process has to generate, and how; see `generate_and_score`."""
 
     prompts: Sequence[Prompt]
@@ -252,7 +252,7 @@ class _Share:
         return {name: values.to(self.device) for name, values in inputs.items()}
 
 
-def generate_replies(model: torch.nn.Module, tools: ReplyTools, share: _Share) -> Iterator[dict[int, list[int]]]:
+def generate_replies(model: torch.nn.Module, tools: ReplyTools, share: Share) -> Iterator[dict[int, list[int]]]:
     """Yield the new ids of each reply of this process's share by the number of its prompt, as they are finished."""
     rows = tools.start_rows(model, tools.options)
     if rows is not None:
@@ -265,7 +265,7 @@ def generate_replies(model: torch.nn.Module, tools: ReplyTools, share: _Share) -
             yield dict(zip(batch, new_ids, strict=True))
 
 
-def _refilled(rows: Rows, tools: ReplyTools, share: _Share) -> Iterator[dict[int, list[int]]]:
+def _refilled(rows: Rows, tools: ReplyTools, share: Share) -> Iterator[dict[int, list[int]]]:
     """Let prompts join in small batches, longest first, as soon as there is room for them.
 
     There is as much room as `batch_size` rows with the longest prompt would take: as many tokens, padding included. So

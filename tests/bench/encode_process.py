@@ -21,11 +21,11 @@ def main() -> None:
 
     from glm_edge_ft.data.dataset import build_dataset
     from glm_edge_ft.data.encoding import ConversationEncoder
-    from tests.bench.workload import STOP_TOKENS
+    from glm_edge_ft.model.nano import STOP_TOKENS
 
     path, model, processes, cache = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     tokenizer = AutoTokenizer.from_pretrained(model)
-    stop_ids: Any = tokenizer.convert_tokens_to_ids(STOP_TOKENS)
+    stop_ids: Any = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
     encoder = ConversationEncoder(tokenizer, stop_ids, 2048, 2048)
     start = time.perf_counter()
     dataset, _ = build_dataset([path], encoder, processes, cache, progress=False)

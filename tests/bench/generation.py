@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from transformers import GenerationConfig
 
 from glm_edge_ft.data.collator import PaddedCollator, PromptCollator
+from glm_edge_ft.data.prompts import PromptSample
 from glm_edge_ft.model.adapters import generate
 from glm_edge_ft.model.decoding import start_rows
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score
@@ -37,18 +39,6 @@ SHORTEST, LONGEST, LONGEST_REPLY, MEAN_REPLY = 10, 800, 256, 64
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A prompt, as `evaluation.Prompt` wants it."""
-
-    prompt_ids: list[int]
-    reference: str
-    line: int
-    file: str = "dev.jsonl"
-    turn: int = 1
-    images: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Evaluated:
     """One evaluation: how long it took, and the replies in the order of the data."""
 
@@ -56,14 +46,15 @@ class Evaluated:
     replies: list[str]
 
 
-def make_samples(count: int) -> list[Sample]:
+def make_samples(count: int) -> list[PromptSample]:
     """Return prompts whose lengths are spread evenly on a logarithmic scale, in random order."""
     generator = random.Random(3)
     samples = []
     for number, row in enumerate(make_rows(count)):
         length = round(SHORTEST * (LONGEST / SHORTEST) ** generator.random())
         ids = [generator.randrange(300, VOCABULARY) for _ in range(length)]
-        samples.append(Sample(ids, row["messages"][1]["content"], number + 1))
+        reply = row["messages"][1]["content"]
+        samples.append(PromptSample(np.array(ids, dtype=np.int32), "", reply, "dev.jsonl", number + 1, 1, 0))
     return samples
 
 
@@ -90,7 +81,7 @@ def make_tools(tokenizer: Any, refills: bool) -> ReplyTools:
     return ReplyTools(**{**vars(tools), "start_rows": start_rows})
 
 
-def ours(model: Any, samples: list[Sample], tools: ReplyTools, batch_size: int) -> Evaluated:
+def ours(model: Any, samples: list[PromptSample], tools: ReplyTools, batch_size: int) -> Evaluated:
     """Evaluate as a run does."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +101,7 @@ def ours(model: Any, samples: list[Sample], tools: ReplyTools, batch_size: int) 
     return Evaluated(seconds, [line["prediction"] for line in lines])
 
 
-def in_order(model: Any, samples: list[Sample], tools: ReplyTools, batch_size: int) -> Evaluated:
+def in_order(model: Any, samples: list[PromptSample], tools: ReplyTools, batch_size: int) -> Evaluated:
     """Evaluate in batches of neighbours, each until its longest reply ends."""
     start = time.perf_counter()
     replies: list[str] = []

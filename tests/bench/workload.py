@@ -17,27 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from glm_edge_ft.model.nano import SPECIAL_TOKENS, STOP_TOKENS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SEED = 7
 DEV_ROWS = 64
 VOCABULARY = 8192
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "<sop>",
-    "<eop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<|begin_of_image|>",
-    "<|end_of_image|>",
-]
-STOP_TOKENS = ["<|endoftext|>", "<|user|>", "<|observation|>"]
 CHAT_TEMPLATE = (
     "{% for item in messages %}"
     "{% if item['role'] == 'system' %}<|system|>\n{{ item['content'] }}"
@@ -106,7 +93,7 @@ def make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=list(SPECIAL_TOKENS),
         max_token_length=6,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -117,7 +104,7 @@ def make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
         eos_token=SPECIAL_TOKENS[0],
         pad_token=SPECIAL_TOKENS[0],
         padding_side="left",
-        additional_special_tokens=SPECIAL_TOKENS[1:],
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -128,7 +115,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Any:
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    stop_ids: Any = tokenizer.convert_tokens_to_ids(STOP_TOKENS)
+    stop_ids: Any = tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
     config = GlmConfig(
         vocab_size=VOCABULARY,
         hidden_size=512,

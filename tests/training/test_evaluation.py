@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_edge_ft.data.collator import PaddedCollator, PromptCollator
-from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score, plan_batches
+from glm_edge_ft.training.evaluation import ReplyTools, Share, generate_and_score, generate_replies, plan_batches
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,81 @@ def evaluate(path: Path, generate: Any = echo, batch_size: int = 2) -> dict[str,
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a predictions file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class CountedRows:
+    """Rows whose replies are as long as their prompt's number says; notes how much is under way."""
+
+    max_new_tokens = 6
+
+    def __init__(self) -> None:
+        self.left: dict[int, int] = {}
+        self.lengths: dict[int, int] = {}
+        self.seen: list[tuple[int, int]] = []  # rows under way, tokens of the longest prompt among them
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def add(
+        self, numbers: Sequence[int], input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: torch.Tensor
+    ) -> dict[int, list[int]]:
+        """Take up prompts, each with its first token."""
+        for number, length in zip(numbers, attention_mask.sum(dim=1).tolist(), strict=True):
+            self.left[number], self.lengths[number] = 1 + number % self.max_new_tokens, length
+        self.seen.append((len(self.left), max(self.lengths[number] for number in self.left)))
+        return self._advance(numbers)
+
+    def step(self) -> dict[int, list[int]]:
+        """Add a token to each."""
+        return self._advance(list(self.left))
+
+    def _advance(self, numbers: Sequence[int]) -> dict[int, list[int]]:
+        for number in numbers:
+            self.left[number] -= 1
+        done = [number for number in numbers if self.left[number] == 0]
+        for number in done:
+            del self.left[number]
+        return {number: [number] for number in done}
+
+
+def hand_out(rows: CountedRows, model: Any, options: Any) -> CountedRows:
+    """Be the `start_rows` of tools."""
+    return rows
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 9), st.integers(1, 3))
+def test_rows_that_are_refilled_answer_each_prompt_once_in_the_room_of_a_batch(
+    lengths: list[int], size: int, world: int
+) -> None:
+    """No more rows than `batch_size`, or no more tokens than that takes with the longest prompt; at most 4 times it."""
+    prompts = [Sample([1] * length, "", number + 1) for number, length in enumerate(lengths)]
+    answered: list[int] = []
+    joins = set()
+    for rank in range(world):
+        rows = CountedRows()
+        asked: list[None] = []
+        share = Share(prompts, size, rank, world, torch.device("cpu"), functools.partial(asked.append, None))
+        refilling = replace(tools(echo, []), start_rows=functools.partial(hand_out, rows))
+        for replies in generate_replies(torch.nn.Identity(), refilling, share):
+            assert all(ids == [number] for number, ids in replies.items())
+            answered += replies
+        room = size * (max(lengths) + rows.max_new_tokens)
+        for count, longest in rows.seen:
+            assert count <= 4 * size
+            assert count <= size or count * (longest + rows.max_new_tokens) <= room
+        joins.add(len(asked))
+    assert sorted(answered) == list(range(len(lengths)))
+    assert len(joins) == 1  # what is asked before a batch joins may be a question to all ranks
+
+
+def test_short_prompts_go_in_more_at_once_than_the_batch_size() -> None:
+    """One long prompt sets the room: of the short ones four times the batch size are under way."""
+    rows = CountedRows()
+    prompts = [Sample([1] * length, "", number + 1) for number, length in enumerate([200] + [5] * 40)]
+    share = Share(prompts, 4, 0, 1, torch.device("cpu"), lambda: None)
+    refilling = replace(tools(echo, []), start_rows=functools.partial(hand_out, rows))
+    assert sum(len(replies) for replies in generate_replies(torch.nn.Identity(), refilling, share)) == 41
+    assert max(count for count, _ in rows.seen) > 8
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 7), st.integers(1, 5))
