@@ -105,8 +105,6 @@ def main(
                 f"logits are {logits_bytes / 1e9:.2f} GB. Memory is the peak of what is resident (VmHWM) in forward "
                 "and backward pass above what the process had before; a trained head's gradient "
                 f"({hidden * vocabulary * 4 / 1e6:.0f} MB, the same for both) is taken off.",
-                "Under a trained head each chunk's gradient of the weights is as large as the weights and is added to "
-                "those before, and each chunk's logits are made twice: that is the memory above the target, and time.",
                 f"Loss and gradients were compared: the largest difference is {max(differences):.0e} of their size.",
             ],
         )
