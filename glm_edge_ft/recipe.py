@@ -221,6 +221,7 @@ def build_trainer(
     from transformers import PrinterCallback, ProgressCallback
 
     from glm_edge_ft.model.adapters import apply_adapter
+    from glm_edge_ft.model.fewer_copies import use_fewer_copies
     from glm_edge_ft.model.loading import load_weights
     from glm_edge_ft.model.lora_inputs import leave_input_format
     from glm_edge_ft.model.packed_attention import use_attention
@@ -234,6 +235,7 @@ def build_trainer(
     base = load_weights(checkpoint, getattr(torch, prepared.precision.weights), config.quantization, args.device)
     use_attention(base, attention_of(prepared))
     install_supervised_loss(base)
+    use_fewer_copies(base)
     torch.manual_seed(args.seed)  # the adapter's first values
     model = apply_adapter(base, config.peft_config, prepared.keeps_vision)
     if (args.bf16 or args.fp16) and not args.deepspeed:  # under DeepSpeed all weights are in 16 bit, without autocast

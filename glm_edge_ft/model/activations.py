@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from glm_edge_ft.model.fewer_copies import use_fewer_copies
 from glm_edge_ft.model.lora_inputs import LoraDropout, leave_input_format
 
 _INDEXING = (
@@ -151,6 +152,7 @@ def trace_step(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     install_loss(base)
+    use_fewer_copies(base)
     model.train()
     if checkpointing is not None:  # as the Trainer does
         settings = dict(checkpointing)

@@ -1,0 +1,180 @@
+"""The steps between the matrix products of a GLM layer: outputs and gradients are those of transformers."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GlmConfig
+from transformers.models.glm import modeling_glm
+
+from glm_edge_ft.model.adapters import apply_adapter
+from glm_edge_ft.model.fewer_copies import _apply_rotary_pos_emb, rotate_queries_and_keys, use_fewer_copies
+from tests.model_folders import tiny_config, tiny_model
+
+HAS_AVX = platform.machine() in ("x86_64", "AMD64")
+LORA = {"peft_type": "LORA", "r": 4, "init_lora_weights": False, "target_modules": ["q_proj", "gate_up_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def restore_transformers() -> Iterator[None]:
+    """Put transformers' function back, so that what is compared with it is really it."""
+    modeling_glm.apply_rotary_pos_emb = _apply_rotary_pos_emb
+    yield
+    modeling_glm.apply_rotary_pos_emb = _apply_rotary_pos_emb
+
+
+def same(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
+    """Tell whether two tensors are the same bit for bit; where there is no AVX, but for the last bits."""
+    if ours is None or theirs is None:
+        return ours is theirs
+    return torch.equal(ours, theirs) if HAS_AVX else torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def angles(rows: int, tokens: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines as the rotary embedding makes them, `(rows, tokens, size)`."""
+    turns = torch.arange(rows * tokens, dtype=torch.float32).reshape(rows, tokens, 1) * 10000 ** -torch.linspace(
+        0, 1, size // 2
+    )
+    both = torch.cat([turns, turns], dim=-1)
+    return both.cos(), both.sin()
+
+
+def heads(rows: int, count: int, tokens: int, size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return states of heads as a projection's output has them in memory, `(rows, count, tokens, size)`."""
+    return torch.randn(rows, tokens, count * size).to(dtype).view(rows, tokens, count, size).transpose(1, 2)
+
+
+def with_gradients(
+    rotate: Callable[..., tuple[torch.Tensor, ...]], q: torch.Tensor, k: torch.Tensor, *turn: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Return both outputs and the gradients of both inputs, for gradients of the outputs that are drawn."""
+    inputs = [q.detach().requires_grad_(), k.detach().requires_grad_()]
+    outputs = rotate(*inputs, *turn)
+    torch.manual_seed(5)
+    torch.autograd.backward(outputs, [torch.randn(output.shape).to(output.dtype) for output in outputs])
+    return [*outputs, *(one.grad for one in inputs)]
+
+
+@pytest.mark.parametrize("rows_of_angles", [1, 3])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 16), (64, 32), (128, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_turn_as_in_transformers(
+    dtype: torch.dtype, head_dim: int, rotary_dim: int, rows_of_angles: int
+) -> None:
+    """Whole heads and halves of them, angles of all rows or of one, 16 bit too: outputs and gradients are the same."""
+    torch.manual_seed(1)
+    q, k = heads(3, 4, 7, head_dim, dtype), heads(3, 2, 7, head_dim, dtype)
+    turn = tuple(part.to(dtype) for part in angles(rows_of_angles, 7, rotary_dim))
+    ours = with_gradients(rotate_queries_and_keys, q, k, *turn)
+    theirs = with_gradients(_apply_rotary_pos_emb, q, k, *turn)
+    assert all(map(same, ours, theirs))
+
+
+@given(
+    sizes=st.tuples(*[st.integers(1, 4)] * 3),
+    pairs=st.integers(1, 9),
+    rest=st.integers(0, 5),
+    offset=st.integers(0, 3),
+    is_turned=st.booleans(),
+)
+def test_any_shape_and_any_place_in_memory(
+    sizes: tuple[int, int, int], pairs: int, rest: int, offset: int, is_turned: bool
+) -> None:
+    """Odd sizes, odd offsets and dimensions in another order give what transformers gives, but for last bits."""
+    rows, count, tokens = sizes
+    size = 2 * pairs + rest
+    q = torch.randn(rows * count * tokens * size + offset)[offset:].view(rows, count, tokens, size)
+    if is_turned:
+        q = q.transpose(1, 3).contiguous().transpose(1, 3)
+    turn = angles(rows, tokens, 2 * pairs)
+    for one, other in zip(
+        with_gradients(rotate_queries_and_keys, q, q, *turn),
+        with_gradients(_apply_rotary_pos_emb, q, q, *turn),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def compute(model: Any, autocast: bool = False, ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Return the logits of some rows and the gradients of all weights that are trained."""
+    torch.manual_seed(3)
+    ids = torch.randint(3, 300, (3, 11)) if ids is None else ids
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"logits": logits.detach(), **gradients}
+
+
+@pytest.mark.parametrize("way", ["all weights", "lora", "checkpointing", "autocast", "bfloat16"])
+def test_a_model_learns_the_same(way: str) -> None:
+    """Logits and every gradient: all weights trained, LoRA around the steps, layers computed twice, 16 bit."""
+
+    def build() -> Any:
+        torch.manual_seed(2)
+        model: Any = tiny_model().train()
+        if way == "lora":
+            return apply_adapter(model, LORA).train()
+        if way == "checkpointing":
+            model.activation_checkpointing_enable()
+        return model.to(torch.bfloat16) if way == "bfloat16" else model
+
+    expected = compute(build(), way == "autocast")
+    model = build()
+    use_fewer_copies(model.get_base_model() if way == "lora" else model)
+    found = compute(model, way == "autocast")
+    assert set(found) == set(expected)
+    assert [name for name in found if not same(found[name], expected[name])] == []
+    nodes = {type(node).__name__ for node in _graph(model)}
+    assert any("GatedUp" in name for name in nodes)
+
+
+def _graph(model: Any) -> Iterator[Any]:
+    """Yield the nodes of the graph that the model's logits hang on."""
+    open_nodes, seen = [model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits.grad_fn], set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        open_nodes.extend(following for following, _ in node.next_functions)
+
+
+def test_generation_is_the_same() -> None:
+    """Greedy replies, token by token from a cache."""
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    model = tiny_model()
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)
+    use_fewer_copies(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
+
+
+def test_another_activation_is_left_alone() -> None:
+    """A config with gelu computes gelu."""
+    config: GlmConfig = tiny_config(300, 0, [1])
+    config.hidden_act = "gelu"
+    torch.manual_seed(0)
+    model = modeling_glm.GlmForCausalLM(config)
+    expected = compute(model)
+    model.zero_grad()
+    use_fewer_copies(model)
+    found = compute(model)
+    assert all(same(found[name], expected[name]) for name in expected)
+
+
+def test_a_second_call_changes_nothing() -> None:
+    """The function of transformers that is fallen back to stays the one of transformers."""
+    model = tiny_model()
+    use_fewer_copies(model)
+    use_fewer_copies(model)
+    q = heads(1, 2, 3, 16, torch.bfloat16)
+    turn = tuple(part.to(torch.bfloat16) for part in angles(1, 3, 16))
+    ours, theirs = modeling_glm.apply_rotary_pos_emb(q, q, *turn), _apply_rotary_pos_emb(q, q, *turn)
+    assert torch.equal(ours[0], theirs[0])
