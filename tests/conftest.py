@@ -67,6 +67,12 @@ TokenizerMaker = Callable[[str], PreTrainedTokenizerFast]
 EncoderMaker = Callable[..., ConversationEncoder]
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run all tests in several processes, a file in each; what is asked for by name or by `-m` runs in this one."""
+    is_whole = not config.getoption("-m") and config.args_source != pytest.Config.ArgsSource.ARGS
+    return min(os.cpu_count() or 1, 4) if is_whole else 0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave slow tests, and those that break things by the thousand, out unless `-m` says otherwise."""
     if not config.getoption("-m"):
