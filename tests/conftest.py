@@ -76,9 +76,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave slow tests, and those that break things by the thousand, out unless `-m` says otherwise."""
     if not config.getoption("-m"):
-        slow = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("fault")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+        later = [item for item in items if _is_on_demand(item)]
+        config.hook.pytest_deselected(items=later)
+        items[:] = [item for item in items if item not in later]
+
+
+def _is_on_demand(item: pytest.Item) -> bool:
+    fault = item.get_closest_marker("fault")
+    is_long_fault = fault is not None and not fault.kwargs.get("by_default")
+    return is_long_fault or item.get_closest_marker("slow") is not None
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ from tests.launch import Started, start
 from tests.runs import LORA, assert_same_bits, do_run, losses, metrics, weights, write_chat_data
 from tests.vision_folders import save_vision_folder, write_vision_data
 
+pytestmark = pytest.mark.fault(by_default=True)
+
 ENDLESS: dict[str, Any] = {
     "max_steps": 1_000_000,
     "lr_scheduler_type": "constant",

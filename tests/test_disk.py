@@ -20,6 +20,8 @@ from glm_edge_ft.training.checkpoints import STAGING_FOLDER, find_checkpoints
 from tests.launch import REPOSITORY, SECONDS
 from tests.runs import assert_same_bits, do_run, files_of_at_most, losses, write_config
 
+pytestmark = pytest.mark.fault(by_default=True)
+
 NAMESPACE = ["unshare", "--user", "--mount", "--map-root-user"]
 OTHER_SIZES = (30, 130, 180, 230, 310, 520, 640, 800)  # a checkpoint takes some 120 kB, so each fails at another file
 EVERY_STEP: dict[str, Any] = {"save_steps": 1, "max_steps": 6}

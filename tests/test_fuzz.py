@@ -23,6 +23,8 @@ from glm_edge_ft.preflight import RunRequest
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
 
+pytestmark = pytest.mark.fault(by_default=True)
+
 KEPT_SEEDS: tuple[int, ...] = (2426, 3122)
 ALWAYS_TRIED = 60
 ALL = 5_000

@@ -31,6 +31,8 @@ from tests.model_folders import save_model_folder
 from tests.runs import do_run, write_chat_data, write_config
 from tests.vision_folders import image_part, save_vision_folder, text_part, turns
 
+pytestmark = pytest.mark.fault(by_default=True)
+
 SIDE = 60_000
 
 

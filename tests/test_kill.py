@@ -34,6 +34,8 @@ from tests.model_folders import save_model_folder
 from tests.runs import LORA, assert_same_bits, do_run, metrics, write_chat_data
 from tests.vision_folders import save_vision_folder, write_vision_data
 
+pytestmark = pytest.mark.fault(by_default=True)
+
 SECONDS_BETWEEN_LOOKS = 0.002
 CORES, SIDE_BY_SIDE_FROM = 2, 10  # so many kills are worth two runs at a time
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two runs share two cores

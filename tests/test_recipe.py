@@ -384,6 +384,7 @@ def test_the_saved_folder_stops_by_itself(
         assert tokenizer.decode(new) == "\nyo<|user|>"
 
 
+@pytest.mark.fault(by_default=True)
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run: Run, tmp_path: Path) -> None:
     """M4: an absurd learning rate makes the second loss NaN; nothing of it is logged as a number."""
     with pytest.raises(RunStopped, match=r"the loss of step [2-6] is nan: lower training_args\.learning_rate"):
@@ -391,6 +392,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run: Run, tm
     assert all(line.get("loss") != 0.0 for line in metrics(tmp_path / "output"))
 
 
+@pytest.mark.fault(by_default=True)
 def test_a_loss_that_is_not_finite_may_only_warn(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """M4: the run goes on, and NaN stands in metrics.jsonl as null, never as 0.0."""
     output = run(

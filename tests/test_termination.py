@@ -18,6 +18,8 @@ from tests.launch import ZERO_3, Started, launch, start
 from tests.model_folders import save_model_folder
 from tests.runs import LORA, assert_same_bits, do_run, losses, metrics, write_chat_data
 
+pytestmark = pytest.mark.fault(by_default=True)
+
 # Endless, unless it is stopped; the learning rate does not depend on the number of steps.
 ENDLESS: dict[str, Any] = {
     "max_steps": 1_000_000,

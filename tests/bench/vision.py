@@ -64,13 +64,17 @@ def prepare_loader(folder: Path, model: str) -> Loader:
 
 
 def steady_rate(counts: Iterable[int], total: int) -> float:
-    """Return images a second of all that comes after the first quarter of `total`; each count is a batch's images."""
-    seen, start, before = 0, 0.0, 0
+    """Return images a second of all that comes after the first quarter of `total`; each count is a batch's images.
+
+    The clock stops with the last of them: what follows is the end of the processes.
+    """
+    seen, start, before, end = 0, 0.0, 0, 0.0
     for count in counts:
         seen += count
+        end = time.perf_counter()
         if not start and seen >= total // 4:
-            start, before = time.perf_counter(), seen
-    return (seen - before) / (time.perf_counter() - start)
+            start, before = end, seen
+    return (seen - before) / (end - start)
 
 
 def our_rate(loader: Loader) -> float:

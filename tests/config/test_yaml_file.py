@@ -49,6 +49,7 @@ def test_unreadable_file_is_refused_with_its_place(tmp_path: Path, content: byte
     assert problem.what.startswith(what)
 
 
+@pytest.mark.fault(by_default=True)
 def test_aliases_cannot_blow_the_file_up(tmp_path: Path) -> None:
     """C4: ten levels of ten aliases are ten billion values; they are refused instead of built."""
     lines = ["l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
@@ -71,6 +72,7 @@ def test_folder_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "configs").what == "this is a folder, not a config file"
 
 
+@pytest.mark.fault(by_default=True)
 def test_tag_is_never_executed(tmp_path: Path) -> None:
     """C4: a Python tag is refused by line and nothing of it runs."""
     path = tmp_path / "run.yaml"

@@ -196,6 +196,7 @@ def left(output: Path) -> list[tuple[int, str]]:
     return [(found.step, found.defect) for found in find_checkpoints(output)]
 
 
+@pytest.mark.fault(by_default=True)
 def test_old_checkpoints_go_by_their_step_not_by_their_time(output: Path) -> None:
     """A clock that was moved back; nothing half removed stays."""
     for step, time in ((2, 3e9), (4, 2e9), (10, 1e9)):

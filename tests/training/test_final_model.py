@@ -15,6 +15,8 @@ from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import staging_folder
 from glm_edge_ft.training.final_model import FINAL_FOLDER, publish_final_model
 
+pytestmark = pytest.mark.fault(by_default=True)
+
 TOKENIZER = ("tokenizer.json", "chat_templates/tool_use.jinja")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER)
 ONE_FILE = ("config.json", "model.safetensors", *TOKENIZER)

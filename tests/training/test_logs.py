@@ -88,6 +88,7 @@ def test_the_peak_of_memory_stays_after_what_made_it_is_gone() -> None:
     assert peak > 0.95 * (before + length)
 
 
+@pytest.mark.fault(by_default=True)
 def test_a_log_that_cannot_be_written_is_kept_for_later(tmp_path: Path) -> None:
     """Half a line is never left behind, the order stays, and both ends are said once."""
     said: list[str] = []
@@ -114,6 +115,7 @@ def test_a_log_that_cannot_be_written_is_kept_for_later(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.fault(by_default=True)
 def test_cutting_the_log_back_leaves_it_whole_where_the_disk_is_full(tmp_path: Path) -> None:
     """R3: a run that is continued drops later lines; on a full disk it keeps what is there."""
     file = tmp_path / "metrics.jsonl"
