@@ -169,7 +169,7 @@ def main(
             notes=[
                 f"Numbers of rows: {steps} steps of 16 rows in random order, {rounds} runs each in turn; lengths: 10 "
                 "steps. The median of the log's lines, without the first. The peak is that of the process.",
-                "Matrix products alone: the fastest of 60 products of 2,048 x 512 x 3,072 in the same run, at 4 FLOP "
+                "Matrix products alone: the median of 60 of them (2,048 x 512 x 3,072) in the same run, at 4 FLOP "
                 "a weight and token and those of attention.",
             ],
         )
