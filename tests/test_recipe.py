@@ -410,6 +410,16 @@ def test_a_loss_that_is_not_finite_may_only_warn(run: Run, capsys: pytest.Captur
     assert "is nan" in capsys.readouterr().err
 
 
+@pytest.mark.fault(by_default=True)
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 7, "save_strategy": "no"}], ids=["finished", "steps left"])
+def test_a_checkpoint_that_a_killed_run_had_no_time_to_remove_goes(run: Run, settings: dict[str, Any]) -> None:
+    """R1: killed between a new checkpoint and the removal of an old one; `yes` makes up for it."""
+    output = run(save_steps=2)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 6)]
+    run(resume="yes", **{"save_steps": 2, "save_total_limit": 2, **settings})
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
 def test_a_finished_run_takes_no_step_and_is_evaluated(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """R4: `yes` on a run that has all its steps."""
     output = run(val="dev.jsonl", eval_strategy="steps", eval_steps=6)

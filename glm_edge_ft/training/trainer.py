@@ -409,6 +409,11 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             write_processes(staged, self.processes)
             self.write_record(staged)
             publish(staged, output_dir)
+            self._remove_old_checkpoints()
+
+    def _remove_old_checkpoints(self) -> None:
+        if self.args.should_save:
+            output_dir = Path(self.args.output_dir)
             remove_old_checkpoints(output_dir, self.args.save_total_limit, self.state.best_global_step)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -445,6 +450,8 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self.state.compute_steps(self.args, max_steps)
         self._last_saved_step = self.state.global_step  # of the checkpoint, or 0
         self._find_best_again()
+        if self._last_saved_step:  # a kill may have come between a new checkpoint and the removal of an old one
+            self._remove_old_checkpoints()
         self._owes_evaluation = self._was_stopped_before_evaluation()
         return progress
 
@@ -493,6 +500,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             self.model_wrapped = self.deepspeed = self.accelerator.prepare(self.model)
         else:  # each process holds the whole model; DeepSpeed evaluates none but shared ones
             self.is_deepspeed_enabled = False
+        self._remove_old_checkpoints()
 
     def final_step(self) -> int:
         """Return the step whose weights the model holds after training: the best one's where the best is loaded."""
