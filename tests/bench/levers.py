@@ -88,8 +88,8 @@ def main(
             tables=[Table(columns, rows)],
             notes=[
                 f"LoRA in float32 on the CPU, four rows of {length:,} tokens a step (padding_free: 16 of about 90), "
-                f"{steps} steps, {rounds} runs each in turn. The peak is that of the process, some 500 MiB of which "
-                "are libraries. A base in 4 bits is computed slowly on a CPU."
+                f"{steps} steps, runs of each kind: {rounds}, in turn. The peak is that of the process, "
+                "some 500 MiB of which are libraries. A base in 4 bits is computed slowly on a CPU."
             ],
         )
     )
