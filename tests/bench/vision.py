@@ -168,11 +168,8 @@ def main(
                 "the figure: beside a step on a GPU it is nothing, on a CPU the last column says what it is.",
                 "Pillow decodes and resizes to the full 672 x 672, which is a third more pixels than a picture of "
                 "4 to 3 fills, and gives nothing back; the third figure is without that third.",
-                "Where the difference goes, in processor time for a picture of 640 x 480: Pillow 10.1 ms, 8.8 in our "
-                "proportions; ours 12.8, of which 0.6 are the receiving process's, 1.1 the system's for fresh pages of "
-                "shared memory, and the rest the way of the bytes out of Pillow and the batch's text. Tried: pages "
-                "made present ahead, or written with one call, would save 0.2 ms a picture; handing them on through "
-                "named files instead of descriptors, nothing.",
+                "Where the difference goes: fresh pages of shared memory for each batch, the receiving process, and "
+                "the way of the bytes out of Pillow.",
             ],
             versions=installed("pillow"),
         )
