@@ -1,29 +1,27 @@
 """Training throughput against the number of rows and against the length of rows.
 
-    python -m tests.bench.growth [--rows 1000 --rows 20000 --rows 200000] [--steps 60] [--rounds 3]
+    python -m tests.bench.growth [--rows 1000 --rows 20000 --rows 200000] [--steps 50] [--rounds 2] [--longest 4096]
 
-Each measurement is a real run of `finetune.py` (LoRA, float32) in a process of its own. Throughput is that of the log
-after the first steps: real tokens over their seconds, start and encoding left out. Runs of different numbers of rows
-take rows in random order, so that their batches are alike.
+Each measurement is a real run of `finetune.py` (LoRA, float32) in a process of its own: real tokens over the seconds of
+the training loop, start and encoding left out. Runs of different numbers of rows take turns of two seconds, and so do
+those of one length and matrix products alone (`slices.py`).
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
-from tests.bench.measure import in_turn, median_ratio, run_process
+from tests.bench.measure import median_ratio, run_process
+from tests.bench.own_runs import Throughput, count_parameters, flops_of, own_run, products_alone
 from tests.bench.result import Plot, Ratio, Result, Table, keep
-from tests.bench.training import CONFIG, LIMIT, count_parameters
+from tests.bench.slices import side_by_side
 from tests.bench.workload import make_rows, make_workload, write_rows
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -42,29 +40,6 @@ print(count, time.perf_counter() - start)
 """
 
 
-def steady_tokens_per_second(
-    workload: Path, steps: int, top: Mapping[str, Any] | None = None, **training: Any
-) -> tuple[float, float]:
-    """Train `steps` steps and return the median of the log's tokens per second without its first line, and the peak.
-
-    Args:
-        workload: a folder with `data` and `model`.
-        steps: the log has a line for every tenth of them.
-        top: keys of the config.
-        training: keys of its `training_args`.
-    """
-    with tempfile.TemporaryDirectory() as work:
-        arguments = CONFIG["training_args"] | {"output_dir": f"{work}/output", "max_steps": steps}
-        arguments |= {"logging_steps": max(1, steps // 10)} | training
-        config = Path(work) / "run.yaml"
-        config.write_text(yaml.safe_dump({**CONFIG, **(top or {}), "training_args": arguments}), encoding="utf-8")
-        command = [sys.executable, "finetune.py", str(workload / "data"), str(workload / "model"), str(config)]
-        done = run_process(command, {"GLM_EDGE_FT_CACHE": f"{workload}/cache", "HF_HUB_OFFLINE": "1"})
-        lines = (Path(work) / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    speeds = [event["tokens_per_second"] for event in map(json.loads, lines) if "tokens_per_second" in event]
-    return statistics.median(speeds[1:]), done.peak_bytes
-
-
 def long_workload(folder: Path, source: Path) -> Path:
     """Write rows that are longer than any length that is measured, beside the model of another workload."""
     reply = "".join(message["content"] for row in make_rows(600) for message in row["messages"])
@@ -77,11 +52,25 @@ def long_workload(folder: Path, source: Path) -> Path:
     return folder
 
 
-def speed_at(workload: Path, length: int, steps: int) -> float:
-    """Return tokens per second with rows of about `length` tokens, 4,096 tokens in a step."""
+def speed_at(workload: Path, length: int, steps: int) -> tuple[float, float]:
+    """Return tokens per second with rows of about `length` tokens, 4,096 tokens in a step, and FLOP/s of products."""
     lengths = {"max_input_length": PROMPT_TOKENS, "max_output_length": length - PROMPT_TOKENS}
-    batch = {"per_device_train_batch_size": TOKENS_OF_A_STEP // length}
-    return steady_tokens_per_second(workload, steps, lengths, **batch)[0]
+    with tempfile.TemporaryDirectory() as work:
+        batch = TOKENS_OF_A_STEP // length
+        own = own_run(Path(work), workload, steps, lengths, per_device_train_batch_size=batch)
+        measured, products = side_by_side(own.process, products_alone(steps))
+        return own.reached(measured).tokens_per_second, flops_of(products)
+
+
+def speeds_of(workloads: Sequence[Path], steps: int) -> list[Throughput]:
+    """Return what runs on each of the workloads reach side by side."""
+    with tempfile.TemporaryDirectory() as work:
+        runs = []
+        for number, workload in enumerate(workloads):
+            (folder := Path(work) / str(number)).mkdir()
+            runs.append(own_run(folder, workload, steps))
+        measured = side_by_side(*(run.process for run in runs))
+        return [run.reached(one) for run, one in zip(runs, measured, strict=True)]
 
 
 def limit_at(flops: float, parameters: int, length: int) -> float:
@@ -96,8 +85,8 @@ def limit_at(flops: float, parameters: int, length: int) -> float:
 def main(
     *,
     rows: Annotated[list[int] | None, typer.Option(help="Numbers of rows, the smallest first.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each run on them.")] = 60,
-    rounds: Annotated[int, typer.Option(help="Runs of each kind, in turn.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps of each run on them.")] = 50,
+    rounds: Annotated[int, typer.Option(help="Runs of each kind.")] = 2,
     longest: Annotated[int, typer.Option(help="Longest rows of the curve.")] = LENGTHS[-1],
 ) -> None:
     """Measure both curves and keep the result."""
@@ -105,23 +94,22 @@ def main(
     with tempfile.TemporaryDirectory() as work:
         source = Path(work) / "source"
         make_workload(source, 2000)
-        runs, samplers = [], []
+        folders, samplers = [], []
         for count in counts:
             folder = Path(work) / str(count)
             write_rows(folder / "data" / "train.jsonl", make_rows(count))
             (folder / "model").symlink_to(source / "model")
-            run = partial(steady_tokens_per_second, folder, steps, train_sampling_strategy="random")
-            run()  # encodes
-            runs.append(run)
+            speeds_of([folder], 1)  # encodes
+            folders.append(folder)
             samplers.append(run_process([sys.executable, "-c", SAMPLER, str(folder / "cache")]).output.split())
-        found = in_turn(rounds, *runs)
-        speeds = [[speed for speed, _ in of_count] for of_count in found]
+        found = list(zip(*(speeds_of(folders, steps) for _ in range(rounds)), strict=True))
+        speeds = [[run.tokens_per_second for run in of_count] for of_count in found]
         parameters = count_parameters(source)
-        flops = float(run_process([sys.executable, "-c", LIMIT]).output)
         lengths = [length for length in LENGTHS if length <= longest]
         long_rows = long_workload(Path(work) / "long", source)
-        at_length = [(length, speed_at(long_rows, length, 10)) for length in lengths]
-    limits = [(length, limit_at(flops, parameters, length)) for length in lengths]
+        reached = {length: speed_at(long_rows, length, 10) for length in lengths}
+    at_length = [(length, speed) for length, (speed, _) in reached.items()]
+    limits = [(length, limit_at(flops, parameters, length)) for length, (_, flops) in reached.items()]
     least = min(median_ratio(of_count, speeds[0]) for of_count in speeds[1:])
     command = " ".join(["python -m tests.bench.growth", *(f"--rows {count}" for count in counts)])
     keep(
@@ -140,7 +128,7 @@ def main(
                         (
                             count,
                             statistics.median(of_count),
-                            statistics.median(peak for _, peak in runs_of_count) / 2**20,
+                            statistics.median(run.peak_bytes for run in runs_of_count) / 2**20,
                             float(seconds),
                         )
                         for count, of_count, runs_of_count, (_, seconds) in zip(
@@ -167,9 +155,9 @@ def main(
                 )
             ],
             notes=[
-                f"Numbers of rows: {steps} steps of 16 rows in random order, {rounds} runs each in turn; lengths: 10 "
-                "steps. The median of the log's lines, without the first. The peak is that of the process.",
-                "Matrix products alone: the median of 60 of them (2,048 x 512 x 3,072) in the same run, at 4 FLOP "
+                f"Numbers of rows: {steps} steps of 16 rows as a run takes them, {rounds} runs of each, side by side, "
+                "two seconds each in turn; lengths: 10 steps. The peak is that of the process.",
+                "Matrix products alone (2,048 x 512 x 3,072) took turns with the run, and are counted at 4 FLOP "
                 "a weight and token and those of attention.",
             ],
         )

@@ -1,6 +1,6 @@
 """What settings that trade time for memory cost and save: each against the same run without it.
 
-    python -m tests.bench.levers [--steps 20] [--rounds 3] [--length 1024]
+    python -m tests.bench.levers [--steps 20] [--rounds 2] [--length 1024]
 
 A lever is an entry of `LEVERS`: keys of the config that switch it on, and what both runs share.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tests.bench.growth import PROMPT_TOKENS, long_workload, steady_tokens_per_second
-from tests.bench.measure import in_turn, median_ratio
+from tests.bench.growth import PROMPT_TOKENS, long_workload
+from tests.bench.measure import median_ratio
+from tests.bench.own_runs import OwnRun, Throughput, own_run
 from tests.bench.result import Ratio, Result, Table, keep
+from tests.bench.slices import side_by_side
 from tests.bench.workload import make_workload
 
 
@@ -49,10 +51,18 @@ LEVERS = (
 )
 
 
+def _pair(on: Callable[..., OwnRun], off: Callable[..., OwnRun]) -> tuple[Throughput, Throughput]:
+    """Return what two runs reach side by side."""
+    with tempfile.TemporaryDirectory() as with_it, tempfile.TemporaryDirectory() as without:
+        runs = on(work=Path(with_it)), off(work=Path(without))
+        first, second = side_by_side(*(run.process for run in runs))
+        return runs[0].reached(first), runs[1].reached(second)
+
+
 def main(
     *,
     steps: Annotated[int, typer.Option(help="Steps of each run.")] = 20,
-    rounds: Annotated[int, typer.Option(help="Runs of each kind, in turn.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Runs of each kind.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens of a row; four rows make a step.")] = 1024,
 ) -> None:
     """Measure all levers and keep the result."""
@@ -69,11 +79,11 @@ def main(
             shared: dict[str, Any] = {"per_device_train_batch_size": 4}
             if lever.is_mixed:
                 shared = {"train_sampling_strategy": "random"}
-            off = partial(steady_tokens_per_second, workload, steps, top, **shared, **lever.without)
-            on = partial(steady_tokens_per_second, workload, steps, {**top, **lever.top}, **shared, **lever.training)
-            with_it, without = in_turn(rounds, on, off)
-            speeds = [[speed for speed, _ in runs] for runs in (without, with_it)]
-            peaks = [[peak for _, peak in runs] for runs in (with_it, without)]
+            off = partial(own_run, workload=workload, steps=steps, top=top, **shared, **lever.without)
+            on = partial(own_run, workload=workload, steps=steps, top={**top, **lever.top}, **shared, **lever.training)
+            with_it, without = zip(*(_pair(on, off) for _ in range(rounds)), strict=True)
+            speeds = [[run.tokens_per_second for run in runs] for runs in (without, with_it)]
+            peaks = [[run.peak_bytes for run in runs] for runs in (with_it, without)]
             ratios.append(Ratio(f"{lever.name}: time of a step, with / without", median_ratio(*speeds)))
             ratios.append(Ratio(f"{lever.name}: peak memory, with / without", median_ratio(*peaks)))
             medians = [statistics.median(values) for values in (*reversed(speeds), *peaks)]
@@ -88,8 +98,8 @@ def main(
             tables=[Table(columns, rows)],
             notes=[
                 f"LoRA in float32 on the CPU, four rows of {length:,} tokens a step (padding_free: 16 of about 90), "
-                f"{steps} steps, runs of each kind: {rounds}, in turn. The peak is that of the process, "
-                "some 500 MiB of which are libraries. A base in 4 bits is computed slowly on a CPU."
+                f"{steps} steps; runs of each kind: {rounds}, side by side, two seconds each in turn. The peak is that "
+                "of the process, some 500 MiB of which are libraries. A base in 4 bits is computed slowly on a CPU."
             ],
         )
     )

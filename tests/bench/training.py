@@ -4,7 +4,9 @@
 
 PYTHON is the interpreter of a virtual environment with that peer (`requirements.txt`). All train LoRA (r 8 on queries,
 keys and values, dropout 0.1) in float32 on the same rows, 16 in a batch, with the same learning rate: each peer as it
-comes, and with length grouping switched on; ours as it comes. Each run is a process of its own.
+comes, and with length grouping switched on; ours as it comes. A peer's two runs, ours and bare matrix products are
+processes that run in turn, two seconds each, until all are through (`slices.py`): all meet the same moments of a
+machine whose speed is not steady.
 """
 
 from __future__ import annotations
@@ -13,122 +15,61 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
-from tests.bench.measure import ROOT, in_turn, run_process
+from tests.bench.measure import ROOT, run_process
+from tests.bench.own_runs import BATCH, Throughput, count_parameters, flops_of, own_run, products_alone
 from tests.bench.result import Plot, Ratio, Result, Table, keep
+from tests.bench.slices import Measured, Sliced, side_by_side
 
-BATCH = 16
 PEERS = {"trl": "TRL", "llamafactory": "LlamaFactory", "swift": "ms-swift"}
 PACKAGES = {"trl": "trl", "llamafactory": "llamafactory", "swift": "ms-swift"}
 MODES = {"pad": "as it comes", "len": "length grouping"}
 # at least so many times a peer's throughput as it comes
 TARGETS = {"trl": 3.0, "llamafactory": 2.5, "swift": 2.5}
-CONFIG: dict[str, Any] = {
-    "data_config": {"train_file": "train.jsonl"},
-    "max_input_length": 512,
-    "max_output_length": 512,
-    "training_args": {
-        "learning_rate": 5e-4,
-        "per_device_train_batch_size": BATCH,
-        "logging_steps": 10,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "include_num_input_tokens_seen": "non_padding",
-    },
-    "peft_config": {
-        "peft_type": "LORA",
-        "r": 8,
-        "lora_alpha": 32,
-        "lora_dropout": 0.1,
-        "target_modules": ["q_proj", "k_proj", "v_proj"],
-    },
-}
-LIMIT = """
-import statistics, time, torch
-left, right = torch.randn(2048, 512), torch.randn(512, 3072)
-seconds = []
-for _ in range(60):
-    start = time.perf_counter()
-    for _ in range(10):
-        left @ right
-    seconds.append(time.perf_counter() - start)
-print(10 * 2 * 2048 * 512 * 3072 / statistics.median(seconds))
-"""
+# What was measured side by side: a run's name, and what it reached.
+Group = dict[str, Throughput]
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """What one run reached.
-
-    Attributes:
-        tokens_per_second: real (non-pad) tokens over the seconds of the training loop.
-        peak_bytes: the most memory that the process held.
-        real_share: real tokens among all that went through the model; None: not counted.
-    """
-
-    tokens_per_second: float
-    peak_bytes: float
-    real_share: float | None = None
-
-
-def run_ours(workload: Path, steps: int) -> Throughput:
-    """Train with this project's script."""
-    with tempfile.TemporaryDirectory() as work:
-        training = CONFIG["training_args"] | {"output_dir": f"{work}/output", "max_steps": steps}
-        config = Path(work) / "run.yaml"
-        config.write_text(yaml.safe_dump(CONFIG | {"training_args": training}), encoding="utf-8")
-        command = [sys.executable, "finetune.py", str(workload / "data"), str(workload / "model"), str(config)]
-        finished = run_process(command, {"GLM_EDGE_FT_CACHE": f"{workload}/cache", "HF_HUB_OFFLINE": "1"})
-        lines = (Path(work) / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    events = [json.loads(line) for line in lines]
-    tokens = max(event.get("num_input_tokens_seen", 0) for event in events)
-    seconds = max(event.get("train_runtime", 0.0) for event in events)
-    return Throughput(tokens / seconds, finished.peak_bytes)
-
-
-def run_peer(python: str, peer: str, workload: Path, mode: str, steps: int) -> Throughput:
-    """Train with a peer's script."""
+def peers_own(python: str, peer: str, work: Path, workload: Path, mode: str, steps: int) -> Sliced:
+    """Return the run of a peer's script."""
     script = ROOT / "tests" / "bench" / "peers" / f"{peer}_sft.py"
     command = [python, str(script), str(workload), mode, str(steps), str(BATCH)]
-    with tempfile.TemporaryDirectory() as work:
-        finished = run_process(command, {"HF_HUB_OFFLINE": "1", "HF_HOME": work}, Path(work))
-    (line,) = (line for line in finished.output.splitlines() if line.startswith("RESULT "))
+    folder = work / f"{peer}_{mode}"
+    folder.mkdir()
+    return Sliced(command, steps, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}, folder)
+
+
+def measure(workload: Path, peer: tuple[str, str] | None, steps: int, plain_steps: int) -> Group:
+    """Run ours, matrix products alone, and a peer (its name and interpreter) in both ways, side by side."""
+    flop_a_token = 4 * count_parameters(workload)  # with LoRA: forwards, and backwards to the inputs
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        own = own_run(work, workload, steps)
+        runs = {"ours": own.process, "limit": products_alone(steps)}
+        if peer is not None:
+            name, python = peer
+            runs[f"{name} pad"] = peers_own(python, name, work, workload, "pad", plain_steps)
+            runs[f"{name} len"] = peers_own(python, name, work, workload, "len", steps)
+        measured = dict(zip(runs, side_by_side(*runs.values()), strict=True))
+        reached = own.reached(measured["ours"])
+    group = {name: _peers_throughput(run) for name, run in measured.items() if name not in ("ours", "limit")}
+    limit = Throughput(flops_of(measured["limit"]) / flop_a_token, measured["limit"].peak_bytes)
+    return {"ours": reached, "limit": limit} | group
+
+
+def _peers_throughput(run: Measured) -> Throughput:
+    (line,) = (line for line in run.output.splitlines() if line.startswith("RESULT "))
     record = json.loads(line.removeprefix("RESULT "))
     return Throughput(
-        record["real_tokens"] / record["train_seconds"],
-        max(record["peak_bytes"], finished.peak_bytes),
+        record["real_tokens"] / run.seconds,
+        max(record["peak_bytes"], run.peak_bytes),
         record["real_tokens"] / record["slots"],
     )
-
-
-def run_limit(parameters: int) -> Throughput:
-    """Return the tokens per second that matrix products alone would allow: 4 FLOP a parameter and token with LoRA."""
-    finished = run_process([sys.executable, "-c", LIMIT])
-    return Throughput(float(finished.output) / (4 * parameters), finished.peak_bytes)
-
-
-def count_parameters(workload: Path) -> int:
-    """Return the number of weights of the workload's model, from the headers of its files."""
-    total = 0
-    for path in (workload / "model").glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        for shape in shapes:
-            count = 1
-            for size in shape:
-                count *= size
-            total += count
-    return total
 
 
 def version_of(python: str, package: str) -> str:
@@ -137,18 +78,16 @@ def version_of(python: str, package: str) -> str:
     return run_process([python, "-c", code]).output.strip()
 
 
-def ratios_of(found: Mapping[str, list[Throughput]], peers: Mapping[str, str]) -> list[Ratio]:
-    """Compare ours with each peer, with the best tuned one and with the limit, round by round."""
-
-    def median(values: list[float]) -> float:
-        return statistics.median(values)
+def ratios_of(groups: Sequence[Group], peers: Mapping[str, str]) -> list[Ratio]:
+    """Compare ours with each peer, with the best tuned one and with the limit, each within what ran side by side."""
+    found = _by_run(groups)
 
     def speed_ratio(other: str) -> float:
-        pairs = zip(found["ours"], found[other], strict=True)
-        return median([ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in pairs])
+        pairs = [(group["ours"], group[other]) for group in groups if other in group]
+        return statistics.median(own.tokens_per_second / theirs.tokens_per_second for own, theirs in pairs)
 
     def memory(name: str) -> float:
-        return median([run.peak_bytes for run in found[name]])
+        return statistics.median(run.peak_bytes for run in found[name])
 
     ratios = [
         Ratio(f"training throughput / {PEERS[peer]} as it comes", speed_ratio(f"{peer} pad"), TARGETS[peer])
@@ -165,6 +104,11 @@ def ratios_of(found: Mapping[str, list[Throughput]], peers: Mapping[str, str]) -
         leanest = min(memory(name) for name in runs)
         ratios.append(Ratio("peak memory / leanest run of a peer", memory("ours") / leanest, 0.6, at_least=False))
     return ratios
+
+
+def _by_run(groups: Sequence[Group]) -> dict[str, list[Throughput]]:
+    names = dict.fromkeys(name for group in groups for name in group)
+    return {name: [group[name] for group in groups if name in group] for name in names}
 
 
 def table_of(found: Mapping[str, list[Throughput]]) -> Table:
@@ -218,12 +162,11 @@ def main(
         if workload is None:
             run_process([sys.executable, "-m", "tests.bench.workload", temporary, str(rows)])
         parameters = count_parameters(folder)
-        runs = {"ours": partial(run_ours, folder, steps), "limit": partial(run_limit, parameters)}
-        for name, python in peers.items():
-            runs[f"{name} pad"] = partial(run_peer, python, name, folder, "pad", plain_steps)
-            runs[f"{name} len"] = partial(run_peer, python, name, folder, "len", steps)
-        run_ours(folder, 1)  # encodes the rows, so that the cache is there for all rounds
-        found = dict(zip(runs, in_turn(rounds, *runs.values()), strict=True))
+        measure(folder, None, 1, 0)  # encodes the rows, so that the cache is there for all
+        groups = [
+            measure(folder, one, steps, plain_steps) for _ in range(rounds) for one in list(peers.items()) or [None]
+        ]
+    found = _by_run(groups)
     keep(
         Result(
             name="training",
@@ -231,15 +174,15 @@ def main(
             command="python -m tests.bench.training "
             + " ".join(f"--peer {name}=PYTHON" for name in peers)
             + f" --rounds {rounds}",
-            ratios=ratios_of(found, peers),
+            ratios=ratios_of(groups, peers),
             tables=[table_of(found)],
             plots=[plot_of(found)],
             notes=[
                 f"LoRA in float32, {parameters / 1e6:.1f}M parameters, {BATCH} rows in a batch, about 90 tokens a row, "
                 f"the longest 405; {steps} steps with length grouping, {plain_steps} of a peer as it comes.",
-                "Seconds of the training loop; start-up and preparation of the data are left out for all.",
-                "Matrix products: the median of 60 measurements over a quarter of a minute, since a run, too, goes "
-                "through the machine's slow moments.",
+                "Seconds of the training loop; start-up and preparation of the data are left out for all. Each peer's "
+                "two runs, one of ours and matrix products alone ran in turn, two seconds each, until all were "
+                "through: all met the same moments of the machine. Each ratio is the median over such groups.",
             ],
             versions={PACKAGES[name]: version_of(python, PACKAGES[name]) for name, python in peers.items()},
         )
