@@ -163,9 +163,8 @@ def main(
             run_process([sys.executable, "-m", "tests.bench.workload", temporary, str(rows)])
         parameters = count_parameters(folder)
         measure(folder, None, 1, 0)  # encodes the rows, so that the cache is there for all
-        groups = [
-            measure(folder, one, steps, plain_steps) for _ in range(rounds) for one in list(peers.items()) or [None]
-        ]
+        compared: Sequence[tuple[str, str] | None] = list(peers.items()) if peers else [None]
+        groups = [measure(folder, one, steps, plain_steps) for _ in range(rounds) for one in compared]
     found = _by_run(groups)
     keep(
         Result(
