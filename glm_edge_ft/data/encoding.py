@@ -3,7 +3,7 @@ r"""Conversation → token ids and loss mask, by the checkpoint's own chat templ
 The text of the whole conversation is rendered and tokenized once. For each assistant turn two more renderings say where
 it begins (the messages before it, with the generation prompt) and where it ends (the messages up to it); both must be
 prefixes of the whole. A token is supervised if it covers a character of a supervised reply or is the stop token that
-ends it. Places are found by character offsets alone, so text that looks like a control token moves nothing.
+ends it. Places are those of characters alone, so text that looks like a control token moves nothing.
 
     <|user|> ⏎ Hi <|assistant|> ⏎ Hello <|user|> ⏎ Bye <|assistant|> ⏎ See you <|user|>
                                 ^^^^^^^^^^^^^^^^                     ^^^^^^^^^^^^^^^^^^    supervised
@@ -15,14 +15,11 @@ covers both the end of the generation prompt and the beginning of the reply is s
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from glm_edge_ft.data.budget import Budgets, ReplySpan, RowPlan, TooLong, plan_row, shorten_prompt
@@ -38,9 +35,8 @@ from glm_edge_ft.data.template import (
     difference,
     probe_reply_format,
 )
+from glm_edge_ft.data.token_places import TokenizedText
 from glm_edge_ft.errors import Problem, UserError
-
-_START, _END = itemgetter(0), itemgetter(1)  # of a token's offsets
 
 
 @dataclass(frozen=True)
@@ -103,11 +99,10 @@ class DroppedRow:
 
 @dataclass(frozen=True)
 class _Located:
-    """A tokenized conversation with its replies located in it."""
+    """A tokenized conversation with its replies located in it; `ids` may end with a stop token beyond the text."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]
-    text: str
+    tokens: TokenizedText
     replies: list[ReplySpan]
 
 
@@ -176,25 +171,23 @@ class ConversationEncoder:
             except TemplateRefusal as refusal:
                 refusals[index] = _refused(conversation, refusal)
                 texts.append("")
-        encodings = self.tokenizer.encode_batch(texts)
+        tokenized = self.tokenizer.encode_batch(texts)
         results: list[EncodedRow | DroppedRow | Problem] = []
-        for index, (conversation, text, encoding) in enumerate(zip(conversations, texts, encodings, strict=True)):
-            results.append(refusals.get(index) or self._encode_rendered(conversation, text, encoding))
+        for index, (conversation, tokens) in enumerate(zip(conversations, tokenized, strict=True)):
+            results.append(refusals.get(index) or self._encode_rendered(conversation, tokens))
         return results
 
     def _render(self, conversation: Conversation, count: int | None = None, add_generation_prompt: bool = False) -> str:
         fields = [message.fields for message in conversation.messages[:count]]
         return self.template.render(fields, conversation.tools, add_generation_prompt)
 
-    def _encode_rendered(
-        self, conversation: Conversation, text: str, encoding: Encoding
-    ) -> EncodedRow | DroppedRow | Problem:
+    def _encode_rendered(self, conversation: Conversation, tokens: TokenizedText) -> EncodedRow | DroppedRow | Problem:
         if self.placeholders is not None:
-            problem = self.placeholders.check_ids(conversation, encoding.ids)
+            problem = self.placeholders.check_ids(conversation, tokens.ids)
             if problem is not None:
                 return problem
         try:
-            located = self._locate(conversation, text, encoding)
+            located = self._locate(conversation, tokens)
             prompt_cut = 0
             plan = plan_row(located.replies, len(located.ids), self.budgets)
             if isinstance(plan, TooLong):
@@ -202,8 +195,7 @@ class ConversationEncoder:
                 if isinstance(shorter, str):
                     return DroppedRow(conversation.file, conversation.line, shorter)
                 conversation = shorter
-                text = self._render(conversation)
-                located = self._locate(conversation, text, self.tokenizer.encode(text))
+                located = self._locate(conversation, self.tokenizer.encode_batch([self._render(conversation)])[0])
                 prompt_cut = plan.prompt_length
                 plan = plan_row(located.replies, len(located.ids), self.budgets)
                 if isinstance(plan, TooLong):
@@ -226,9 +218,8 @@ class ConversationEncoder:
         """Return how many tokens the prompt of the reply at `index` takes. Raises TemplateRefusal."""
         return len(self.tokenizer.encode(self.render_prompt(conversation, index)).ids)
 
-    def _locate(self, conversation: Conversation, text: str, encoding: Encoding) -> _Located:
-        ids = encoding.ids
-        offsets = encoding.offsets
+    def _locate(self, conversation: Conversation, tokens: TokenizedText) -> _Located:
+        ids = tokens.ids
         replies: list[ReplySpan] = []
         last = len(conversation.messages) - 1
         if conversation.messages[last].role == "assistant" and not self.reply_format.closing_stops:
@@ -236,17 +227,18 @@ class ConversationEncoder:
         for index, message in enumerate(conversation.messages):
             if message.role != "assistant":
                 continue
-            begin, stop = self._reply_characters(conversation, index, text)
-            first = bisect_right(offsets, begin, key=_END)
-            if first < len(offsets) and offsets[first][0] < begin and ids[first] in self.tokenizer.special_ids:
+            begin, stop = self._reply_characters(conversation, index, tokens.text)
+            first = tokens.first_ending_after(begin)
+            is_special = first < len(tokens.ids) and tokens.ids[first] in self.tokenizer.special_ids
+            if is_special and tokens.starts_before(first, begin):
                 first += 1
-            end = max(first, bisect_left(offsets, stop, key=_START))
+            end = max(first, tokens.first_starting_at(stop))
             if not self.reply_format.closing_stops and end < len(ids) and ids[end] in self.reply_format.stop_ids:
                 end += index == last or self._has_header(conversation, index)
             replies.append(ReplySpan(index, first, end, message.supervised))
             if message.supervised and first > self.budgets.max_input_length:
                 break  # this turn and all later ones will not be kept
-        return _Located(ids, offsets, text, replies)
+        return _Located(ids, tokens, replies)
 
     def _has_header(self, conversation: Conversation, index: int) -> bool:
         # Without a text of its own before the next content, a stop token there would be the user's.
@@ -304,17 +296,18 @@ def _role_tokens(conversation: Conversation, located: _Located, length: int, ima
     # The contents stand in the text in order. One that the template changed, more than stripped, is not counted.
     counts = dict.fromkeys(("system", "user", "assistant", "other"), 0)
     position = 0
+    tokens = located.tokens
     for role, text in ((message.role, text) for message in conversation.messages for text in message.texts):
         content = text
-        start = located.text.find(content, position)
+        start = tokens.text.find(content, position)
         if start < 0:
             content = content.strip()
-            start = located.text.find(content, position)
+            start = tokens.text.find(content, position)
             if start < 0:
                 continue
         position = start + len(content)
-        first = bisect_right(located.offsets, start, key=_END)
-        end = min(bisect_left(located.offsets, position, key=_START), length)
+        first = tokens.first_ending_after(start)
+        end = min(tokens.first_starting_at(position), length)
         counts[role if role in counts else "other"] += max(0, end - first)
     template = length - sum(counts.values()) - image_tokens
     return RoleTokens(**counts, template=template, image=image_tokens)

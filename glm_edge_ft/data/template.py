@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from glm_edge_ft.data.conversation import ROLES_IF_RENDERED
+from glm_edge_ft.data.token_places import TokenizedText, by_lengths, by_offsets, byte_lengths_of
 from glm_edge_ft.errors import UserError
 
 _REASONING_KEYS = frozenset({"reasoning_content", "thinking", "reasoning"})  # transformers fills in their aliases
@@ -143,7 +144,7 @@ def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class OffsetTokenizer:
-    """The tokenizer's backend with exact character offsets for each token, and the same ids.
+    """The tokenizer's backend with exact places in the text for each token, and the same ids.
 
     The byte-level post-processor of many checkpoints trims white space off the offsets; a copy without it does not.
     """
@@ -162,6 +163,7 @@ class OffsetTokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = backend.encode_special_tokens
+        self._byte_lengths = byte_lengths_of(self.backend)
         self.special_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
@@ -178,9 +180,16 @@ class OffsetTokenizer:
         """Return ids and offsets of one text, without any token added."""
         return self.backend.encode(text, add_special_tokens=False)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Return ids and offsets of each text, without any token added."""
-        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+    def encode_batch(self, texts: Sequence[str]) -> list[TokenizedText]:
+        """Return ids and places of each text, without any token added."""
+        if self._byte_lengths is None:
+            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+            return [by_offsets(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [
+            by_lengths(text, encoding.ids, self._byte_lengths) or by_offsets(text, self.encode(text))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

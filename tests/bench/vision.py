@@ -1,146 +1,75 @@
 """Images per second of the loader, against Pillow alone on as many processes.
 
-    python -m tests.bench.vision [--images 240] [--rounds 5]
+    python -m tests.bench.vision [--images 800] [--rounds 3]
 
 Ours: the loader of a real vision run, two processes that read rows, decode photographs, fit them into 672 x 672, make
-batches and hand them to this process. What it then costs to scale the bytes where the model computes is measured apart.
-Pillow: two processes that decode and resize
-the same files to 672 x 672, give nothing back and know of no batch. The first quarter of each pass is not counted.
+batches and hand them to a third. What it then costs to scale the bytes where the model computes is measured apart.
+Pillow: two processes that decode and resize the same files to 672 x 672, give nothing back and know of no batch. All
+take turns of two seconds (`slices.py`); the first quarter of each pass is not counted.
 """
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
+import json
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
-from tests.bench.images import CONFIG, write_data
-from tests.bench.measure import in_turn, median_ratio
+from tests.bench.images import write_data
+from tests.bench.measure import median_ratio
 from tests.bench.result import Ratio, Result, Table, installed, keep
+from tests.bench.slices import Sliced, side_by_side
+from tests.bench.vision_process import BATCH_SIZE, PROCESSES
 
-PROCESSES = 2
-BATCH_SIZE = 4
 SIZES = ((640, 480), (1600, 1200))
+KINDS = {
+    "ours": "our loader",
+    "pillow": "Pillow to 672 x 672",
+    "fitted": "Pillow to our proportions",
+    "fresh": "Pillow to 672 x 672, nothing else in its process",
+}
 
 
-@dataclass(frozen=True)
-class Loader:
-    """What a real run makes its batches with.
-
-    Attributes:
-        dataset: the encoded rows.
-        collate, scale: `VisionCollator` and `PixelScale`.
-    """
-
-    dataset: Any
-    collate: Any
-    scale: Any
-
-
-def prepare_loader(folder: Path, model: str) -> Loader:
-    """Do what a run does up to its loader."""
-    import torch
-
-    from glm_edge_ft.data.pixels import pixel_scale
-    from glm_edge_ft.preflight import RunRequest, check_inputs, prepare
-    from glm_edge_ft.recipe import build_collator, quiet_libraries
-
-    training = {**CONFIG["training_args"], "output_dir": str(folder / "output"), "max_steps": 1}  # type: ignore[dict-item]
-    (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"training_args": training}), encoding="utf-8")
-    quiet_libraries()
-    prepared = prepare(check_inputs(RunRequest(folder / "data", model, folder / "run.yaml", takes_images=True)))
-    scale = pixel_scale(prepared.image_processor, torch.device("cpu"))
-    return Loader(prepared.datasets["train"], build_collator(prepared, "right", scale), scale)
-
-
-def steady_rate(counts: Iterable[int], total: int) -> float:
-    """Return images a second of all that comes after the first quarter of `total`; each count is a batch's images.
-
-    The clock stops with the last of them: what follows is the end of the processes.
-    """
-    seen, start, before, end = 0, 0.0, 0, 0.0
-    for count in counts:
-        seen += count
-        end = time.perf_counter()
-        if not start and seen >= total // 4:
-            start, before = end, seen
-    return (seen - before) / (end - start)
-
-
-def our_rate(loader: Loader) -> float:
-    """Return images a second of the run's loader."""
-    from torch.utils.data import DataLoader
-
-    batches: Any = DataLoader(
-        loader.dataset, batch_size=BATCH_SIZE, num_workers=PROCESSES, collate_fn=loader.collate, prefetch_factor=2
-    )
-    counts = (len(batch["pixel_values"]) for batch in batches)
-    return steady_rate(counts, len(loader.dataset))
-
-
-def scaling_milliseconds(loader: Loader) -> float:
-    """Return milliseconds an image that this process needs to make what the model gets of the loader's bytes."""
-    batch = loader.collate([loader.dataset[place] for place in range(BATCH_SIZE)])
-    loader.scale.complete(batch)
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        loader.scale.complete(batch)
-        seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds) / BATCH_SIZE
-
-
-def decode_alone(path: str, size: tuple[int, int]) -> int:
-    """Decode and resize an image with Pillow alone."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    return 1
-
-
-def pillow_rate(paths: list[str], size: tuple[int, int]) -> float:
-    """Return images a second of Pillow alone."""
-    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
-        decode = functools.partial(decode_alone, size=size)
-        return steady_rate(pool.imap(decode, paths, chunksize=BATCH_SIZE), len(paths))
+def one_round(work: Path, model: str, size: tuple[int, int], images: int) -> dict[str, dict[str, float]]:
+    """Make a pass of each kind side by side; return for each what it says of itself and its images per second."""
+    command = [sys.executable, "-m", "tests.bench.vision_process"]
+    end = [str(work), model, *map(str, size)]
+    environment = {"GLM_EDGE_FT_CACHE": f"{work}/cache", "HF_HUB_OFFLINE": "1"}
+    steps = images * 3 // 4 // BATCH_SIZE
+    found = side_by_side(*(Sliced([*command, kind, *end], steps, environment) for kind in KINDS))
+    records = [json.loads(run.output.splitlines()[-1]) for run in found]
+    rates = [record["images"] / run.seconds for record, run in zip(records, found, strict=True)]
+    return {kind: {**record, "rate": rate} for kind, record, rate in zip(KINDS, records, rates, strict=True)}
 
 
 def main(
     *,
-    images: Annotated[int, typer.Option(help="Photographs of each size.")] = 240,
-    rounds: Annotated[int, typer.Option(help="Passes over them, ours and Pillow's in turn.")] = 5,
+    images: Annotated[int, typer.Option(help="Photographs of each size.")] = 800,
+    rounds: Annotated[int, typer.Option(help="Passes over them of each kind.")] = 3,
     model: Annotated[str, typer.Option(help="A vision model.")] = "glm-edge-v-nano",
 ) -> None:
     """Measure both sizes and keep the result."""
     ratios: list[Ratio] = []
     rows: list[tuple[str | float, ...]] = []
-    for width, height in SIZES:
+    scaling = []
+    for size in SIZES:
         with tempfile.TemporaryDirectory() as work:
-            os.environ["GLM_EDGE_FT_CACHE"] = f"{work}/cache"
-            write_data(Path(work) / "data", images, images, (width, height))
-            loader = prepare_loader(Path(work), model)
-            paths = [str(path) for path in sorted((Path(work) / "data").glob("*.jpg"))]
-            ours, pillow, fitted = in_turn(
-                rounds,
-                functools.partial(our_rate, loader),
-                functools.partial(pillow_rate, paths, (672, 672)),
-                functools.partial(pillow_rate, paths, (672, 672 * height // width)),
-            )
-            scaling = scaling_milliseconds(loader)
-        what = f"photographs of {width} x {height} a second, our loader / Pillow alone, {PROCESSES} processes each"
-        ratios.append(Ratio(what, median_ratio(ours, pillow), 1.0))
-        rows.append((f"{width} x {height}", *(statistics.median(rates) for rates in (ours, pillow, fitted)), scaling))
+            write_data(Path(work) / "data", images, images, size)
+            found = [one_round(Path(work), model, size, images) for _ in range(rounds)]
+        shown = f"{size[0]} x {size[1]}"
+        rates = {kind: [of_round[kind]["rate"] for of_round in found] for kind in KINDS}
+        what = f"photographs of {shown} a second, our loader / Pillow alone, {PROCESSES} processes each"
+        ratios.append(Ratio(what, median_ratio(rates["ours"], rates["pillow"]), 1.0))
+        ratios.append(Ratio(f"{what}, Pillow in a fresh process", median_ratio(rates["ours"], rates["fresh"])))
+        for kind, name in KINDS.items():
+            columns = ("rate", "user_ms", "system_ms", "receiving_ms")
+            figures = [statistics.median(of_round[kind][column] for of_round in found) for column in columns]
+            rows.append((shown, name, *figures))
+        scaling.append(f"{statistics.median(of_round['ours']['scaling_ms'] for of_round in found):.1f} ms ({shown})")
     keep(
         Result(
             name="vision",
@@ -151,25 +80,28 @@ def main(
                 Table(
                     (
                         "JPEG files",
-                        "ours, images/s",
-                        "Pillow to 672 x 672",
-                        "Pillow to our proportions",
-                        "scaling on this CPU, ms an image",
+                        "way",
+                        "images/s",
+                        "processor time an image (ms): the two processes",
+                        "of the system for them",
+                        "process that receives",
                     ),
                     rows,
                 )
             ],
             notes=[
-                f"Each of the {rounds} rounds measures all, in turn; the ratio is the median over the rounds. The "
-                "first quarter of a pass, with the start of the processes, is not counted.",
+                f"Each of the {rounds} rounds measures all side by side, two seconds each in turn; the ratio is the "
+                "median over the rounds. The first quarter of a pass is not counted.",
                 "Ours reads the encoded rows, decodes, turns as EXIF says, fits into 672 x 672 in the picture's own "
-                "proportions, makes batches and hands them to this process as bytes. Scaled where the model "
+                "proportions, makes batches and hands them to a third process as bytes. Scaled where the model "
                 "computes, they are the values that the checkpoint's image processor makes, bit by bit; that is not in "
-                "the figure: beside a step on a GPU it is nothing, on a CPU the last column says what it is.",
+                f"the figure: beside a step on a GPU it is nothing, on this CPU {' and '.join(scaling)} an image.",
                 "Pillow decodes and resizes to the full 672 x 672, which is a third more pixels than a picture of "
-                "4 to 3 fills, and gives nothing back; the third figure is without that third.",
-                "Where the difference goes: fresh pages of shared memory for each batch, the receiving process, and "
-                "the way of the bytes out of Pillow.",
+                "4 to 3 fills, and gives nothing back; the third way is without that third. It stands in a process "
+                "that is as large as ours; in a fresh one the C library returns every picture's memory to the system.",
+                "Where ours needs more: fresh pages of shared memory for each batch (the system's time), taking the "
+                "bytes out of Pillow (0.5 ms), and the process that receives. Pages used again would save most of the "
+                "system's time, but a reader that is late would see the next batch's pictures.",
             ],
             versions=installed("pillow"),
         )

@@ -21,9 +21,9 @@ def say(letter: str) -> None:
 
 
 def wait(letter: str) -> None:
-    """Say where this process is, and stop until it is continued."""
+    """Say where this process is, and stop until it is continued, with the processes that it has started."""
     say(letter)
-    os.kill(os.getpid(), signal.SIGSTOP)
+    os.killpg(os.getpgrp(), signal.SIGSTOP)
 
 
 def hold_training() -> None:
