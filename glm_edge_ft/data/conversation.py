@@ -194,7 +194,8 @@ def _message(
     if role is None or parts is None:
         return None
     fields = {key: element for key, element in raw.items() if key != "loss"}
-    text = "".join(part.text for part in parts if isinstance(part, TextPart))
+    content = raw["content"]
+    text = content if isinstance(content, str) else "".join(part.text for part in parts if isinstance(part, TextPart))
     if not takes_images:
         fields["content"] = text
         return Message(role, text, supervised, fields)
@@ -207,6 +208,8 @@ def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], probl
         problems.add(where, f"key 'role' is missing; the keys are: {listed_keys(raw)}", "write who speaks")
         return None
     role = raw["role"]
+    if role in ROLES_ALWAYS:
+        return str(role)
     allowed = [*ROLES_ALWAYS, *(known for known in ROLES_IF_RENDERED if known in rendered_roles)]
     if not isinstance(role, str):
         problems.add(where, f"'role' must be a string, it is {shown(role)}", f"write one of {', '.join(allowed)}")
@@ -246,8 +249,10 @@ def _check_supervision(place: str, messages: tuple[Message, ...], problems: Prob
 def _check_image_count(
     place: str, messages: tuple[Message, ...], max_images: int | None, problems: ProblemList
 ) -> None:
+    if max_images is None:
+        return
     count = sum(len(message.images) for message in messages)
-    if max_images is not None and count > max_images:
+    if count > max_images:
         problems.add(
             place,
             f"the conversation has {count} images, max_images is {max_images}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -24,6 +25,7 @@ from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import Problem, RunStopped, UserError
 
 CHUNK_ROWS = 256
+COLLECT_AFTER = 200_000  # new objects until Python looks for cycles, which rows do not make; its own 700 cost a tenth
 BYTES_PER_PROCESS = 1 << 20  # a process takes about two seconds to start, in which one core encodes this much
 
 
@@ -77,7 +79,8 @@ def _start_worker(encoder: ConversationEncoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, which then ends the workers
     _worker_encoder = encoder
     gc.collect()
-    gc.freeze()  # modules and encoder stay: the collections that many short-lived tuples cause need not walk them
+    gc.freeze()  # modules and encoder stay: no collection needs to walk them
+    gc.set_threshold(COLLECT_AFTER)
 
 
 def _work(rows: list[RawRow | Problem]) -> EncodedChunk:
@@ -95,10 +98,27 @@ def encode_in_order(
         encoder: encodes a conversation; each process gets a copy.
         processes: how many encode; 1 is this one alone.
     """
-    if processes == 1:
-        for file, rows in jobs:
-            yield file, encode_chunk(rows, encoder)
-        return
+    with _rare_collections():
+        if processes == 1:
+            for file, rows in jobs:
+                yield file, encode_chunk(rows, encoder)
+        else:
+            yield from _encode_in_pool(jobs, encoder, processes)
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECT_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _encode_in_pool(
+    jobs: Iterator[tuple[int, list[RawRow | Problem]]], encoder: ConversationEncoder, processes: int
+) -> Iterator[tuple[int, EncodedChunk]]:
     # Spawned, not forked: the tokenizer's threads and a process group do not survive a fork.
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
     waiting: deque[tuple[int, Future[EncodedChunk]]] = deque()
