@@ -74,11 +74,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests, and those that break things by the thousand, out unless `-m` says otherwise."""
+    """Leave slow tests, and those that break things by the thousand, out unless `-m` says otherwise.
+
+    Files whose tests start whole runs come first, the longest of them at the head: processes that share the files then
+    end together.
+    """
     if not config.getoption("-m"):
-        later = [item for item in items if _is_on_demand(item)]
-        config.hook.pytest_deselected(items=later)
+        later = {item for item in items if _is_on_demand(item)}
+        config.hook.pytest_deselected(items=list(later))
         items[:] = [item for item in items if item not in later]
+    items.sort(
+        key=lambda item: (item.path.name != "test_finetune_vision.py", item.path.parent != Path(__file__).parent)
+    )
 
 
 def _is_on_demand(item: pytest.Item) -> bool:

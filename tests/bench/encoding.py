@@ -151,10 +151,9 @@ def _report(rows: int, large: list[Encoded], opened: list[Encoded], found: list[
                 "The start from the cache is the same call where the data was encoded before: the fingerprint of the "
                 "data file, opening, and the report.",
                 "Ids and supervised tokens are checked to be as many as the peer's.",
-                "Where the time goes, on rows of one turn: 136 µs a row in an encoding process, of which 80 are "
-                "the tokenizer's, 16 copies of its ids and offsets, 14 the checks of the row, some 10 the template. "
-                "The first process spends 13 µs on reading a row and 4 on handing it on, and each encoding process "
-                "imports transformers first, which is what small files are slower by.",
+                "Where the time goes: half of an encoding process's is the tokenizer's own; the rest is checking rows, "
+                "rendering them, and the masks. Each of these processes imports transformers first, about a second, "
+                "which is what small files are slower by.",
             ],
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from glm_edge_ft.data.collator import PaddedCollator
 from glm_edge_ft.data.dataset import EncodedDataset, build_dataset, load_prompts
 from glm_edge_ft.data.encoding import ConversationEncoder
 from glm_edge_ft.data.report import format_report, preview, preview_json
-from glm_edge_ft.data.workers import clamp_processes, encode_in_order
+from glm_edge_ft.data.workers import COLLECT_AFTER, clamp_processes, encode_in_order
 from glm_edge_ft.errors import RunStopped, UserError
 from tests.conftest import TEMPLATES, EncoderMaker, TokenizerMaker
 
@@ -175,6 +176,16 @@ def test_few_rows_start_no_processes() -> None:
     assert notice is not None
     assert notice.startswith("num_proc 8 -> 1: 0.0 MB of data, ")
     assert clamp_processes(10**6, 10**12)[0] < 10**6
+
+
+def test_garbage_is_collected_seldom_only_while_rows_are_encoded(make_encoder: EncoderMaker) -> None:
+    """What comes afterwards collects as before, also where the encoding is left before its end."""
+    before = gc.get_threshold()
+    chunks: Any = encode_in_order(iter([(0, []), (0, [])]), make_encoder("glm"), 1)
+    next(chunks)
+    assert gc.get_threshold() == (COLLECT_AFTER, *before[1:])
+    chunks.close()
+    assert gc.get_threshold() == before
 
 
 class _EndsTheProcess:
