@@ -20,6 +20,7 @@ PAGE = FOLDER / "RESULTS.md"
 # In this order they stand on the page; a result of another name comes last.
 ORDER = (
     "training",
+    "step_profile",
     "loss",
     "encoding",
     "startup",
