@@ -1,7 +1,7 @@
 """Which text each token of a text covers: found by the lengths of the tokens where they are bytes, else asked for.
 
 A byte-level vocabulary cuts the bytes of a text into pieces, so a sum over the pieces' lengths says where each begins
-and ends. That takes half the time of having the tokenizer count characters for all of them, of which a row needs few.
+and ends, without the tokenizer counting characters for all of them, of which a row needs few.
 """
 
 from __future__ import annotations

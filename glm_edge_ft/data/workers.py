@@ -25,7 +25,7 @@ from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import Problem, RunStopped, UserError
 
 CHUNK_ROWS = 256
-COLLECT_AFTER = 200_000  # new objects until Python looks for cycles, which rows do not make; its own 700 cost a tenth
+COLLECT_AFTER = 200_000  # new objects until Python looks for cycles, which rows do not make
 BYTES_PER_PROCESS = 1 << 20  # a process takes about two seconds to start, in which one core encodes this much
 
 

@@ -151,9 +151,7 @@ def _report(rows: int, large: list[Encoded], opened: list[Encoded], found: list[
                 "The start from the cache is the same call where the data was encoded before: the fingerprint of the "
                 "data file, opening, and the report.",
                 "Ids and supervised tokens are checked to be as many as the peer's.",
-                "Where the time goes: half of an encoding process's is the tokenizer's own; the rest is checking rows, "
-                "rendering them, and the masks. Each of these processes imports transformers first, about a second, "
-                "which is what small files are slower by.",
+                "Each encoding process imports transformers first, which is what small files are slower by.",
             ],
         )
     )

@@ -65,7 +65,7 @@ def main(
                 "products are the same, cannot be left behind without end.",
                 "Tried and left out, for against the code without it (`python -m tests.bench.checkouts`) rounds "
                 "differed by 3 % at most, up and down: norms as one step of autograd; LoRA's update scaled and "
-                "added by the product that makes it. Without effect, too: how OpenMP's threads wait, huge pages.",
+                "added by the product that makes it.",
             ],
         )
     )

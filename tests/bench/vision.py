@@ -100,7 +100,7 @@ def main(
                 "4 to 3 fills, and gives nothing back; the third way is without that third. It stands in a process "
                 "that is as large as ours; in a fresh one the C library returns every picture's memory to the system.",
                 "Where ours needs more: fresh pages of shared memory for each batch (the system's time), taking the "
-                "bytes out of Pillow (0.5 ms), and the process that receives. Pages used again would save most of the "
+                "bytes out of Pillow, and the process that receives. Pages used again would save most of the "
                 "system's time, but a reader that is late would see the next batch's pictures.",
             ],
             versions=installed("pillow"),

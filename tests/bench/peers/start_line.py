@@ -1,7 +1,7 @@
 """Lets a training process wait at its first step and after its last one for the program that measures it.
 
-Imported where `BENCH_PROGRESS` names a file: it gets a letter for each step, and one in front and at the end, before
-which the process stops itself until it is continued. Needs transformers and nothing of this project.
+Imported where `BENCH_PROGRESS` names a file: it gets a letter for each step, and one in front and at the end, behind
+which the process stops itself until it is continued. Needs nothing of this project.
 """
 
 from __future__ import annotations
