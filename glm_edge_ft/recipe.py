@@ -222,6 +222,7 @@ def build_trainer(
 
     from glm_edge_ft.model.adapters import apply_adapter
     from glm_edge_ft.model.fewer_copies import use_fewer_copies
+    from glm_edge_ft.model.joint_lora import compute_lora_jointly
     from glm_edge_ft.model.loading import load_weights
     from glm_edge_ft.model.lora_inputs import leave_input_format
     from glm_edge_ft.model.packed_attention import use_attention
@@ -240,6 +241,7 @@ def build_trainer(
     model = apply_adapter(base, config.peft_config, prepared.keeps_vision)
     if (args.bf16 or args.fp16) and not args.deepspeed:  # under DeepSpeed all weights are in 16 bit, without autocast
         leave_input_format(model)
+    compute_lora_jointly(model)
     images = complete_images(prepared, base)
     trainer = GlmEdgeTrainer(
         model=model,

@@ -25,14 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from glm_edge_ft.model.fewer_copies import use_fewer_copies
+from glm_edge_ft.model.joint_lora import compute_lora_jointly
 from glm_edge_ft.model.lora_inputs import LoraDropout, leave_input_format
-
-_INDEXING = (
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten.index_put.default,
-    torch.ops.aten.index_put_.default,
-    torch.ops.aten._index_put_impl_.default,
-)
 
 
 @dataclass(frozen=True)
@@ -94,8 +88,8 @@ class StepTrace:
 class _Storages(TorchDispatchMode):
     """Counts the bytes of storages that operators make, until they are freed.
 
-    A mask of supervised positions has no content here, so that nobody knows how many they are: where one is used as an
-    index, that many positions are put in its place.
+    A mask of supervised positions has no content here, so that nobody knows how many they are: where its places are
+    asked for, the batch's number of them comes back.
     """
 
     def __init__(self, supervised: int) -> None:
@@ -118,10 +112,10 @@ class _Storages(TorchDispatchMode):
         self.live -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _INDEXING and args[1] and args[1][0] is not None and args[1][0].dtype == torch.bool:
-            positions = [torch.empty(self.supervised, dtype=torch.long) for _ in range(args[1][0].dim())]
-            args = (args[0], positions, *args[2:])
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:
+            result = torch.empty(self.supervised, args[0].dim(), dtype=torch.long)
+        else:
+            result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage: Any = tensor.untyped_storage()
@@ -161,6 +155,7 @@ def trace_step(
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None, every_n_layers=layers)
     if formats.autocast is not None:
         leave_input_format(model)
+    compute_lora_jointly(model)
     if formats.on_gpu:
         _take_dropout_of_gpu(model)
     counter = _Storages(batch.supervised)

@@ -5,6 +5,9 @@ as many backwards; the gradients of gate and up-projection, computed apart, are 
 pairs of the rotary embedding are complex numbers that are turned in place, and the two gradients are written where they
 belong. Products and sums are those of transformers, so results are the same bit for bit: on a CPU with AVX always where
 a head's rotated half is a multiple of 8, elsewhere but for the last bit of a number here and there.
+
+Norms give the same bits, too; their gradients, for which autograd writes ten tensors as large as the states, are the
+same but for the order of summation. In 16 bit the states are kept for them as they came, not as float32.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from transformers.models.glm import modeling_glm
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
 _apply_rotary_pos_emb = modeling_glm.apply_rotary_pos_emb
@@ -28,10 +33,13 @@ def use_fewer_copies(model: PreTrainedModel) -> None:
     The rotary embedding is a function of transformers' module, so it is replaced for all GLM models of this process.
     """
     modeling_glm.apply_rotary_pos_emb = rotate_queries_and_keys
-    mlps: list[Any] = [module for module in model.modules() if type(module) is modeling_glm.GlmMLP]
-    for module in mlps:
-        if module.config.hidden_act == "silu":
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        kind = type(module)
+        if kind is modeling_glm.GlmMLP and module.config.hidden_act == "silu":
             module.forward = functools.partial(_compute_mlp, module)
+        elif kind is modeling_glm.GlmRMSNorm:
+            module.forward = functools.partial(_compute_norm, module, module.forward)
 
 
 def rotate_queries_and_keys(
@@ -113,3 +121,40 @@ class _GatedUp(torch.autograd.Function):
         torch.mul(gradient, activated, out=of_up)
         torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
         return result
+
+
+def _compute_norm(
+    module: Any, original: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """Return what `GlmRMSNorm.forward` does."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return original(hidden_states)
+    normed: torch.Tensor = _RmsNorm.apply(hidden_states, module.weight, module.variance_epsilon)
+    return normed
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Root mean square normalization (Zhang and Sennrich, 2019) of the last dimension, times a weight."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        exact = states.to(torch.float32)
+        scale = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(states, weight, scale)
+        normed = (exact * scale).to(states.dtype)
+        return normed.mul_(weight) if weight.dtype == states.dtype else weight * normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        states, weight, scale = ctx.saved_tensors
+        exact, gradient = states.to(torch.float32), gradient.to(torch.float32)
+        of_states = of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (exact * scale).mul_(gradient).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            of_states = gradient * weight
+            along = torch.linalg.vecdot(of_states, exact).unsqueeze(-1)
+            along *= scale.pow(3) / -states.shape[-1]
+            of_states = of_states.mul_(scale).addcmul_(exact, along).to(states.dtype)
+        return of_states, of_weight, None

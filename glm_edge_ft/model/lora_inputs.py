@@ -11,6 +11,7 @@ it. A probability needs no more than 16 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,13 +45,13 @@ class LoraDropout(torch.nn.Dropout):
 
     def __init__(self, p: float, shared: _Shared) -> None:
         super().__init__(p)
-        self._shared = shared
+        self.shared = shared
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # the parent's name
         """Return `input`, of any shape, with elements set to 0 with probability `p` and the others scaled to match."""
         if not self.training:
             return input
-        shared = self._shared
+        shared = self.shared
         if shared.source is not input or shared.dropped is None:
             shared.source, shared.dropped, shared.waiting = input, self.drop(input), shared.layers
         dropped = shared.dropped
@@ -71,14 +72,19 @@ class LoraDropout(torch.nn.Dropout):
 
 def share_dropout(model: torch.nn.Module) -> None:
     """Replace the dropout of every LoRA layer in `model`, one for the layers of a module that read the same input."""
+    for module in model.modules():
+        for layers in groups_of_same_input(module):
+            _share([layer.lora_dropout for layer in layers])
+
+
+def groups_of_same_input(module: torch.nn.Module) -> list[list[Any]]:
+    """Return the LoRA layers that `module` itself holds, those that read the same input together."""
     from peft.tuners.lora import LoraLayer
 
-    for module in model.modules():
-        layers = {name: layer for name, layer in module.named_children() if isinstance(layer, LoraLayer)}
-        groups = [[name for name in names if name in layers] for names in SAME_INPUT]
-        alone = set(layers).difference(*groups)
-        for group in (*groups, *([name] for name in sorted(alone))):
-            _share([layers[name].lora_dropout for name in group])
+    layers = {name: layer for name, layer in module.named_children() if isinstance(layer, LoraLayer)}
+    groups = [[name for name in names if name in layers] for names in SAME_INPUT]
+    alone = set(layers).difference(*groups)
+    return [[layers[name] for name in group] for group in (*groups, *([name] for name in sorted(alone))) if group]
 
 
 def leave_input_format(model: torch.nn.Module) -> None:

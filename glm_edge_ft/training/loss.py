@@ -18,6 +18,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from glm_edge_ft.model.last_layer import leave_out_unused_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -48,13 +50,29 @@ def supervised_cross_entropy(
     Returns:
         A scalar; 0.0, still attached to the graph, when nothing is supervised.
     """
-    targets = labels[:, 1:]
-    is_supervised = targets != IGNORED_LABEL
-    selected = hidden_states[:, :-1][is_supervised]  # (supervised, hidden)
-    targets = targets[is_supervised]
+    places, targets = find_supervised(labels)
+    selected = hidden_states.flatten(0, 1).index_select(0, places)  # (supervised, hidden)
+    return cross_entropy_of(selected, targets, lm_head, num_items_in_batch, ahead)
+
+
+def find_supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which of all `batch x length` tokens predict a supervised one, and its id, both `(supervised,)` int64."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+    places = (targets != IGNORED_LABEL).nonzero().squeeze(1)
+    return places, targets.index_select(0, places)
+
+
+def cross_entropy_of(
+    selected: torch.Tensor,
+    targets: torch.Tensor,
+    lm_head: torch.nn.Module,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ahead: bool = True,
+) -> torch.Tensor:
+    """Return what `supervised_cross_entropy` does, of `(supervised, hidden)` states and `(supervised,)` targets."""
     count = targets.numel()
     if count == 0:
-        return hidden_states.float().sum() * 0.0
+        return selected.float().sum() * 0.0
     divisor = count if num_items_in_batch is None else num_items_in_batch
     if ahead and _may_be_ahead(selected, lm_head):
         if not any(parameter.requires_grad for parameter in lm_head.parameters()):
@@ -183,6 +201,7 @@ def install_supervised_loss(model: PreTrainedModel, ahead: bool = True) -> None:
     Without `ahead` it is computed everywhere as it is under ZeRO-3.
     """
     original = type(model).forward
+    leaves_out = leave_out_unused_tokens(model.get_decoder())
 
     @functools.wraps(original)  # the Trainer and `generate` read the signature
     def forward(self: PreTrainedModel, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -192,10 +211,14 @@ def install_supervised_loss(model: PreTrainedModel, ahead: bool = True) -> None:
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("logits_to_keep", None)
         kwargs["use_cache"] = False
-        outputs = self.get_decoder()(*args, **kwargs)
-        loss = supervised_cross_entropy(
-            outputs.last_hidden_state, labels, self.get_output_embeddings(), num_items_in_batch, ahead
-        )
+        head = self.get_output_embeddings()
+        if leaves_out and not torch.compiler.is_compiling():  # a graph is compiled for whole rows
+            places, targets = find_supervised(labels)
+            states = self.get_decoder()(*args, used_tokens=places, **kwargs).last_hidden_state
+            loss = cross_entropy_of(states[0], targets, head, num_items_in_batch, ahead)
+        else:
+            states = self.get_decoder()(*args, **kwargs).last_hidden_state
+            loss = supervised_cross_entropy(states, labels, head, num_items_in_batch, ahead)
         return CausalLMOutputWithPast(loss=loss)
 
     model.forward = types.MethodType(forward, model)
