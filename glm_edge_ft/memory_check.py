@@ -185,11 +185,11 @@ def largest_batch(prepared: Prepared) -> BatchShape:
     from glm_edge_ft.training.micro_batches import plan_parts
 
     train, config, args = prepared.datasets["train"], prepared.checkpoint.config, prepared.training_arguments
-    lengths = train.lengths
+    lengths, packed = train.lengths, prepared.plan.config.padding_free
     rows = [int(row) for row in np.argsort(lengths)[-args.per_device_train_batch_size :]]
     limit = tokens_per_pass(prepared.plan.config, args)
     if limit is not None:
-        parts = plan_parts(lengths[rows].tolist(), limit, padded=not prepared.plan.config.padding_free)
+        parts = plan_parts(lengths[rows].tolist(), limit, padded=not packed)
         rows = [rows[number] for number in parts[0]]
     supervised = sum(int((train[row]["labels"][1:] != -100).sum()) for row in rows)
     pictures = sum(len(train.images(row)) for row in rows) if prepared.image_processor and train.has_images else 0
@@ -197,7 +197,8 @@ def largest_batch(prepared: Prepared) -> BatchShape:
     if pictures:
         tower: Any = siglip_config(config)  # type: ignore[arg-type]  # a model that takes images has this config
         shape = (pictures, int(tower.num_channels), int(tower.image_size), int(tower.image_size))
-    return BatchShape(len(rows), int(lengths[rows].max()), supervised, shape)
+    together = int(lengths[rows].sum()) if packed else None
+    return BatchShape(len(rows), int(lengths[rows].max()), supervised, shape, together)
 
 
 def describe_memory(memory: RunMemory) -> str:
@@ -205,6 +206,8 @@ def describe_memory(memory: RunMemory) -> str:
     estimate = memory.estimate
     place = "on its GPU" if memory.on_gpu else "of the machine's memory"
     batch = f"{memory.batch.rows} x {memory.batch.length:,} tokens"
+    if memory.batch.packed is not None:
+        batch = f"{memory.batch.rows} rows of {memory.batch.packed:,} tokens together"
     if memory.batch.images:
         batch += f" and {memory.batch.images[0]} images"
     host = estimate.host.total

@@ -62,7 +62,8 @@ def test_check_prints_and_writes_the_peak_of_the_largest_batch(
     written = json.loads(chat.json_path.read_text(encoding="utf-8"))["model"]["memory_bytes"]
     longest = sorted(range(3), key=lambda row: int(train.lengths[row]))[1:]
     supervised = sum(int((train[row]["labels"] != -100).sum()) for row in longest)
-    assert written["batch"] == {"rows": 2, "length": train.lengths.max(), "supervised": supervised, "images": None}
+    shape = {"rows": 2, "length": train.lengths.max(), "supervised": supervised, "images": None, "packed": None}
+    assert written["batch"] == shape
     assert 0 < written["host_bytes"] == written["device_bytes"] <= psutil.virtual_memory().total
     assert written["total"] > written["weights"] + written["optimizer"] + written["gradients"]
     assert written["fits"] is True
@@ -70,6 +71,28 @@ def test_check_prints_and_writes_the_peak_of_the_largest_batch(
     assert f"peak: about {written['total'] / 1e6:,.1f} MB of the machine's memory for each process" in out.out
     assert f"in a step of 2 x {train.lengths.max():,} tokens" in out.out
     assert "memory:" not in out.err
+
+
+def test_packed_rows_are_estimated_without_padding(chat: RunRequest) -> None:
+    """`padding_free: true`: as many tokens as the rows have, so less than the padded batch of the same rows."""
+
+    def look(packed: bool) -> tuple[RunMemory, Prepared]:
+        content = yaml.safe_load(chat.config.read_text(encoding="utf-8"))
+        content["training_args"]["per_device_train_batch_size"] = 3
+        chat.config.write_text(yaml.safe_dump(content | {"padding_free": packed}), encoding="utf-8")
+        prepared = prepare(check_inputs(chat))
+        return look_at_memory(prepared), prepared
+
+    (padded, _), (packed, prepared) = look(False), look(True)
+    lengths = prepared.datasets["train"].lengths
+    assert (padded.batch.rows, padded.batch.length, padded.batch.packed) == (3, lengths.max(), None)
+    assert dataclasses.replace(packed.batch, packed=None) == padded.batch
+    assert packed.batch.packed == lengths.sum() < 3 * lengths.max()
+    assert packed.failure is None
+    assert packed.estimate.activations is not None
+    assert padded.estimate.activations is not None
+    assert packed.estimate.activations < padded.estimate.activations
+    assert f"in a step of 3 rows of {lengths.sum():,} tokens together" in describe_memory(packed)
 
 
 def test_a_vision_batch_counts_its_images(tmp_path: Path, backend: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,15 +35,17 @@ class BatchShape:
 
     Attributes:
         rows: number of rows.
-        length: tokens of each row, padding included.
+        length: tokens of the longest row; others are padded to it, unless they are packed.
         supervised: supervised tokens of all rows.
         images: pixels of a vision model's batch, `(images, channels, side, side)`; None: there are none.
+        packed: tokens of all rows, which stand one behind another; None: they are padded.
     """
 
     rows: int
     length: int
     supervised: int
     images: tuple[int, int, int, int] | None = None
+    packed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def trace_step(
     Args:
         model: a causal language model, with its PEFT adapter if it gets one, on the meta device, `requires_grad` as in
             training. It is used up: afterwards its weights are fake tensors.
-        batch: the batch. Several rows are taken to be of different length, so that attention needs a mask.
+        batch: the batch. Attention gets a mask beside a trained prefix alone, as `GlmEdgeTrainer` hands it on.
         formats: number formats.
         install_loss: makes a model compute its loss as training does.
         checkpointing: `activation_checkpointing_kwargs` of the training arguments; None: it is off.
@@ -173,7 +175,8 @@ def trace_step(
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(note_gradient)
-        inputs = _make_batch(base, batch)
+        has_prefix = model is not base and model.active_peft_config.is_prompt_learning
+        inputs = _make_batch(base, batch, needs_mask=has_prefix)
         counter.ignore(tensor for tensor in (*model.parameters(), *model.buffers(), *inputs.values()))
         with counter:
             with torch.autocast("cpu", dtype=formats.autocast, enabled=formats.autocast is not None):
@@ -209,10 +212,11 @@ def _make_fake(model: nn.Module, formats: StepFormats) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
-def _make_batch(base: Any, batch: BatchShape) -> dict[str, torch.Tensor]:
-    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+def _make_batch(base: Any, batch: BatchShape, needs_mask: bool) -> dict[str, torch.Tensor]:
+    shape = (batch.rows, batch.length) if batch.packed is None else (1, batch.packed)
+    ids = torch.zeros(shape, dtype=torch.long)
     inputs = {"input_ids": ids, "labels": torch.zeros_like(ids)}
-    if batch.rows > 1:
+    if needs_mask:
         inputs["attention_mask"] = torch.ones_like(ids)
     if hasattr(base.get_decoder(), "count_images"):  # fake ids hold no placeholders to count
         base.get_decoder().count_images = lambda *_, **__: []

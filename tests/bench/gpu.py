@@ -236,7 +236,8 @@ def main(
         notes=[
             "Random weights of the released shapes, bfloat16, the workload's rows (vision: photographs, the tower "
             "frozen, its vectors kept). The share of the card's dense bfloat16 peak counts 4 FLOP a weight and token "
-            "(LoRA) or 6 (full), and attention, without recomputation and without the vision tower."
+            "(LoRA) or 6 (full), and attention, without recomputation and without the vision tower; it counts lm_head "
+            "and the last layer for every token, also where only supervised ones are computed."
         ],
     )
     if device == "cuda":

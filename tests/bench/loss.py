@@ -69,7 +69,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Supervised tokens.")] = 8192,
     hidden: Annotated[int, typer.Option(help="Width of the hidden states.")] = 2048,
     vocabulary: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 59264,
-    rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 1,
+    rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 3,
 ) -> None:
     """Measure both heads, compare the gradients and keep the result."""
     logits_bytes = tokens * vocabulary * 4

@@ -63,9 +63,6 @@ def main(
                 f"after it at {flops_of(products) / 1e9:.0f}. What is left beside them is what LoRA, attention, norms, "
                 "SwiGLU, the rotary embedding and the loss need: hence the distance to the limit, and why peers, whose "
                 "products are the same, cannot be left behind without end.",
-                "Tried and left out, for against the code without it (`python -m tests.bench.checkouts`) rounds "
-                "differed by 3 % at most, up and down: norms as one step of autograd; LoRA's update scaled and "
-                "added by the product that makes it.",
             ],
         )
     )

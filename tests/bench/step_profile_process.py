@@ -29,13 +29,17 @@ KINDS = {
     "copies and fills": ("aten::copy_", "aten::fill_", "aten::cat", "aten::index", "aten::_index"),
 }
 LARGE, LORA = "matrix products of the model", "matrix products of LoRA"
+LORA_SIDE = 3 * 8  # the ranks of the layers that are computed together
+# by operation, where the shapes of the two matrices stand among those of its inputs
+FACTORS = {"aten::mm": slice(0, 2), "aten::addmm_": slice(1, 3)}
 train = recipe.run
 
 
 def kind_of(event: Any) -> str:
-    """Return the kind of an operation; LoRA's products are those with a side of 16 at most."""
-    if event.name == "aten::mm":
-        return LORA if min(size for shape in event.input_shapes[:2] for size in shape) <= 16 else LARGE
+    """Return the kind of an operation; LoRA's products are those with a side of `LORA_SIDE` at most."""
+    if event.name in FACTORS:
+        sides = (size for shape in event.input_shapes[FACTORS[event.name]] for size in shape)
+        return LORA if min(sides) <= LORA_SIDE else LARGE
     return next((kind for kind, starts in KINDS.items() if event.name.startswith(starts)), "other")
 
 
@@ -47,7 +51,7 @@ def seconds_by_kind(events: Any) -> tuple[dict[str, float], float]:
         kind = kind_of(event)
         seconds[kind] += event.self_cpu_time_total / 1e6
         if kind == LARGE:
-            (rows, inner), (_, columns) = event.input_shapes[:2]
+            (rows, inner), (_, columns) = event.input_shapes[FACTORS[event.name]]
             flop += 2 * rows * inner * columns
     return dict(seconds), flop
 

@@ -62,9 +62,10 @@ def main(
             found = [one_round(Path(work), model, size, images) for _ in range(rounds)]
         shown = f"{size[0]} x {size[1]}"
         rates = {kind: [of_round[kind]["rate"] for of_round in found] for kind in KINDS}
-        what = f"photographs of {shown} a second, our loader / Pillow alone, {PROCESSES} processes each"
-        ratios.append(Ratio(what, median_ratio(rates["ours"], rates["pillow"]), 1.0))
-        ratios.append(Ratio(f"{what}, Pillow in a fresh process", median_ratio(rates["ours"], rates["fresh"])))
+        places = {"pillow": "Pillow in a process as large", "fresh": "Pillow in a fresh process"}
+        for kind, place in places.items():
+            what = f"photographs of {shown} a second, our loader / {place}, {PROCESSES} processes each"
+            ratios.append(Ratio(what, median_ratio(rates["ours"], rates[kind]), 1.0))
         for kind, name in KINDS.items():
             columns = ("rate", "user_ms", "system_ms", "receiving_ms")
             figures = [statistics.median(of_round[kind][column] for of_round in found) for column in columns]

@@ -21,8 +21,10 @@ from transformers import GlmForCausalLM
 
 from glm_edge_ft.model.activations import BatchShape, StepFormats
 from glm_edge_ft.model.adapters import apply_adapter, freeze_vision
+from glm_edge_ft.model.fewer_copies import use_fewer_copies
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
+from glm_edge_ft.model.joint_lora import compute_lora_jointly
 from glm_edge_ft.model.lora_inputs import leave_input_format
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.model.vision_fixtures import Shape, released_config
@@ -78,9 +80,11 @@ def measure(name: str) -> int:
     before = memory_status("VmRSS")
     base = build_model(name, formats)
     install_supervised_loss(base)
+    use_fewer_copies(base)
     model: Any = apply_adapter(base, settings)
     if formats.autocast is not None:
         leave_input_format(model)
+    compute_lora_jointly(model)
     if name == "vision kept":
         freeze_vision(model)
     model.train()
@@ -88,6 +92,8 @@ def measure(name: str) -> int:
         base.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
     inputs = make_batch(batch, vocabulary=base.config.vocab_size, placeholder=getattr(base.model, "placeholder_id", -1))
+    if settings is not PREFIX:  # as the trainer leaves it out
+        del inputs["attention_mask"]
     for _ in range(STEPS):
         with torch.autocast("cpu", dtype=formats.autocast, enabled=formats.autocast is not None):
             loss = model(**inputs, num_items_in_batch=batch.supervised).loss

@@ -10,6 +10,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl_template import TEMPLATE
 
 
 class Clock(TrainerCallback):
@@ -31,6 +32,7 @@ def main(work: str, method: str, steps: int, batch: int, device: str) -> None:
         output_dir=tempfile.mkdtemp(),
         max_steps=steps,
         per_device_train_batch_size=batch,
+        assistant_only_loss=True,
         max_length=1536,
         report_to=[],
         save_strategy="no",
@@ -43,13 +45,15 @@ def main(work: str, method: str, steps: int, batch: int, device: str) -> None:
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj"]
     )
+    tokenizer = AutoTokenizer.from_pretrained(f"{work}/model")
+    tokenizer.chat_template = TEMPLATE
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(
             f"{work}/model", dtype=torch.bfloat16 if method == "lora" else torch.float32
         ),
         args=arguments,
         train_dataset=load_dataset("json", data_files=f"{work}/data/train.jsonl", split="train"),
-        processing_class=AutoTokenizer.from_pretrained(f"{work}/model"),
+        processing_class=tokenizer,
         peft_config=lora if method == "lora" else None,
         callbacks=[clock],
     )

@@ -12,13 +12,7 @@ from datasets import load_dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
-
-# the workload's template with the marks by which TRL finds what is to be learnt
-TEMPLATE = (
-    "{% for item in messages %}{% if item['role'] == 'user' %}<|user|>\n{{ item['content'] }}"
-    "{% elif item['role'] == 'assistant' %}<|assistant|>{% generation %}{{ '\\n' + item['content'] }}<|user|>"
-    "{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+from trl_template import TEMPLATE  # noqa: E402
 
 
 def main(workload: str, mode: str, steps: int, batch: int) -> None:
