@@ -87,11 +87,11 @@ def _compute(layers: Layers, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None
     if not torch.is_autocast_enabled(device) and {kind for _, kind in formats} != {dtype}:
         return None
     dropout = layers[0].lora_dropout[adapters[0]]
-    narrow = dropout.drop(x) if isinstance(dropout, LoraDropout) else None
+    dropped = dropout.drop(x) if isinstance(dropout, LoraDropout) else None
     with torch.autocast(device, enabled=False):
         outputs: tuple[torch.Tensor, ...] = _JointLora.apply(
             x.to(dtype),
-            None if narrow is None else narrow.to(dtype),
+            None if dropped is None else dropped.to(dtype),
             scalings,
             *(None if weight is None else weight.to(dtype) for weight in weights),
         )

@@ -24,7 +24,7 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "full": None,
     "prefix": PREFIX,
 }
-RATES = {"lora": 3e-2, "full": 5e-3, "prefix": 3e-2}
+RATES = {"lora": 1.75e-2, "full": 5e-3, "prefix": 3e-2}
 TURNS = (
     ("hello there", "hello my friend"),
     ("how are you", "I am fine"),
@@ -89,10 +89,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, data: Pat
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLM_EDGE_FT_CACHE", str(folder / "cache"))
-        return {
+        outputs = {
             kind: do_run(folder / kind, data, model_folder, peft=peft, test="test.jsonl", learning_rate=RATES[kind])
             for kind, peft in KINDS.items()
         }
+    for kind, output in outputs.items():  # else what is compared with them says little
+        assert predictions(output)[0]["prediction"].strip(), f"{kind}: the first reply is empty, take another rate"
+    return outputs
 
 
 @pytest.fixture(scope="session")

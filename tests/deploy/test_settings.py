@@ -33,7 +33,8 @@ def test_lengths_batches_and_generation_are_the_runs(runs: dict[str, Path]) -> N
     assert config.training_args["per_device_eval_batch_size"] == 2
     assert config.training_args["predict_with_generate"] is True
     assert (config.peft_config, config.training_args.get("learning_rate")) == (None, None)
-    assert RATES["lora"] == 3e-2  # which the record has
+    record = json.loads((runs["lora"] / "run.json").read_text(encoding="utf-8"))
+    assert record["config"]["training_args"]["learning_rate"] == RATES["lora"]
 
 
 def test_a_model_without_a_run_has_defaults(model_folder: Path) -> None:
