@@ -97,7 +97,7 @@ def main(
         Result(
             name="loss",
             title="The loss",
-            command="python -m tests.bench.loss",
+            command=f"python -m tests.bench.loss --rounds {rounds}",
             ratios=ratios,
             tables=[Table(columns, rows)],
             notes=[
