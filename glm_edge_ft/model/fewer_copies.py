@@ -6,7 +6,7 @@ pairs of the rotary embedding are complex numbers that are turned in place, and 
 belong. Products and sums are those of transformers, so results are the same bit for bit: on a CPU with AVX always where
 a head's rotated half is a multiple of 8, elsewhere but for the last bit of a number here and there.
 
-Norms give the same bits, too; their gradients, for which autograd writes ten tensors as large as the states, are the
+Norms give the same bits, too; their gradients, for which autograd goes back through every step of the formula, are the
 same but for the order of summation. In 16 bit the states are kept for them as they came, not as float32.
 """
 
@@ -33,8 +33,8 @@ def use_fewer_copies(model: PreTrainedModel) -> None:
     The rotary embedding is a function of transformers' module, so it is replaced for all GLM models of this process.
     """
     modeling_glm.apply_rotary_pos_emb = rotate_queries_and_keys
-    modules: list[Any] = list(model.modules())
-    for module in modules:
+    module: Any
+    for module in model.modules():
         kind = type(module)
         if kind is modeling_glm.GlmMLP and module.config.hidden_act == "silu":
             module.forward = functools.partial(_compute_mlp, module)
@@ -68,12 +68,14 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+        """Return the states of heads, `(rows, heads, tokens, head_dim)`, turned."""
         ctx.save_for_backward(turn)
         return _rotate(states, turn)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient of the states."""
         (turn,) = ctx.saved_tensors
         return _rotate(gradient, turn.conj().resolve_conj()), None
 
@@ -106,6 +108,7 @@ class _GatedUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
+        """Return `(..., intermediate_size)`."""
         gate, up = gate_and_up.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate)
         ctx.save_for_backward(gate_and_up, activated)
@@ -114,6 +117,7 @@ class _GatedUp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of both in one tensor."""
         gate_and_up, activated = ctx.saved_tensors
         gate, up = gate_and_up.chunk(2, dim=-1)
         result = torch.empty_like(gate_and_up)
@@ -138,6 +142,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """Return the states, `(..., size)`, over their root mean square, times the weight, `(size,)`."""
         exact = states.to(torch.float32)
         scale = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(states, weight, scale)
@@ -147,6 +152,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        """Return the gradients of the states and, where it is trained, of the weight; both are computed in float32."""
         states, weight, scale = ctx.saved_tensors
         exact, gradient = states.to(torch.float32), gradient.to(torch.float32)
         of_states = of_weight = None
