@@ -1,6 +1,6 @@
 """What images cost: bytes of cache and peak memory, against the number of rows and against storing pixels.
 
-    python -m tests.bench.images [--rows 3000] [--steps 20]
+    python -m tests.bench.images [--rows 3000] [--steps 20] [--rounds 3]
 
 Each case is a real run of `finetune_vision.py` in a process of its own, in which every row has a photograph of
 640 x 480 pixels: a tenth of the rows, all rows that share one image file, and all rows with an image file each. Found
@@ -11,9 +11,11 @@ would take as stored float32 pixels.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +24,7 @@ import typer
 import yaml
 from PIL import Image
 
-from tests.bench.measure import ROOT, run_process
+from tests.bench.measure import ROOT, in_turn, median_ratio, run_process
 from tests.bench.result import Ratio, Result, Table, installed, keep
 
 PIXEL_BYTES = 3 * 672 * 672 * 4
@@ -80,8 +82,13 @@ def write_data(folder: Path, rows: int, images: int, size: tuple[int, int] = (64
     return sum(path.stat().st_size for path in folder.glob("*.jpg"))
 
 
-def measure(work: Path, model: str, rows: int, images: int, steps: int) -> Cost:
-    """Run the vision script on such data and return what it took."""
+def measure(model: str, rows: int, images: int, steps: int) -> Cost:
+    """Run the vision script on such data, in a folder that is removed afterwards, and return what it took."""
+    with tempfile.TemporaryDirectory() as work:
+        return _measure_in(Path(work), model, rows, images, steps)
+
+
+def _measure_in(work: Path, model: str, rows: int, images: int, steps: int) -> Cost:
     image_bytes = write_data(work / "data", rows, images)
     training = {**CONFIG["training_args"], "output_dir": str(work / "output"), "max_steps": steps}  # type: ignore[dict-item]
     (work / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"training_args": training}), encoding="utf-8")
@@ -103,30 +110,30 @@ def main(
     *,
     rows: Annotated[int, typer.Option(help="Rows of the large cases.")] = 3000,
     steps: Annotated[int, typer.Option(help="Training steps of four rows.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Runs of each case, in turn.")] = 3,
     model: Annotated[str, typer.Option(help="A vision model.")] = "glm-edge-v-nano",
 ) -> None:
     """Measure the three cases and compare them."""
-    costs = {}
-    for name, count, images in (
-        ("a tenth of the rows", rows // 10, rows // 10),
-        ("one image for all rows", rows, 1),
-        ("an image for each row", rows, rows),
-    ):
-        with tempfile.TemporaryDirectory() as work:
-            costs[name] = measure(Path(work), model, count, images, steps)
-    small, _, large = costs.values()
+    cases = {
+        "a tenth of the rows": (rows // 10, rows // 10),
+        "one image for all rows": (rows, 1),
+        "an image for each row": (rows, rows),
+    }
+    costs = in_turn(rounds, *(partial(measure, model, count, images, steps) for count, images in cases.values()))
+    peaks = [[cost.peak_bytes / 2**20 for cost in of_case] for of_case in costs]
     rows_of_table = [
-        (name, cost.rows, cost.images, cost.cache_bytes_per_row, cost.stored_pixels_ratio, cost.peak_bytes / 2**20)
-        for name, cost in costs.items()
+        (name, one.rows, one.images, one.cache_bytes_per_row, one.stored_pixels_ratio, statistics.median(peak))
+        for name, (one, *_), peak in zip(cases, costs, peaks, strict=True)
     ]
+    small, _, large = peaks
     keep(
         Result(
             name="images",
             title="What images cost",
-            command=f"python -m tests.bench.images --rows {rows} --steps {steps}",
+            command=f"python -m tests.bench.images --rows {rows} --steps {steps} --rounds {rounds}",
             ratios=[
-                Ratio("cache on disk a row with an image", large.cache_bytes_per_row, 4096, False, "bytes"),
-                Ratio("peak memory, all rows / a tenth of them", large.peak_bytes / small.peak_bytes, 1.1, False),
+                Ratio("cache on disk a row with an image", costs[-1][0].cache_bytes_per_row, 4096, False, "bytes"),
+                Ratio("peak memory, all rows / a tenth of them", median_ratio(large, small), 1.1, False),
             ],
             tables=[
                 Table(
@@ -143,7 +150,8 @@ def main(
             ],
             notes=[
                 "Each case is a run of `finetune_vision.py` on the CPU in a process of its own: LoRA, batches of four, "
-                f"{steps} steps, photographs of 640 x 480. The peak is the most that its process held at once.",
+                f"{steps} steps, photographs of 640 x 480, runs of each case: {rounds}. The peak is the most that its "
+                "process held at once.",
             ],
             versions=installed("pillow"),
         )
