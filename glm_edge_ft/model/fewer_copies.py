@@ -7,7 +7,8 @@ belong. Products and sums are those of transformers, so results are the same bit
 a head's rotated half is a multiple of 8, elsewhere but for the last bit of a number here and there.
 
 Norms give the same bits, too; their gradients, for which autograd goes back through every step of the formula, are the
-same but for the order of summation. In 16 bit the states are kept for them as they came, not as float32.
+same but for the order of summation. In 16 bit the states are kept for them as they came, not as float32. On a GPU a
+norm is one operation of PyTorch's, which rounds once where transformers rounds twice.
 """
 
 from __future__ import annotations
@@ -131,10 +132,25 @@ def _compute_norm(
     module: Any, original: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
 ) -> torch.Tensor:
     """Return what `GlmRMSNorm.forward` does."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
+        return original(hidden_states)
+    if hidden_states.is_cuda and hidden_states.dtype == module.weight.dtype:
+        return norm_in_one_operation(hidden_states, module.weight, module.variance_epsilon)
+    if not torch.is_grad_enabled():
         return original(hidden_states)
     normed: torch.Tensor = _RmsNorm.apply(hidden_states, module.weight, module.variance_epsilon)
     return normed
+
+
+def norm_in_one_operation(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Return states, `(..., size)`, over their root mean square, times a weight, `(size,)` of the same format.
+
+    PyTorch has a kernel for it on GPUs, where the formula is eight, each of which reads and writes the whole tensor.
+    It computes in float32 and rounds at the end; transformers rounds before the weight, too. Autocast would turn all of
+    it, the result included, into float32.
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        return torch.nn.functional.rms_norm(states, (states.shape[-1],), weight, epsilon)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 IGNORED_LABEL = -100
 CHUNK_TOKENS = 512  # 512 x 59,264 logits are 121 MB in float32
-SOFTMAX_TOKENS = 64  # of them, whose probabilities are held at once
+SOFTMAX_TOKENS = 64  # of them, whose probabilities are held at once; a CPU's cache likes them few
+GPU_SOFTMAX_TOKENS = 256  # a GPU computes a row in one of its hundred-odd processors, and each start of a kernel costs
 
 
 def supervised_cross_entropy(
@@ -129,8 +130,9 @@ def _turn_into_gradient(logits: torch.Tensor, targets: torch.Tensor, divisor: to
     The same bits as autograd's, which holds three tensors of the logits' size beside them; here these are of some rows.
     """
     taught = torch.empty(len(targets), 1, dtype=torch.float32, device=logits.device)
-    for start in range(0, len(targets), SOFTMAX_TOKENS):
-        place = slice(start, start + SOFTMAX_TOKENS)
+    at_once = GPU_SOFTMAX_TOKENS if logits.is_cuda else SOFTMAX_TOKENS
+    for start in range(0, len(targets), at_once):
+        place = slice(start, start + at_once)
         with torch.enable_grad():
             rows = logits[place].detach().requires_grad_()
             log_probabilities = F.log_softmax(rows.float(), dim=-1)

@@ -14,7 +14,12 @@ from transformers import GlmConfig
 from transformers.models.glm import modeling_glm
 
 from glm_edge_ft.model.adapters import apply_adapter
-from glm_edge_ft.model.fewer_copies import _apply_rotary_pos_emb, rotate_queries_and_keys, use_fewer_copies
+from glm_edge_ft.model.fewer_copies import (
+    _apply_rotary_pos_emb,
+    norm_in_one_operation,
+    rotate_queries_and_keys,
+    use_fewer_copies,
+)
 from tests.model_folders import tiny_config, tiny_model
 
 HAS_AVX = platform.machine() in ("x86_64", "AMD64")
@@ -222,6 +227,47 @@ def test_norms_give_the_same_bits_and_gradients_as_right_as_autograd_s(
     for one, other, right in zip(ours[1:], theirs[1:], wanted, strict=False):
         least = 1e-6 * float(right.abs().max())
         assert float((one - right).abs().max()) <= max(1.5 * float((other - right).abs().max()), least)
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_in_one_operation_is_as_right_as_transformers_s(dtype: torch.dtype, is_autocast: bool) -> None:
+    """The way that GPUs take: its format, under autocast too; output and gradients as near to those in float64."""
+    torch.manual_seed(4)
+    norm = modeling_glm.GlmRMSNorm(48, eps=1e-5)
+    norm.weight.data.normal_()
+    norm.to(dtype)
+    states = (torch.randn(3, 5, 48) * 2).to(dtype)
+    gradient = torch.randn(3, 5, 48).to(dtype)
+
+    def step(compute: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        inputs = states.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+            output = compute(inputs)
+        return [output.detach(), *torch.autograd.grad(output, [inputs, norm.weight], gradient)]
+
+    ours, theirs = step(lambda inputs: norm_in_one_operation(inputs, norm.weight, 1e-5)), step(norm)
+    exact, weight = states.double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    output = weight * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)
+    wanted = [output.detach(), *torch.autograd.grad(output, [exact, weight], gradient.double())]
+    assert [one.dtype for one in ours] == [dtype] * 3
+    for one, other, right in zip(ours, theirs, wanted, strict=True):
+        least = 1e-6 * float(right.abs().max())
+        assert float((one - right).abs().max()) <= max(1.5 * float((other - right).abs().max()), least)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a GPU alone a norm is one operation")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_on_a_gpu_computes_what_it_does_in_transformers(dtype: torch.dtype) -> None:
+    """Logits of a small model, but for rounding."""
+    torch.manual_seed(2)
+    model: Any = tiny_model()
+    model.to("cuda", dtype).train()
+    ids = torch.randint(3, 300, (3, 11), device="cuda")
+    expected = compute(model, ids=ids)["logits"]
+    use_fewer_copies(model)
+    bound = 0.03 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(compute(model, ids=ids)["logits"], expected, rtol=0, atol=bound * float(expected.max()))
 
 
 def _let_norm_compute(norm: torch.nn.Module) -> None:
