@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,6 +67,25 @@ class Reached:
 
     tokens_per_second: float
     peak_bytes: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A shape that was trained in one way.
+
+    Attributes:
+        shape, method: what was trained.
+        flops: FLOP that a real token needs.
+        ours, trl: what was reached; None where a run failed or was not wanted.
+        wants_trl: whether TRL was to run.
+    """
+
+    shape: str
+    method: str
+    flops: float
+    ours: Reached | None
+    trl: Reached | None
+    wants_trl: bool
 
 
 def card_name() -> str:
@@ -193,7 +213,7 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="nano, nano-v, or a released model's name.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="lora, full.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of each run.")] = 50,
-    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 16,
+    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 64,
     trl_python: Annotated[str, typer.Option(help="Interpreter with TRL; none: without it.")] = "",
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the command out: nothing is kept.")] = "cuda",
 ) -> None:
@@ -202,8 +222,7 @@ def main(
     card = card_name() if device == "cuda" else ""
     if device == "cuda" and not card:
         say_that_there_is_no_gpu(command)
-    rows: list[tuple[str | float, ...]] = []
-    ratios: list[Ratio] = []
+    runs: list[Run] = []
     for name in shape or list(MODELS):
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
@@ -214,36 +233,61 @@ def main(
             else:
                 write_rows(work / "data" / "train.jsonl", make_rows(max(256, steps * batch)))
             for way in method or ["lora", "full"]:
-                ours = run_ours(work, is_vision, way, steps, batch, device)
-                flops = flops_of_a_token(weights, fields, way, mean_length(work / "cache"))
-                peak = peak_flops(card)
-                used = f"{100 * ours.tokens_per_second * flops / peak:.1f} %" if peak else ""
-                theirs: tuple[str | float, ...] = ("", "")
-                if trl_python and not is_vision:
-                    trl = run_trl(trl_python, work, way, steps, batch, device)
-                    theirs = (trl.tokens_per_second, trl.peak_bytes / 2**30)
-                    what = f"{name}, {way}"
-                    ratios.append(Ratio(f"{what}: tokens/s / TRL", ours.tokens_per_second / trl.tokens_per_second, 1.0))
-                    ratios.append(Ratio(f"{what}: peak memory / TRL", ours.peak_bytes / trl.peak_bytes, 1.0, False))
-                rows.append((name, way, ours.tokens_per_second, used, ours.peak_bytes / 2**30, *theirs))
+                ours = _attempt(run_ours, work, is_vision, way, steps, batch, device)
+                wants_trl = trl_python and not is_vision
+                trl = _attempt(run_trl, trl_python, work, way, steps, batch, device) if wants_trl else None
+                flops = flops_of_a_token(weights, fields, way, mean_length(work / "cache")) if ours else 0.0
+                runs.append(Run(name, way, flops, ours, trl, bool(wants_trl)))
+                if device == "cuda":  # after each run: what was measured stays, whatever the next one does
+                    keep(_result(runs, card, f"{command} --steps {steps} --batch {batch}"))
+    if device != "cuda":
+        (table,) = _result(runs, card, command).tables
+        typer.echo(json.dumps([dict(zip(table.columns, row, strict=True)) for row in table.rows], indent=1))
+
+
+def _attempt(run: Callable[..., Reached], *arguments: Any) -> Reached | None:
+    """Return what a run reached; None, and say why, where it ended in an error, as for want of memory."""
+    try:
+        return run(*arguments)
+    except SystemExit as end:
+        typer.echo(f"{run.__name__}: {end}", err=True)
+        return None
+
+
+def _result(runs: list[Run], card: str, command: str) -> Result:
+    peak = peak_flops(card)
+    rows: list[tuple[str | float, ...]] = []
+    ratios: list[Ratio] = []
+    for run in runs:
+        used = f"{100 * run.ours.tokens_per_second * run.flops / peak:.1f} %" if peak and run.ours else ""
+        rows.append((run.shape, run.method, *_cells(run.ours, used), *(_cells(run.trl) if run.wants_trl else ("", ""))))
+        if run.ours and run.trl:
+            what = f"{run.shape}, {run.method}"
+            speed = run.ours.tokens_per_second / run.trl.tokens_per_second
+            ratios.append(Ratio(f"{what}: tokens/s / TRL", speed, 1.0))
+            ratios.append(Ratio(f"{what}: peak memory / TRL", run.ours.peak_bytes / run.trl.peak_bytes, 1.0, False))
     columns = ("shape", "trained", "real tokens/s", "of the peak", "peak memory, GiB", "TRL, tokens/s", "TRL, GiB")
-    result = Result(
-        name="gpu" if device == "cuda" else "gpu-tried-out",
+    return Result(
+        name="gpu",
         title="On a GPU",
-        command=f"{command} --steps {steps} --batch {batch}",
+        command=command,
         ratios=ratios,
         tables=[Table(columns, rows, title=card)],
         notes=[
             "Random weights of the released shapes, bfloat16, the workload's rows (vision: photographs, the tower "
             "frozen, its vectors kept). The share of the card's dense bfloat16 peak counts 4 FLOP a weight and token "
             "(LoRA) or 6 (full), and attention, without recomputation and without the vision tower; it counts lm_head "
-            "and the last layer for every token, also where only supervised ones are computed."
+            "and the last layer for every token, also where only supervised ones are computed. Where a run ended in an "
+            "error, the table says failed."
         ],
     )
-    if device == "cuda":
-        keep(result)
-    else:
-        typer.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1))
+
+
+def _cells(reached: Reached | None, *used: str) -> tuple[str | float, ...]:
+    """Return the cells of a table for one run: tokens a second, `used`, memory."""
+    if reached is None:
+        return ("failed", *used, "")
+    return (reached.tokens_per_second, *used, reached.peak_bytes / 2**30)
 
 
 if __name__ == "__main__":
