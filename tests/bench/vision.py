@@ -102,7 +102,8 @@ def main(
                 "that is as large as ours; in a fresh one the C library returns every picture's memory to the system.",
                 "Where ours needs more: fresh pages of shared memory for each batch (the system's time), taking the "
                 "bytes out of Pillow, and the process that receives. Pages used again would save most of the "
-                "system's time, but a reader that is late would see the next batch's pictures.",
+                "system's time, but a reader that is late would see the next batch's pictures. Resizing "
+                "with faster arithmetic than Pillow's would give other pixels than the checkpoint's processor does.",
             ],
             versions=installed("pillow"),
         )
