@@ -234,10 +234,10 @@ def main(
                 write_rows(work / "data" / "train.jsonl", make_rows(max(256, steps * batch)))
             for way in method or ["lora", "full"]:
                 ours = _attempt(run_ours, work, is_vision, way, steps, batch, device)
-                wants_trl = trl_python and not is_vision
+                wants_trl = bool(trl_python) and not is_vision
                 trl = _attempt(run_trl, trl_python, work, way, steps, batch, device) if wants_trl else None
                 flops = flops_of_a_token(weights, fields, way, mean_length(work / "cache")) if ours else 0.0
-                runs.append(Run(name, way, flops, ours, trl, bool(wants_trl)))
+                runs.append(Run(name, way, flops, ours, trl, wants_trl))
                 if device == "cuda":  # after each run: what was measured stays, whatever the next one does
                     keep(_result(runs, card, f"{command} --steps {steps} --batch {batch}"))
     if device != "cuda":
