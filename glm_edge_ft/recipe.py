@@ -235,7 +235,7 @@ def build_trainer(
     start_deepspeed() if args.deepspeed else keep_deepspeed_out()
     base = load_weights(checkpoint, getattr(torch, prepared.precision.weights), config.quantization, args.device)
     use_attention(base, attention_of(prepared))
-    install_supervised_loss(base)
+    install_supervised_loss(base, label_smoothing=args.label_smoothing_factor)
     use_fewer_copies(base)
     torch.manual_seed(args.seed)  # the adapter's first values
     model = apply_adapter(base, config.peft_config, prepared.keeps_vision)

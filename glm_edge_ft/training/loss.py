@@ -35,6 +35,7 @@ def supervised_cross_entropy(
     lm_head: torch.nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
     ahead: bool = True,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Return the next-token cross entropy over the supervised tokens, in float32.
 
@@ -47,13 +48,14 @@ def supervised_cross_entropy(
         num_items_in_batch: the number of supervised tokens of the whole optimizer step; the sum is divided by it, which
             makes gradient accumulation exact. None: the number in this batch.
         ahead: whether gradients may be computed in the forward pass.
+        label_smoothing: share of each target that is spread over the whole vocabulary.
 
     Returns:
         A scalar; 0.0, still attached to the graph, when nothing is supervised.
     """
     places, targets = find_supervised(labels)
     selected = hidden_states.flatten(0, 1).index_select(0, places)  # (supervised, hidden)
-    return cross_entropy_of(selected, targets, lm_head, num_items_in_batch, ahead)
+    return cross_entropy_of(selected, targets, lm_head, num_items_in_batch, ahead, label_smoothing)
 
 
 def find_supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +71,7 @@ def cross_entropy_of(
     lm_head: torch.nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
     ahead: bool = True,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Return what `supervised_cross_entropy` does, of `(supervised, hidden)` states and `(supervised,)` targets."""
     count = targets.numel()
@@ -77,24 +80,29 @@ def cross_entropy_of(
     divisor = count if num_items_in_batch is None else num_items_in_batch
     if ahead and _may_be_ahead(selected, lm_head):
         if not any(parameter.requires_grad for parameter in lm_head.parameters()):
-            return _LossWithGradient.apply(selected, targets, lm_head, divisor, None)
+            return _LossWithGradient.apply(selected, targets, lm_head, divisor, None, label_smoothing)
         weight = _plain_weight(lm_head)
         if weight is not None and count > CHUNK_TOKENS:
-            return _LossWithGradient.apply(selected, targets, lm_head, divisor, weight)
+            return _LossWithGradient.apply(selected, targets, lm_head, divisor, weight, label_smoothing)
     if count <= CHUNK_TOKENS:
-        total = _summed_loss(selected, targets, lm_head)
+        total = _summed_loss(selected, targets, lm_head, label_smoothing)
     else:
         total = selected.new_zeros((), dtype=torch.float32)
         for hidden_chunk, target_chunk in zip(selected.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
             if torch.is_grad_enabled():  # the chunk's logits are computed again in the backward pass instead of kept
-                total = total + checkpoint(_summed_loss, hidden_chunk, target_chunk, lm_head, use_reentrant=False)
+                total = total + checkpoint(
+                    _summed_loss, hidden_chunk, target_chunk, lm_head, label_smoothing, use_reentrant=False
+                )
             else:
-                total = total + _summed_loss(hidden_chunk, target_chunk, lm_head)
+                total = total + _summed_loss(hidden_chunk, target_chunk, lm_head, label_smoothing)
     return total / divisor
 
 
-def _summed_loss(hidden_states: torch.Tensor, targets: torch.Tensor, lm_head: torch.nn.Module) -> torch.Tensor:
-    return F.cross_entropy(lm_head(hidden_states).float(), targets, reduction="sum")
+def _summed_loss(
+    hidden_states: torch.Tensor, targets: torch.Tensor, lm_head: torch.nn.Module, label_smoothing: float
+) -> torch.Tensor:
+    logits = lm_head(hidden_states).float()
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def _may_be_ahead(hidden_states: torch.Tensor, lm_head: torch.nn.Module) -> bool:
@@ -124,7 +132,9 @@ def _plain_weight(lm_head: Any) -> torch.nn.Parameter | None:
     return None
 
 
-def _turn_into_gradient(logits: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor | int) -> torch.Tensor:
+def _turn_into_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor | int, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Return the summed cross entropy over a divisor; write its gradient in the place of `(tokens, vocabulary)` logits.
 
     The same bits as autograd's, which holds three tensors of the logits' size beside them; here these are of some rows.
@@ -135,9 +145,9 @@ def _turn_into_gradient(logits: torch.Tensor, targets: torch.Tensor, divisor: to
         place = slice(start, start + at_once)
         with torch.enable_grad():
             rows = logits[place].detach().requires_grad_()
-            log_probabilities = F.log_softmax(rows.float(), dim=-1)
-            loss = F.nll_loss(log_probabilities, targets[place], reduction="sum") / divisor
-        taught[place] = log_probabilities.detach().gather(1, targets[place, None])
+            losses = F.cross_entropy(rows.float(), targets[place], reduction="none", label_smoothing=label_smoothing)
+            loss = losses.sum() / divisor
+        taught[place, 0] = -losses.detach()
         (logits[place],) = torch.autograd.grad(loss, rows)
     return F.nll_loss(taught, torch.zeros_like(targets), reduction="sum") / divisor
 
@@ -153,6 +163,7 @@ class _LossWithGradient(torch.autograd.Function):
         lm_head: torch.nn.Module,
         divisor: torch.Tensor | int,
         weight: torch.Tensor | None,
+        label_smoothing: float,
     ) -> torch.Tensor:
         """Return the loss, a float32 scalar, of `(supervised, hidden)` states and `(supervised,)` targets.
 
@@ -167,7 +178,7 @@ class _LossWithGradient(torch.autograd.Function):
                 chunk = hidden_states[place].detach().requires_grad_()
                 logits = lm_head(chunk)
             of_logits = logits.detach()
-            total += _turn_into_gradient(of_logits, targets[place], divisor)
+            total += _turn_into_gradient(of_logits, targets[place], divisor, label_smoothing)
             (gradient[place],) = torch.autograd.grad(logits, chunk, of_logits)
             if of_weight is not None:
                 _add_product(of_weight, of_logits, chunk.detach())
@@ -183,7 +194,7 @@ class _LossWithGradient(torch.autograd.Function):
         of_weight, ctx.of_weight = ctx.of_weight, None  # scaled in its place: it is as large as the weight
         if of_weight is not None:
             of_weight *= outputs[0]
-        return (gradient.float() * outputs[0]).to(gradient.dtype), None, None, None, of_weight
+        return (gradient.float() * outputs[0]).to(gradient.dtype), None, None, None, of_weight, None
 
 
 def _add_product(total: torch.Tensor, of_logits: torch.Tensor, hidden_states: torch.Tensor) -> None:
@@ -195,12 +206,12 @@ def _add_product(total: torch.Tensor, of_logits: torch.Tensor, hidden_states: to
             total += of_logits.t() @ hidden_states.to(of_logits.dtype)
 
 
-def install_supervised_loss(model: PreTrainedModel, ahead: bool = True) -> None:
+def install_supervised_loss(model: PreTrainedModel, ahead: bool = True, label_smoothing: float = 0.0) -> None:
     """Make `model` compute `supervised_cross_entropy` when called with labels; its outputs then hold no logits.
 
     `model` is the causal language model itself, not its PEFT, DDP or DeepSpeed wrapper: those call its `forward`, so
     the loss is computed inside their hooks. Calls without labels, `generate` among them, are left as they were.
-    Without `ahead` it is computed everywhere as it is under ZeRO-3.
+    Without `ahead` it is computed everywhere as it is under ZeRO-3. Labels are smoothed in training alone.
     """
     original = type(model).forward
     leaves_out = leave_out_unused_tokens(model.get_decoder())
@@ -213,14 +224,14 @@ def install_supervised_loss(model: PreTrainedModel, ahead: bool = True) -> None:
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("logits_to_keep", None)
         kwargs["use_cache"] = False
-        head = self.get_output_embeddings()
+        head, smoothing = self.get_output_embeddings(), label_smoothing if self.training else 0.0
         if leaves_out and not torch.compiler.is_compiling():  # a graph is compiled for whole rows
             places, targets = find_supervised(labels)
             states = self.get_decoder()(*args, used_tokens=places, **kwargs).last_hidden_state
-            loss = cross_entropy_of(states[0], targets, head, num_items_in_batch, ahead)
+            loss = cross_entropy_of(states[0], targets, head, num_items_in_batch, ahead, smoothing)
         else:
             states = self.get_decoder()(*args, **kwargs).last_hidden_state
-            loss = supervised_cross_entropy(states, labels, head, num_items_in_batch, ahead)
+            loss = supervised_cross_entropy(states, labels, head, num_items_in_batch, ahead, smoothing)
         return CausalLMOutputWithPast(loss=loss)
 
     model.forward = types.MethodType(forward, model)

@@ -113,6 +113,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self._loss_sum = torch.zeros(())
         self._loss_tokens = torch.zeros((), dtype=torch.long)
         super().__init__(**kwargs)
+        self.label_smoother = None  # the model's own loss smooths labels; the parent's would need all logits
 
     # ---- order of training rows ----
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GlmForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
 from glm_edge_ft.training import loss
 from glm_edge_ft.training.loss import install_supervised_loss, supervised_cross_entropy
@@ -46,6 +47,30 @@ def test_loss_and_gradients_equal_the_ordinary_ones(chunk: int, monkeypatch: pyt
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [512, 3])
+@pytest.mark.parametrize("head", ["trained", "frozen", "as under ZeRO-3"])
+def test_smoothed_labels_equal_transformers_smoother(chunk: int, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K12: value and gradients of labels smoothed on full logits; in evaluation nothing is smoothed."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
+    expected_model, model = tiny_model().train(), tiny_model().train()
+    for each in (expected_model, model):
+        each.lm_head.requires_grad_(head == "trained")
+    logits = expected_model(input_ids=IDS, attention_mask=MASK).logits
+    expected = LabelSmoother(0.3)({"logits": logits}, LABELS, shift_labels=True, num_items_in_batch=11)
+    expected.backward()
+    install_supervised_loss(model, ahead=head != "as under ZeRO-3", label_smoothing=0.3)
+    value = model(input_ids=IDS, attention_mask=MASK, labels=LABELS, num_items_in_batch=11).loss
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    wanted, got = gradients(expected_model), gradients(model)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    model.eval()
+    value = model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss
+    assert value.item() == pytest.approx(ordinary_loss(tiny_model()).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [512, 3, 1])
