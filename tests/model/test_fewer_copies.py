@@ -20,6 +20,7 @@ from glm_edge_ft.model.fewer_copies import (
     rotate_queries_and_keys,
     use_fewer_copies,
 )
+from tests.closeness import assert_same_gradients
 from tests.model_folders import tiny_config, tiny_model
 
 HAS_AVX = platform.machine() in ("x86_64", "AMD64")
@@ -117,13 +118,6 @@ def compute(model: Any, autocast: bool = False, ids: torch.Tensor | None = None)
     return {"logits": logits.detach(), **gradients}
 
 
-def assert_gradients_agree(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
-    """See to it that they are those of the same weights and differ by no more than `bound` of the largest number."""
-    assert set(found) == set(expected)
-    for name, wanted in expected.items():
-        torch.testing.assert_close(found[name], wanted, rtol=0, atol=bound * float(wanted.abs().max()), msg=name)
-
-
 @pytest.mark.parametrize("way", ["all weights", "lora", "checkpointing", "autocast", "bfloat16"])
 def test_a_model_learns_the_same(way: str) -> None:
     """Logits and every gradient: all weights trained, LoRA around the steps, layers computed twice, 16 bit."""
@@ -142,7 +136,7 @@ def test_a_model_learns_the_same(way: str) -> None:
     use_fewer_copies(model.get_base_model() if way == "lora" else model)
     found = compute(model, way == "autocast")
     assert same(found["logits"], expected["logits"])
-    assert_gradients_agree(found, expected, 0.02 if way in ("autocast", "bfloat16") else 1e-5)
+    assert_same_gradients(found, expected, 0.02 if way in ("autocast", "bfloat16") else 1e-5)
     nodes = {type(node).__name__ for node in _graph(model)}
     assert {"_GatedUpBackward", "_RmsNormBackward"} <= nodes
 
@@ -179,7 +173,7 @@ def test_another_activation_is_left_alone() -> None:
     use_fewer_copies(model)
     found = compute(model)
     assert same(found["logits"], expected["logits"])
-    assert_gradients_agree(found, expected, 1e-5)
+    assert_same_gradients(found, expected, 1e-5)
 
 
 def test_a_second_call_changes_nothing() -> None:

@@ -16,6 +16,7 @@ from glm_edge_ft.model import joint_lora
 from glm_edge_ft.model.adapters import apply_adapter
 from glm_edge_ft.model.joint_lora import compute_lora_jointly
 from glm_edge_ft.model.lora_inputs import leave_input_format
+from tests.closeness import assert_same_gradients
 from tests.model_folders import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17, 0, 0, 0]])
@@ -57,14 +58,6 @@ def calls_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield calls
 
 
-def assert_same_step(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
-    """See to it that the same weights have gradients, and that none differs by more than `bound` of its largest."""
-    assert found.keys() == expected.keys()
-    for name, wanted in expected.items():
-        assert found[name].dtype == wanted.dtype
-        torch.testing.assert_close(found[name], wanted, rtol=0, atol=bound * float(wanted.abs().max()), msg=name)
-
-
 @pytest.mark.parametrize(
     ("settings", "groups"),
     [
@@ -85,7 +78,7 @@ def test_a_step_is_that_of_peft(settings: dict[str, Any], groups: list[int], mon
     with calls_counted(monkeypatch) as calls:
         found = step(model)
     assert calls == groups
-    assert_same_step(found, expected, 1e-5)
+    assert_same_gradients(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("base_format", [torch.float32, torch.bfloat16])
@@ -103,7 +96,7 @@ def test_a_step_under_autocast_is_that_of_peft(base_format: torch.dtype, monkeyp
     with calls_counted(monkeypatch) as calls:
         found = step(model, autocast=True)
     assert calls == [3, 3]
-    assert_same_step(found, expected, 0.03)
+    assert_same_gradients(found, expected, 0.03)
 
 
 def test_numbers_are_those_of_the_formula() -> None:
@@ -143,7 +136,7 @@ def test_checkpointed_layers_are_computed_together_again(reentrant: bool, monkey
     with calls_counted(monkeypatch) as calls:
         found = step(again)
     assert calls == [3, 3] if reentrant else [3, 3, 3, 3]
-    assert_same_step(found, expected, 1e-5 if reentrant else 0.0)
+    assert_same_gradients(found, expected, 1e-5 if reentrant else 0.0)
 
 
 def watched(model: Any) -> None:
@@ -204,7 +197,7 @@ def test_what_is_not_plain_lora_goes_peft_s_way(change: Any, monkeypatch: pytest
     with calls_counted(monkeypatch) as calls:
         found = step(model)
     assert calls == [0, 0, 0, 3]
-    assert_same_step(found, wanted, 1e-5)
+    assert_same_gradients(found, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
@@ -216,7 +209,7 @@ def test_variants_go_peft_s_way(settings: dict[str, Any], monkeypatch: pytest.Mo
     with calls_counted(monkeypatch) as calls:
         found = step(model)
     assert calls == [0] * 6
-    assert_same_step(found, expected, 1e-6)
+    assert_same_gradients(found, expected, 1e-6)
 
 
 def test_two_adapters_at_once_go_peft_s_way() -> None:
@@ -226,7 +219,7 @@ def test_two_adapters_at_once_go_peft_s_way() -> None:
     model.base_model.set_adapter(["default", "second"])
     expected = step(model)
     compute_lora_jointly(model)
-    assert_same_step(step(model), expected, 0.0)
+    assert_same_gradients(step(model), expected, 0.0)
 
 
 def test_evaluation_and_generation_are_peft_s() -> None:

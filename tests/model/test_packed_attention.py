@@ -42,6 +42,7 @@ from glm_edge_ft.model.packed_attention import (
 )
 from glm_edge_ft.model.precision import Precision
 from glm_edge_ft.training.loss import install_supervised_loss
+from tests.closeness import assert_same_gradients
 from tests.model.vision_fixtures import SMALL_VOCABULARY, image_row, random_images, write_checkpoint
 
 LENGTHS = (9, 5, 5, 14, 1, 5)
@@ -100,7 +101,7 @@ def gradients_of(model: Any, batches: Sequence[dict[str, Any]], supervised: int)
 def assert_packed_equals_single_rows(model: Any, rows: Sequence[dict[str, Any]], bound: float, **images: Any) -> None:
     """Fail unless a packed batch gives the loss and the gradients of its rows, each alone.
 
-    `bound` is the largest difference of a gradient as a share of the largest number in it.
+    `bound` is that of `assert_same_gradients`.
     """
     install_supervised_loss(model)
     model.train()
@@ -113,10 +114,8 @@ def assert_packed_equals_single_rows(model: Any, rows: Sequence[dict[str, Any]],
     expected, gradients = gradients_of(model, alone, supervised)
     use_attention(model, Attention(PACKED, ""))
     found, packed = gradients_of(model, [PackedCollator()(rows) | images], supervised)
-    assert found == pytest.approx(expected, rel=1e-6)
-    assert packed.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert (packed[name] - gradient).abs().max() <= max(bound * gradient.abs().max(), 1e-7), name
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert_same_gradients(packed, gradients, bound)
 
 
 @pytest.mark.parametrize("rotary", [0.5, 1.0])
@@ -277,8 +276,8 @@ def test_one_call_for_all_rows_equals_a_call_for_each(monkeypatch: pytest.Monkey
     monkeypatch.setattr(packed_attention, "_has_flash_kernels", lambda *_: True)
     found = glm()
     ready(found)(**PackedCollator()(random_rows())).loss.backward()
-    for (name, weight), other in zip(found.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(weight.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+    kernels, rows = ({name: p.grad for name, p in made.named_parameters()} for made in (found, expected))
+    assert_same_gradients(kernels, rows)
 
 
 def test_pytorchs_kernel_takes_what_it_is_given() -> None:
