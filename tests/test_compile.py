@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.runs import LORA, do_run, losses, metrics, weights
+from tests.runs import LORA, assert_close, do_run, losses
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,16 +32,7 @@ def test_a_compiled_run_learns_the_same(chat_folder: Path) -> None:
         for name in ("plain", "compiled")
     )
     assert len(losses(plain)) == 6
-    for step, logged in losses(plain).items():
-        assert losses(compiled)[step] == pytest.approx(logged, abs=1e-4), step
-    evaluations = [
-        [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line] for folder in (plain, compiled)
-    ]
-    assert evaluations[1] == pytest.approx(evaluations[0], abs=1e-4)
-    expected = weights(plain)
-    assert weights(compiled).keys() == expected.keys()
-    for name, values in weights(compiled).items():
-        torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-3, msg=name)
+    assert_close(plain, compiled)
 
 
 def test_a_compiled_run_goes_on_from_its_checkpoint(chat_folder: Path) -> None:
@@ -54,4 +44,4 @@ def test_a_compiled_run_goes_on_from_its_checkpoint(chat_folder: Path) -> None:
         shutil.rmtree(part / name)
     do_run(part, data, model, resume="yes", torch_compile=True)
     for step in (3, 4, 5, 6):
-        assert losses(part)[step] == pytest.approx(losses(whole)[step], abs=1e-5), step
+        assert losses(part)[step] == pytest.approx(losses(whole)[step], rel=1e-4), step

@@ -94,7 +94,7 @@ def test_an_adapter_of_zero_3_loads_without_deepspeed(runs: Runs, folder: Path) 
     expected = weights(runs("lora", "one"))
     assert loaded.keys() == expected.keys()
     for name, values in expected.items():
-        torch.testing.assert_close(loaded[name], values, rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(loaded[name], values, rtol=0, atol=1e-4, msg=name)  # a step goes 1e-3
 
 
 def test_a_finished_run_of_zero_3_is_evaluated(runs: Runs, folder: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_finished_run_of_zero_3_is_evaluated(runs: Runs, folder: Path) -> None
     do_run(again, folder / "data", folder / "model", peft=None, resume="yes", test="test.jsonl", **TRAINING)
     (expected,), (found,) = ([line for line in metrics(run) if "test_loss" in line] for run in (again, output))
     assert found["step"] == expected["step"] == 6
-    assert found["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-4)
+    assert found["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(
     assert "written by 2 processes, this run has 1: a step takes 4 conversations as before" in capsys.readouterr().err
     assert sorted(losses(folder / "fewer")) == [5, 6]
     for step, (loss, *_) in losses(folder / "fewer").items():
-        assert losses(runs("lora", "ddp"))[step][0] == pytest.approx(loss, abs=1e-4)
+        assert losses(runs("lora", "ddp"))[step][0] == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
@@ -243,4 +243,4 @@ def test_replies_of_very_different_length_are_counted_once(folder: Path, mode: s
         assert max(lengths) > 3 * min(lengths)
         (before,), (after,) = ([line for line in metrics(run) if f"{split}_loss" in line] for run in (one, two))
         for metric in ("loss", "rouge-1", "rouge-l", "bleu-4"):
-            assert after[f"{split}_{metric}"] == pytest.approx(before[f"{split}_{metric}"], abs=1e-4), metric
+            assert after[f"{split}_{metric}"] == pytest.approx(before[f"{split}_{metric}"], rel=1e-4), metric

@@ -119,14 +119,11 @@ def test_in_16_bit_the_adapter_is_in_float32_and_a_resumed_run_goes_on(run: Run)
 
 
 def test_batches_without_padding_train_as_padded_ones(run: Run) -> None:
-    """T3: the same losses and weights within 1e-5, rows of different length one behind another."""
+    """T3: the same losses and weights, rows of different length one behind another."""
     settings: dict[str, Any] = {"peft": {**LORA, "lora_dropout": 0.0}, "max_steps": 3, "learning_rate": 1e-4}
     padded = run("padded", **settings)
     packed = run("packed", top={**NF4, "padding_free": True}, **settings)
-    for step, logged in losses(padded).items():
-        assert losses(packed)[step][0] == pytest.approx(logged[0], abs=1e-5)
-    for name, values in weights(padded).items():
-        torch.testing.assert_close(weights(packed)[name], values, rtol=0, atol=1e-5, msg=name)
+    assert_close(padded, packed)
 
 
 def test_the_run_says_and_records_what_is_in_4_bits(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +190,7 @@ def test_evaluate_measures_the_model_that_was_trained(trained: Path, model_folde
     (plain,) = metrics(tmp_path / "plain")
     assert 1e-4 < abs(plain["test_loss"] - found["test_loss"]) < 0.5
     evaluate(EvaluateRequest(file, (str(model_folder),), tmp_path / "alone"))
-    assert metrics(tmp_path / "alone")[0]["test_loss"] == pytest.approx(base["test_loss"], abs=1e-5)
+    assert metrics(tmp_path / "alone")[0]["test_loss"] == pytest.approx(base["test_loss"], rel=1e-5)
 
 
 def test_without_bitsandbytes_the_base_is_used_as_plain_numbers_with_a_notice(

@@ -21,6 +21,7 @@ from tests.model_folders import save_model_folder
 from tests.runs import (
     LORA,
     PREFIX,
+    assert_close,
     assert_same_bits,
     conversation,
     do_run,
@@ -125,24 +126,17 @@ def test_accumulated_batches_equal_one_large_batch(run: Run, peft: dict[str, Any
     shared = {"train_sampling_strategy": "sequential", "max_steps": 2, "save_strategy": "no", "optim": "sgd"}
     large = run("large", peft, per_device_train_batch_size=8, **shared)
     small = run("small", peft, per_device_train_batch_size=1, gradient_accumulation_steps=8, **shared)
-    for step in (1, 2):
-        assert losses(small)[step] == pytest.approx(losses(large)[step], abs=1e-5)
-    one, other = weights(large), weights(small)
-    for name, tensor in one.items():
-        torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0, msg=name)
+    assert_close(large, small)
 
 
 @pytest.mark.parametrize("peft", [LORA | {"lora_dropout": 0.0}, None, PREFIX], ids=["lora", "full", "prefix"])
 @pytest.mark.parametrize("strategy", ["group_by_length", "random"])
 def test_a_batch_in_parts_trains_as_the_whole_batch(run: Run, peft: dict[str, Any] | None, strategy: str) -> None:
-    """T3: 6 rows at once, and the same in parts of at most 60 tokens: losses, norms and weights within 1e-5."""
+    """T3: 6 rows at once, and the same in parts of at most 60 tokens: losses, norms and weights."""
     settings = {"peft": peft, "train_sampling_strategy": strategy, "per_device_train_batch_size": 6, "max_steps": 3}
     whole = run("whole", learning_rate=1e-4, **settings)
     parts = run("parts", learning_rate=1e-4, top={"max_tokens_per_pass": 60}, **settings)
-    for name, values in weights(whole).items():
-        torch.testing.assert_close(weights(parts)[name], values, rtol=0, atol=1e-5)
-    for step, logged in losses(whole).items():
-        assert losses(parts)[step] == pytest.approx(logged, abs=1e-5)
+    assert_close(whole, parts)
 
 
 def test_the_logged_loss_is_the_mean_over_supervised_tokens(run: Run, model_folder: Path) -> None:
@@ -170,7 +164,7 @@ def test_the_logged_loss_is_the_mean_over_supervised_tokens(run: Run, model_fold
             if counts:
                 total -= float(log_probabilities[position - 1, token])
                 count += 1
-    assert losses(output)[1][0] == pytest.approx(total / count, abs=1e-5)
+    assert losses(output)[1][0] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -237,7 +231,7 @@ def test_evaluation_is_the_same_for_every_batch_size(run: Run) -> None:
     keys = ("eval_rouge-1", "eval_rouge-2", "eval_rouge-l", "eval_bleu-4", "eval_exact-match")
     (first,), (second,) = ([line for line in metrics(output) if "eval_loss" in line] for output in (one, four))
     assert [first[key] for key in keys] == [second[key] for key in keys]
-    assert first["eval_loss"] == pytest.approx(second["eval_loss"], abs=1e-6)
+    assert first["eval_loss"] == pytest.approx(second["eval_loss"], rel=1e-5)
 
 
 def test_a_prediction_is_written_for_each_assistant_turn_once(run: Run) -> None:

@@ -153,7 +153,7 @@ def test_two_processes_stop_together(folder: Path, mode: str) -> None:
     one = do_run(folder / "one", data, model, **(settings | {"max_steps": step + 2}))
     assert sorted(losses(output)) == list(range(1, step + 3))
     for number, (loss, *_) in losses(one).items():
-        assert losses(output)[number][0] == pytest.approx(loss, abs=1e-4), number
+        assert losses(output)[number][0] == pytest.approx(loss, rel=1e-4), number
 
 
 def test_before_training_the_run_ends_at_once() -> None:
