@@ -24,6 +24,7 @@ from glm_edge_ft.failures import explain_failures
 from glm_edge_ft.feature_cache import open_image_features
 from glm_edge_ft.machines import check_shared_folder, end_meetings, meet
 from glm_edge_ft.model.quantization import silence_bitsandbytes
+from glm_edge_ft.output_lock import hold_output_dir
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
 from glm_edge_ft.run_record import build_run_record, describe_model, run_title, write_json, write_run_record
 from glm_edge_ft.training.checkpoints import (
@@ -105,10 +106,11 @@ def train(prepared: Prepared, termination: Termination) -> None:
         for remark in dataset.report.remarks():
             show_notice(f"{split}: {remark}")
     make_output_dir(plan.output_dir)
-    check_shared_folder(plan.output_dir, plan.resume.path.name if plan.resume.path else None)
-    end_meetings()
-    with explain_lost_process(plan.output_dir):
-        train_together(prepared, evaluations, termination)
+    with hold_output_dir(plan.output_dir):
+        check_shared_folder(plan.output_dir, plan.resume.path.name if plan.resume.path else None)
+        end_meetings()
+        with explain_lost_process(plan.output_dir):
+            train_together(prepared, evaluations, termination)
 
 
 def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], termination: Termination) -> None:
