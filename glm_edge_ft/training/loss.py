@@ -75,27 +75,42 @@ def cross_entropy_of(
 ) -> torch.Tensor:
     """Return what `supervised_cross_entropy` does, of `(supervised, hidden)` states and `(supervised,)` targets."""
     count = targets.numel()
-    if count == 0:
-        return selected.float().sum() * 0.0
-    divisor = count if num_items_in_batch is None else num_items_in_batch
+    divisor = (count if num_items_in_batch is None else num_items_in_batch) if count else 1
     if ahead and _may_be_ahead(selected, lm_head):
         if not any(parameter.requires_grad for parameter in lm_head.parameters()):
             return _LossWithGradient.apply(selected, targets, lm_head, divisor, None, label_smoothing)
         weight = _plain_weight(lm_head)
         if weight is not None and count > CHUNK_TOKENS:
             return _LossWithGradient.apply(selected, targets, lm_head, divisor, weight, label_smoothing)
-    if count <= CHUNK_TOKENS:
-        total = _summed_loss(selected, targets, lm_head, label_smoothing)
-    else:
-        total = selected.new_zeros((), dtype=torch.float32)
-        for hidden_chunk, target_chunk in zip(selected.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-            if torch.is_grad_enabled():  # the chunk's logits are computed again in the backward pass instead of kept
-                total = total + checkpoint(
-                    _summed_loss, hidden_chunk, target_chunk, lm_head, label_smoothing, use_reentrant=False
-                )
-            else:
-                total = total + _summed_loss(hidden_chunk, target_chunk, lm_head, label_smoothing)
+    chunks = _count_chunks(count, lm_head, selected.device)
+    total = selected.new_zeros((), dtype=torch.float32)
+    for hidden_chunk, target_chunk in zip(selected.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
+        if chunks > 1 and torch.is_grad_enabled():  # the logits are computed again in the backward pass, not kept
+            total = total + checkpoint(
+                _summed_loss, hidden_chunk, target_chunk, lm_head, label_smoothing, use_reentrant=False
+            )
+        else:
+            total = total + _summed_loss(hidden_chunk, target_chunk, lm_head, label_smoothing)
     return total / divisor
+
+
+def _count_chunks(count: int, lm_head: torch.nn.Module, device: torch.device) -> int:
+    """Return in how many chunks a process passes its supervised tokens through `lm_head`: one at least.
+
+    Without any token the head is called all the same: DDP and DeepSpeed wait for the gradients of all its weights.
+    Under ZeRO-3 each call gathers the weights from all processes, so that all take as many as the one with most.
+    """
+    chunks = max(1, -(-count // CHUNK_TOKENS))
+    if not _is_sharded(lm_head):
+        return chunks
+    most = torch.tensor(chunks, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def _is_sharded(module: torch.nn.Module) -> bool:
+    """Return whether ZeRO-3 shares the weights of a module among processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 def _summed_loss(
@@ -117,7 +132,7 @@ def _may_be_ahead(hidden_states: torch.Tensor, lm_head: torch.nn.Module) -> bool
         and hidden_states.requires_grad
         and hidden_states.dtype != torch.float16
         and not (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
-        and not any(hasattr(parameter, "ds_id") for parameter in lm_head.parameters())
+        and not _is_sharded(lm_head)
     )
 
 
