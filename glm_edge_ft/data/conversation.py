@@ -1,8 +1,9 @@
 """Raw row to `Conversation`: typed messages, checked, with every mistake named by its place.
 
-What the chat template will see of a message is what the file says, with two exceptions: `loss` is ours and is taken
-out, and the content has one form throughout. In chat fine-tuning that is a string, where a list of text parts is
-joined; in vision fine-tuning it is a list of parts, where a string becomes one text part.
+What the chat template will see of a message is what the file says, with three exceptions: keys that say what is learned
+(`learned.py`) are taken out; so are keys that name pictures, which become image parts; and the content has one form
+throughout. In chat fine-tuning that is a string, where a list of text parts is joined; in vision fine-tuning it is a
+list of parts, where a string becomes one text part. Keys that are dropped on the way are named in `Conversation.notes`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from glm_edge_ft.data.parts import ImagePart, Part, TextPart, listed_keys, parse_parts, shown, template_content
+from glm_edge_ft.data.learned import DECISION_KEYS, read_learned
+from glm_edge_ft.data.parts import (
+    PICTURE_KEYS,
+    ImagePart,
+    Part,
+    TextPart,
+    leftover_markers,
+    listed_keys,
+    named_pictures,
+    parse_parts,
+    place_pictures,
+    shown,
+    template_content,
+)
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import ProblemList
 
@@ -24,6 +38,8 @@ _ROLE_SYNONYMS = {
     **dict.fromkeys(("function", "ipython", "environment"), "tool"),
 }
 _MESSAGES_LOOKALIKES = ("message", "conversations", "conversation", "Messages", "dialog", "dialogue", "chat")
+_NO_FIELDS = DECISION_KEYS.union(PICTURE_KEYS)  # keys of a message that the chat template does not get
+_NO_REPLY = _NO_FIELDS | {"role", "content"}
 _SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
 
@@ -75,11 +91,12 @@ class Conversation:
     """A checked conversation and where it came from.
 
     Attributes:
-        messages: the turns, at least one of them supervised.
+        messages: the turns, at least one of them of the assistant.
         tools: what the template gets as `tools`, or None.
         file: name of the data file.
         line: 1-based line (parquet: row) on which the conversation begins.
         ignored_keys: keys beside `messages` and `tools` that have no meaning here.
+        notes: what else of the row has no effect, or is read in another way than it is written.
     """
 
     messages: tuple[Message, ...]
@@ -87,6 +104,7 @@ class Conversation:
     file: str
     line: int
     ignored_keys: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
@@ -110,19 +128,15 @@ def parse_conversation(row: RawRow, rendered_roles: frozenset[str], max_images: 
     Raises:
         UserError: every mistake of the row, each with `file:line` and the message's index.
     """
-    problems = ProblemList()
+    problems, notes = ProblemList(), list[str]()
     place, value = row.place, row.value
-    tools: Any = None
-    ignored: tuple[str, ...] = ()
-    if isinstance(value, dict):
-        tools = value.get("tools")
-        ignored = tuple(key for key in value if key not in ("messages", "tools"))
-        _check_tools(place, tools, problems)
-        raw_messages = _messages_of(place, value, problems)
-    else:
-        raw_messages = value
-        if not isinstance(value, list):
-            problems.add(place, f"a row must be an object or a list, this one is {shown(value)}", f"write {_SHAPE}")
+    keys: dict[str, Any] = value if isinstance(value, dict) else {"messages": value}
+    if not isinstance(value, dict | list):
+        problems.add(place, f"a row must be an object or a list, this one is {shown(value)}", f"write {_SHAPE}")
+        problems.raise_if_any()
+    tools = keys.get("tools")
+    _check_tools(place, tools, problems)
+    raw_messages = _messages_of(place, keys, problems)
     problems.raise_if_any()
     if not isinstance(raw_messages, list):
         problems.add(place, f"'messages' must be a list, it is {shown(raw_messages)}", f"write {_SHAPE}")
@@ -130,16 +144,28 @@ def parse_conversation(row: RawRow, rendered_roles: frozenset[str], max_images: 
         problems.add(place, "'messages' is empty", "write at least a user and an assistant message, or remove the row")
     problems.raise_if_any()
     takes_images = max_images is not None
-    parsed = [
-        _message(place, index, raw, rendered_roles, problems, takes_images=takes_images)
+    learned, honoured = _row_learned(place, keys, problems)
+    pictures = named_pictures(place, keys, problems, takes_images=takes_images)
+    drafts = [
+        _draft(f"{place}: messages[{index}]", raw, rendered_roles, problems, notes, bool(pictures), takes_images)
         for index, raw in enumerate(raw_messages)
     ]
     problems.raise_if_any()
-    messages = tuple(message for message in parsed if message is not None)
-    _check_supervision(place, messages, problems)
+    whole = [draft for draft in drafts if draft is not None]
+    place_pictures(place, [(draft.role, draft.parts) for draft in whole], pictures, problems)
+    problems.raise_if_any()
+    messages = tuple(_message(draft, learned=learned, takes_images=takes_images) for draft in whole)
+    if not any(message.role == "assistant" for message in messages):
+        problems.add(place, "no assistant turn: there is nothing to learn", "add the reply, or remove the row")
     _check_image_count(place, messages, max_images, problems)
     problems.raise_if_any()
-    return Conversation(messages, tuple(tools) if tools is not None else None, row.file, row.line, ignored)
+    if takes_images:
+        notes += [note for draft in whole if draft.role == "user" for note in leftover_markers(draft.parts)]
+    used = {"messages", "tools", *honoured, *PICTURE_KEYS}
+    ignored = tuple(key for key, element in keys.items() if key not in used and element is not None)
+    return Conversation(
+        messages, tuple(tools) if tools is not None else None, row.file, row.line, ignored, tuple(dict.fromkeys(notes))
+    )
 
 
 def _messages_of(place: str, value: dict[str, Any], problems: ProblemList) -> Any:
@@ -167,16 +193,34 @@ def _check_tools(place: str, tools: Any, problems: ProblemList) -> None:
         problems.add(place, f"'tools' must be a list of objects, it is {shown(tools)}", "write one JSON schema a tool")
 
 
-def _message(
-    place: str,
-    index: int,
+def _row_learned(place: str, keys: dict[str, Any], problems: ProblemList) -> tuple[bool, frozenset[str]]:
+    """Return whether the turns of a row may be learned, and the keys beside `messages` that say so.
+
+    Such a key may have another meaning there, so that a value that says neither is left to the report.
+    """
+    said = {key: keys[key] for key in DECISION_KEYS & keys.keys() if isinstance(keys[key], list) or keys[key] in (0, 1)}
+    return read_learned(place, said, None, problems) is not False, frozenset(said)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A message whose pictures may not be among its parts yet."""
+
+    role: str
+    parts: list[Part]
+    raw: Mapping[str, Any]
+    learned: bool | None
+
+
+def _draft(
+    where: str,
     raw: Any,
     rendered_roles: frozenset[str],
     problems: ProblemList,
-    *,
+    notes: list[str],
+    has_pictures: bool,
     takes_images: bool,
-) -> Message | None:
-    where = f"{place}: messages[{index}]"
+) -> _Draft | None:
     if not isinstance(raw, dict):
         problems.add(
             where, f"a message must be an object, this one is {shown(raw)}", 'write {"role": ..., "content": ...}'
@@ -188,19 +232,39 @@ def _message(
         )
         return None
     role = _role(where, raw, rendered_roles, problems)
-    parts = parse_parts(where, raw, role, problems, takes_images=takes_images)
-    supervised = role == "assistant" and raw.get("loss", True) is True
-    _check_loss(where, raw, role, problems)
+    pictures = named_pictures(where, raw, problems, takes_images=takes_images)
+    parts = parse_parts(
+        where,
+        raw,
+        role,
+        problems,
+        notes,
+        takes_images=takes_images,
+        has_pictures=has_pictures or bool(pictures),
+        may_be_absent=role == "assistant" and any(raw[key] is not None for key in raw.keys() - _NO_REPLY),
+    )
+    learned = read_learned(where, raw, role, problems)
+    if learned is None and role == "assistant":
+        notes += [f"key {key!r} is null: the turn is learned" for key in sorted(DECISION_KEYS & raw.keys())]
+    for index, part in enumerate(raw["content"] if isinstance(raw.get("content"), list) else ()):
+        if isinstance(part, dict) and not DECISION_KEYS.isdisjoint(part):
+            what = f"{sorted(DECISION_KEYS & part.keys())[0]!r} in a part of the content"
+            problems.add(f"{where}.content[{index}]", what, "a turn is learned whole or not at all: write it there")
     if role is None or parts is None:
         return None
-    fields = {key: element for key, element in raw.items() if key != "loss"}
-    content = raw["content"]
-    text = content if isinstance(content, str) else "".join(part.text for part in parts if isinstance(part, TextPart))
-    if not takes_images:
-        fields["content"] = text
-        return Message(role, text, supervised, fields)
-    fields["content"] = template_content(parts)
-    return Message(role, text, supervised, fields, tuple(parts))
+    place_pictures(where, [(role, parts)], pictures, problems)
+    return _Draft(role, parts, raw, learned)
+
+
+def _message(draft: _Draft, *, learned: bool, takes_images: bool) -> Message:
+    fields = {key: element for key, element in draft.raw.items() if key not in _NO_FIELDS}
+    text = "".join(part.text for part in draft.parts if isinstance(part, TextPart))
+    if draft.parts:
+        fields["content"] = template_content(draft.parts) if takes_images else text
+    else:
+        fields.pop("content", None)  # a reply that is all in other keys: null, as the chat template gets it
+    supervised = draft.role == "assistant" and learned and draft.learned is not False
+    return Message(draft.role, text, supervised, fields, tuple(draft.parts) if takes_images else ())
 
 
 def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], problems: ProblemList) -> str | None:
@@ -227,23 +291,6 @@ def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], probl
     fix = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(allowed)}"
     problems.add(where, f"unknown role {role!r}", fix)
     return None
-
-
-def _check_loss(where: str, raw: dict[str, Any], role: str | None, problems: ProblemList) -> None:
-    if "loss" not in raw:
-        return
-    loss = raw["loss"]
-    if not isinstance(loss, bool):
-        problems.add(where, f"'loss' must be true or false, it is {shown(loss)}", "write false to leave a reply out")
-    elif loss and role is not None and role != "assistant":
-        problems.add(where, f"'loss': true on a {role} message", "only assistant turns bear loss: remove the key")
-
-
-def _check_supervision(place: str, messages: tuple[Message, ...], problems: ProblemList) -> None:
-    if not any(message.role == "assistant" for message in messages):
-        problems.add(place, "no assistant turn: there is nothing to learn", "add the reply, or remove the row")
-    elif not any(message.supervised for message in messages):
-        problems.add(place, "every assistant turn says 'loss': false", "leave one of them in, or remove the row")
 
 
 def _check_image_count(

@@ -27,7 +27,7 @@ from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, file_problem, iter_row
 from glm_edge_ft.data.workers import EncodedChunk, chunks_of, clamp_processes, encode_in_order
 from glm_edge_ft.errors import Problem, UserError
 
-FORMAT_VERSION = 2  # raise it whenever a change of this package changes ids, masks or records
+FORMAT_VERSION = 3  # raise it whenever a change of this package changes ids, masks or records
 _PLACES_SHOWN = 5
 
 

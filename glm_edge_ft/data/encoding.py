@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from glm_edge_ft.data.budget import Budgets, ReplySpan, RowPlan, TooLong, plan_row, shorten_prompt
 from glm_edge_ft.data.conversation import Conversation, parse_conversation
+from glm_edge_ft.data.parts import listed_keys
 from glm_edge_ft.data.placeholders import ImageSettings, PlaceholderCounter, check_image_settings
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.data.template import (
@@ -36,6 +37,7 @@ from glm_edge_ft.data.template import (
     probe_reply_format,
 )
 from glm_edge_ft.data.token_places import TokenizedText
+from glm_edge_ft.data.unrendered import unrendered_keys, with_objects
 from glm_edge_ft.errors import Problem, UserError
 
 
@@ -69,6 +71,7 @@ class EncodedRow:
         roles: tokens by role.
         has_control_text: whether a message holds text that the tokenizer turns into a control token.
         images: paths as written of the images whose placeholders are in `input_ids`, in their order.
+        notes: remarks on keys that the template does not render.
     """
 
     input_ids: NDArray[np.int32]
@@ -81,6 +84,7 @@ class EncodedRow:
     roles: RoleTokens
     has_control_text: bool
     images: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def supervised(self) -> int:
@@ -150,6 +154,7 @@ class ConversationEncoder:
         """Check a raw row and return its conversation. Raises UserError with every mistake of the row."""
         max_images = self.images.max_images if self.images is not None and self.takes_images else None
         conversation = parse_conversation(row, self.reply_format.rendered_roles, max_images)
+        conversation = with_objects(conversation, self._render)
         if self.placeholders is not None:
             self.placeholders.check_text(conversation)
         return conversation
@@ -186,6 +191,9 @@ class ConversationEncoder:
             problem = self.placeholders.check_ids(conversation, tokens.ids)
             if problem is not None:
                 return problem
+        if not any(message.supervised for message in conversation.messages):
+            return DroppedRow(conversation.file, conversation.line, "it says of every assistant turn: not learned")
+        notes = unrendered_keys(conversation, tokens.text, self._render)
         try:
             located = self._locate(conversation, tokens)
             prompt_cut = 0
@@ -205,7 +213,7 @@ class ConversationEncoder:
             return _refused(conversation, refusal)
         except UserError as error:
             return error.problems[0]
-        row = self._row(conversation, located, plan, prompt_cut)
+        row = self._row(conversation, located, plan, prompt_cut, notes)
         if not row.supervised:
             return DroppedRow(row.file, row.line, "no token is left to learn: the replies are empty")
         return row
@@ -265,9 +273,20 @@ class ConversationEncoder:
                 f"the chat template closes messages[{index}] with {upto[len(prompt) :][-40:]!r}, not with {closing!r}",
                 NOT_PREFIX_FIX,
             )
+        message = conversation.messages[index]
+        is_empty = not upto[len(prompt) : content_end].removeprefix(self.reply_format.prefix).strip()
+        if is_empty and message.supervised and message.fields.keys() != {"role", "content"}:
+            raise UserError.single(
+                f"{conversation.place}: messages[{index}]",
+                "the chat template renders nothing of this reply: nothing would be learned but its end; "
+                f"the keys are: {listed_keys(message.fields)}",
+                "write what the model is to say as 'content', mark the turn with 'loss': false, or remove the row",
+            )
         return len(prompt), content_end + self.reply_format.closing_supervised
 
-    def _row(self, conversation: Conversation, located: _Located, plan: RowPlan, prompt_cut: int) -> EncodedRow:
+    def _row(
+        self, conversation: Conversation, located: _Located, plan: RowPlan, prompt_cut: int, notes: tuple[str, ...]
+    ) -> EncodedRow:
         input_ids = np.array(located.ids[: plan.end], dtype=np.int32)
         loss_mask = np.zeros(plan.end, dtype=np.bool_)
         for start, end in plan.supervised:
@@ -285,6 +304,7 @@ class ConversationEncoder:
             roles=_role_tokens(conversation, located, plan.end, image_tokens),
             has_control_text=any(self._control_text.search(message.text) for message in conversation.messages),
             images=conversation.images[:images],
+            notes=notes,
         )
 
 

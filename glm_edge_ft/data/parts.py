@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from glm_edge_ft.data.json_text import JsonMistake, decode_value
 from glm_edge_ft.errors import ProblemList
+
+IMAGE_MARKER = "<image>"
+PICTURE_KEYS = ("image", "images")
 
 _TEXT_FIX = '{"type": "text", "text": "..."}'
 _IMAGE_FIX = '{"type": "image", "image": "path/to/image.jpg"}'
+_CHAT_FIX = "use finetune_vision.py with a GLM-Edge-V model for images"
+_PLACE_FIX = f"write each picture as a part of a user's content: {_IMAGE_FIX}"
+_MARKS = {
+    IMAGE_MARKER: re.compile(IMAGE_MARKER).search,
+    "<img>...</img>": re.compile("<img>.*?</img>", re.DOTALL).search,
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,15 @@ Part = TextPart | ImagePart
 
 
 def parse_parts(
-    where: str, raw: dict[str, Any], role: str | None, problems: ProblemList, *, takes_images: bool
+    where: str,
+    raw: Mapping[str, Any],
+    role: str | None,
+    problems: ProblemList,
+    notes: list[str],
+    *,
+    takes_images: bool,
+    has_pictures: bool,
+    may_be_absent: bool,
 ) -> list[Part] | None:
     """Return the content of a message as parts, or None where something is wrong with it; a string is one text part.
 
@@ -40,24 +60,58 @@ def parse_parts(
         raw: the message.
         role: who speaks; None if that is unknown.
         problems: takes every mistake.
+        notes: takes the keys of parts that have no effect.
         takes_images: whether image parts are allowed; else `problems` gets one for each.
+        has_pictures: whether the row or the message names pictures: an image part without a path stands for one.
+        may_be_absent: whether other keys may hold all of a reply (`tool_calls`): without a content it has no part.
     """
+    content = raw.get("content")
+    if may_be_absent and (content is None or content == []):
+        return []
     if "content" not in raw:
         problems.add(where, f"key 'content' is missing; the keys are: {listed_keys(raw)}", "write the text")
         return None
-    content = raw["content"]
     if isinstance(content, str):
-        return [TextPart(content)]
+        listed = _parts_in_text(content)
+        if listed is None:
+            return [TextPart(content)]
+        if role != "user":
+            notes.append(f"the content of a {role} turn is JSON text of parts: it is learned or read as that text")
+            return [TextPart(content)]
+        notes.append("the content of a user turn is JSON text of parts: it is read as those parts")
+        content = listed
     if not isinstance(content, list) or not content:
         fix = 'write a string, or [{"type": "text", "text": "..."}]'
         problems.add(where, f"'content' must be a string or a list of parts, it is {shown(content)}", fix)
         return None
     parts: list[Part] = []
     for index, raw_part in enumerate(content):
-        part = _part(f"{where}.content[{index}]", raw_part, role, problems, takes_images=takes_images)
+        place = f"{where}.content[{index}]"
+        if has_pictures and raw_part == {"type": "image"} and role == "user":
+            part: Part | None = ImagePart("")
+        else:
+            part = _part(place, raw_part, role, problems, takes_images=takes_images)
         if part is not None:
             parts.append(part)
+            used = ("type", "text") if isinstance(part, TextPart) else ("type", "image")
+            unused = [key for key in raw_part if key not in used and raw_part[key] is not None]
+            notes += [f"key {cut(key)!r} of a content part has no meaning here and is ignored" for key in unused]
     return parts if len(parts) == len(content) else None
+
+
+def _parts_in_text(text: str) -> list[Any] | None:
+    # What a column of strings makes of a list of parts. A text that merely is JSON has no types of parts in it.
+    if not text.lstrip().startswith("[") or '"type"' not in text:
+        return None
+    try:
+        parts, end = decode_value(text, len(text) - len(text.lstrip()))
+    except JsonMistake:
+        return None
+    is_parts = not text[end:].strip() and all(
+        isinstance(part, dict) and part.get("type") in ("text", "image", "image_url") and part.get(part["type"])
+        for part in parts
+    )
+    return parts if is_parts else None
 
 
 def _part(where: str, part: Any, role: str | None, problems: ProblemList, *, takes_images: bool) -> Part | None:
@@ -65,34 +119,133 @@ def _part(where: str, part: Any, role: str | None, problems: ProblemList, *, tak
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         problems.add(where, f"a part must be an object with a 'type', this one is {shown(part)}", f"write {fix}")
     elif part["type"] in ("image", "image_url") and not takes_images:
-        problems.add(
-            where, "an image part in chat fine-tuning", "use finetune_vision.py with a GLM-Edge-V model for images"
-        )
+        problems.add(where, "an image part in chat fine-tuning", _CHAT_FIX)
     elif part["type"] == "image":
         return _image_part(where, part, role, problems)
     elif part["type"] != "text":
         problems.add(where, f"unknown part type {part['type']!r}", f"write {fix}")
     elif not isinstance(part.get("text"), str):
         problems.add(where, f"'text' must be a string, it is {shown(part.get('text'))}", f"write {_TEXT_FIX}")
+    elif any(part.get(key) for key in (*PICTURE_KEYS, "image_url")):
+        problems.add(where, "a text part that names a picture", f"write the picture as a part of its own: {_IMAGE_FIX}")
     else:
         return TextPart(part["text"])
     return None
 
 
 def _image_part(where: str, part: dict[str, Any], role: str | None, problems: ProblemList) -> ImagePart | None:
-    path = part.get("image")
     if role is not None and role != "user":
         problems.add(where, f"an image part in a message of the role {role!r}", "put the image into a user message")
     elif "image" not in part:
         problems.add(where, f"key 'image' is missing; the keys are: {listed_keys(part)}", f"write {_IMAGE_FIX}")
-    elif not isinstance(path, str) or not path.strip() or "\0" in path:
-        problems.add(where, f"'image' must be the path of a file, it is {shown(path)}", f"write {_IMAGE_FIX}")
+    elif _is_path(where, "image", part["image"], problems):
+        return ImagePart(part["image"])
+    return None
+
+
+def _is_path(where: str, key: str, path: Any, problems: ProblemList) -> bool:
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        problems.add(where, f"{key!r} must be the path of a file, it is {shown(path)}", f"write {_IMAGE_FIX}")
     elif path.lower().startswith(("http://", "https://", "data:", "ftp://", "file://")):
         fix = "save the image as a file and write its path, relative to the folder of the data file"
-        problems.add(where, f"'image' must be the path of a file, not a URL, it is {shown(path)}", fix)
+        problems.add(where, f"{key!r} must be the path of a file, not a URL, it is {shown(path)}", fix)
     else:
-        return ImagePart(path)
-    return None
+        return True
+    return False
+
+
+def named_pictures(
+    where: str, holder: Mapping[str, Any], problems: ProblemList, *, takes_images: bool
+) -> tuple[str, ...]:
+    """Return the paths that a row or a message has under `image` and `images`: as GLM-4V, LLaVA, ms-swift and TRL do.
+
+    Null and an empty list are no picture; an object with nothing but a `path` is that path.
+    """
+    found: list[tuple[str, ...]] = []
+    for key in PICTURE_KEYS:
+        value = holder.get(key)
+        values = [element for element in (value if isinstance(value, list) else [value]) if element is not None]
+        if values and not takes_images:
+            problems.add(where, f"{key!r} in chat fine-tuning: {shown(value)}", _CHAT_FIX)
+            return ()
+        paths: list[str] = []
+        for element in values:
+            is_object = isinstance(element, dict) and all(element[name] is None for name in element if name != "path")
+            path = element.get("path") if is_object else element
+            if _is_path(where, key, path, problems):
+                paths.append(path)
+        found += [tuple(paths)] if paths else []
+    if len(set(found)) > 1:
+        problems.add(where, "'image' and 'images' name different pictures", "keep one of them")
+    return found[0] if found else ()
+
+
+def place_pictures(
+    where: str, turns: Sequence[tuple[str, list[Part]]], pictures: Sequence[str], problems: ProblemList
+) -> None:
+    """Put the pictures that a row or a message names into its user turns.
+
+    Each takes the place of one marker: `<image>` in a text, with the line break at it, or an image part without a path.
+    Without markers they come before the text of the only user turn, or a single one before that of the first.
+
+    Args:
+        where: the place of the row or the message.
+        turns: role and parts of each turn; the parts of user turns are changed.
+        pictures: paths in their order.
+        problems: gets what is ambiguous.
+    """
+    if not pictures:
+        return
+    users = [parts for role, parts in turns if role == "user"]
+    markers = [sum(map(_markers, parts)) for _, parts in turns]
+    there = [part.path for _, parts in turns for part in parts if isinstance(part, ImagePart) and part.path]
+    if there == list(pictures):
+        return
+    if not users or sum(markers) != sum(map(_markers, itertools.chain(*users))):
+        problems.add(where, f"a picture in a turn that is not the user's: {shown(pictures[0])}", _PLACE_FIX)
+    elif there or sum(markers) not in (0, len(pictures)):
+        what = (
+            f"{len(pictures)} pictures under 'image' or 'images', {sum(markers)} {IMAGE_MARKER} for them in the texts"
+        )
+        problems.add(where, f"{what}, {len(there)} image parts with a path", _PLACE_FIX)
+    elif any(markers):
+        names = iter(pictures)
+        for parts in users:
+            parts[:] = [new for part in parts for new in _filled(part, names)]
+    elif len(pictures) > 1 and len(users) > 1:
+        what = (
+            f"{len(pictures)} pictures and {len(users)} user turns, but no {IMAGE_MARKER} that says where they belong"
+        )
+        problems.add(where, what, _PLACE_FIX)
+    else:
+        users[0][:0] = map(ImagePart, pictures)
+
+
+def _markers(part: Part) -> int:
+    return part.text.count(IMAGE_MARKER) if isinstance(part, TextPart) else not part.path
+
+
+def _filled(part: Part, names: Iterator[str]) -> Iterator[Part]:
+    if isinstance(part, ImagePart):
+        yield ImagePart(next(names))
+    elif not _markers(part):
+        yield part
+    else:
+        for number, piece in enumerate(re.split(rf"\n?{IMAGE_MARKER}\n?", part.text)):
+            if number:
+                yield ImagePart(next(names))
+            if piece:
+                yield TextPart(piece)
+
+
+def leftover_markers(parts: Sequence[Part]) -> list[str]:
+    """Return a remark for each marker of a picture that stays text: no picture is shown there."""
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    return [
+        f"{mark} in the text of a user turn shows no picture"
+        for mark, found in _MARKS.items()
+        if any(map(found, texts))
+    ]
 
 
 def template_content(parts: Sequence[Part]) -> list[dict[str, str]]:
@@ -103,9 +256,14 @@ def template_content(parts: Sequence[Part]) -> list[dict[str, str]]:
     ]
 
 
-def listed_keys(value: dict[str, Any]) -> str:
+def listed_keys(value: Mapping[str, Any]) -> str:
     """Return an object's keys for a message; eight of them at most."""
     return ", ".join(repr(key[:40]) for key in list(value)[:8]) or "none"
+
+
+def cut(key: str) -> str:
+    """Return a key for a message; a long one is cut."""
+    return key if len(key) <= 80 else f"{key[:77]}..."
 
 
 def shown(value: Any) -> str:

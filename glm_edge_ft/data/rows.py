@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +21,7 @@ from glm_edge_ft.errors import Problem
 SUFFIXES = (".jsonl", ".json", ".parquet")
 MAXIMUM_PROBLEMS_SHOWN = 20
 _SAMPLE_BYTES = 1 << 20
+_JSON_KEYS = ("messages", "conversations", "tools")
 _MESSAGE_KEYS = frozenset({"role", "content", "from"})
 
 
@@ -66,8 +67,25 @@ def iter_rows(path: Path, name: str | None = None) -> Iterator[RawRow | Problem]
     if first is None:
         yield Problem(name, "0 conversations: the file holds no row", "write one conversation a line")
         return
-    yield first
-    yield from rows
+    yield from map(_decoded, itertools.chain([first], rows))
+
+
+def _decoded(row: RawRow | Problem) -> RawRow | Problem:
+    """Return the row with lists and objects where `messages` or `tools` hold them as JSON text, as tables often do."""
+    if isinstance(row, Problem) or not isinstance(row.value, dict):
+        return row
+    for key in _JSON_KEYS:
+        text = row.value.get(key)
+        if not isinstance(text, str) or (text.strip() and text.strip()[0] not in "[{"):
+            continue
+        try:
+            value, end = decode_value(text.strip()) if text.strip() else (None, 0)
+            if end != len(text.strip()):
+                raise _extra_data(text.strip(), end)
+        except JsonMistake as mistake:
+            return Problem(row.place, f"{key!r}, character {mistake.position + 1}: {mistake.reason}", mistake.fix)
+        row = replace(row, value={**row.value, key: value})
+    return row
 
 
 def limit_problems(problems: Iterable[Problem], name: str, limit: int = MAXIMUM_PROBLEMS_SHOWN) -> list[Problem]:
@@ -212,47 +230,51 @@ def _parquet_rows(path: Path, name: str) -> Iterator[RawRow | Problem]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            bad = [field.name for field in file.schema_arrow if not _is_json_type(field.type)]
-            if bad and "messages" in bad:
-                yield Problem(name, f"column 'messages' has the type {file.schema_arrow.field('messages').type}")
+            bad = {
+                field.name: ParquetColumn(str(field.type))
+                for field in file.schema_arrow
+                if not _is_json_type(field.type)
+            }
+            if "messages" in bad:
+                what = f"column 'messages' has the type {bad['messages']}"
+                yield Problem(name, what, "write it as a list of structs of text, or as JSON text")
                 return
             columns = [field.name for field in file.schema_arrow if field.name not in bad]
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for value in batch.to_pylist():
                     number += 1
-                    yield _parquet_row(name, number, value)
+                    yield RawRow(name, number, 1, _without_nulls(value) | bad)
     except (pyarrow.ArrowException, OSError) as error:
         yield Problem(name, f"is not a readable parquet file: {str(error).splitlines()[0]}")
+
+
+@dataclass(frozen=True)
+class ParquetColumn:
+    """What a row has in the place of a value that JSON cannot say, such as bytes: the type of its column."""
+
+    kind: str
+
+    def __str__(self) -> str:
+        return self.kind
 
 
 def _is_json_type(kind: Any) -> bool:
     from pyarrow import types
 
-    if types.is_list(kind) or types.is_large_list(kind):
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_dictionary(kind):
         return _is_json_type(kind.value_type)
     if types.is_struct(kind):
         return all(_is_json_type(field.type) for field in kind)
-    tests = (types.is_string, types.is_large_string, types.is_boolean, types.is_integer, types.is_floating)
+    tests = (
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_boolean,
+        types.is_integer,
+        types.is_floating,
+    )
     return any(test(kind) for test in tests) or types.is_null(kind)
-
-
-def _parquet_row(name: str, number: int, row: dict[str, Any]) -> RawRow | Problem:
-    value = {key: element for key, element in row.items() if element is not None}
-    for key in ("messages", "tools"):
-        text = value.get(key)
-        if isinstance(text, str):
-            try:
-                value[key], end = decode_value(text, WHITESPACE.match(text).end())  # type: ignore[union-attr]
-                if text[end:].strip():
-                    raise _extra_data(text, end)
-            except JsonMistake as mistake:
-                return Problem(
-                    f"{name}:{number}", f"column {key!r}, character {mistake.position + 1}: {mistake.reason}"
-                )
-        elif isinstance(text, list):
-            value[key] = _without_nulls(text)
-    return RawRow(name, number, 1, value)
 
 
 def _without_nulls(value: Any) -> Any:

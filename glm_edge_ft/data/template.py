@@ -134,7 +134,7 @@ def _is_plain(message: Mapping[str, Any]) -> bool:
 
 
 def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    content = message["content"]
+    content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if type(content) is str else message
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from glm_edge_ft.data.cache import ROW_RECORD
 from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.encoding import ConversationEncoder, DroppedRow, EncodedRow
+from glm_edge_ft.data.parts import cut
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import Problem, RunStopped, UserError
 
@@ -141,17 +142,21 @@ def _encode_in_pool(
 
 def encode_chunk(rows: Sequence[RawRow | Problem], encoder: ConversationEncoder) -> EncodedChunk:
     """Check and encode rows; what is wrong with one of them is noted, and the others go on."""
-    problems: list[Problem] = []
+    problems: list[tuple[int, Problem]] = []  # with the number of the row
+    numbers: list[int] = []
     conversations: list[Conversation] = []
-    for row in rows:
+    for number, row in enumerate(rows):
         if isinstance(row, Problem):
-            problems.append(row)
+            problems.append((number, row))
             continue
         try:
             conversations.append(encoder.parse(row))
+            numbers.append(number)
         except UserError as error:
-            problems += error.problems
+            problems += [(number, problem) for problem in error.problems]
     results = encoder.encode_batch(conversations)
+    found = zip(numbers, results, strict=True)
+    problems += [(number, result) for number, result in found if isinstance(result, Problem)]
     encoded = [result for result in results if isinstance(result, EncodedRow)]
     return EncodedChunk(
         rows=len(rows),
@@ -159,10 +164,10 @@ def encode_chunk(rows: Sequence[RawRow | Problem], encoder: ConversationEncoder)
         mask=_joined([row.loss_mask for row in encoded], np.bool_),
         records=np.array([_record(row) for row in encoded], dtype=ROW_RECORD),
         images=[row.images for row in encoded],
-        problems=problems + [result for result in results if isinstance(result, Problem)],
+        problems=[problem for _, problem in sorted(problems, key=lambda pair: pair[0])],
         dropped=[f"{row.file}:{row.line}: {row.reason}" for row in results if isinstance(row, DroppedRow)],
         control_text=[f"{row.file}:{row.line}" for row in encoded if row.has_control_text],
-        notes=_notes(conversations, encoder),
+        notes=_notes(conversations, encoder) + Counter(note for row in encoded for note in row.notes),
     )
 
 
@@ -181,9 +186,8 @@ def _notes(conversations: Iterable[Conversation], encoder: ConversationEncoder) 
     notes: Counter[str] = Counter()
     for conversation in conversations:
         for key in conversation.ignored_keys:
-            notes[f"key {key!r} has no meaning here and is ignored"] += 1
-        if conversation.tools is not None and not encoder.reply_format.renders_tools:
-            notes["the model's chat template ignores 'tools'"] += 1
+            notes[f"key {cut(key)!r} has no meaning here and is ignored"] += 1
+        notes.update(conversation.notes)
         roles = {message.role for message in conversation.messages}
         for role in roles - encoder.reply_format.rendered_roles:
             notes[f"the model's chat template leaves {role} messages out"] += 1

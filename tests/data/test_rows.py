@@ -308,7 +308,7 @@ def test_parquet_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     cells = tmp_path / "cells.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"messages": ["[]", "[{]"]}), cells)
     assert problems(cells) == [
-        "cells.parquet:2: column 'messages', character 3: expecting property name enclosed in double quotes, found ']'"
+        "cells.parquet:2: 'messages', character 3: expecting property name enclosed in double quotes, found ']'"
     ]
     typed = tmp_path / "typed.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"messages": [b"x"]}), typed)
