@@ -23,6 +23,7 @@ from glm_edge_ft.deploy.chat import ChatRequest, chat
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
 from glm_edge_ft.deploy.export_gguf import TYPES, ExportRequest, export_gguf
 from glm_edge_ft.deploy.merge import Format, MergeRequest, merge
+from glm_edge_ft.files import expand_home
 from glm_edge_ft.report import report
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -52,8 +53,13 @@ Base = Annotated[
 
 
 def option(flag: str, metavar: str, text: str, **limits: Any) -> Any:
-    """Return an option that nothing is known of unless it is given."""
+    """Return an option without a default."""
     return typer.Option(flag, metavar=metavar, help=text, show_default=False, **limits)
+
+
+def path_argument(metavar: str, text: str) -> Any:
+    """Return an argument that is a path."""
+    return typer.Argument(metavar=metavar, help=text, show_default=False, parser=expand_home)
 
 
 @app.callback()
@@ -113,20 +119,22 @@ def chat_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    data_file: Annotated[
-        Path,
-        typer.Argument(metavar="DATA_FILE", help="Conversations, e.g. data/demo/test.jsonl.", show_default=False),
-    ],
+    data_file: Annotated[Path, path_argument("DATA_FILE", "Conversations, e.g. data/demo/test.jsonl.")],
     models: Sources,
     config: Annotated[
         Path | None,
-        option("--config", "YAML", "Settings to measure with; otherwise those of the first run among the models."),
+        option(
+            "--config",
+            "YAML",
+            "Settings to measure with; otherwise those of the first run among the models.",
+            parser=expand_home,
+        ),
     ] = None,
     overrides: Overrides = None,
     base: Base = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where metrics.jsonl and predictions/ go.")] = Path(
-        "output/evaluate"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where metrics.jsonl and predictions/ go.", parser=expand_home)
+    ] = Path("output/evaluate"),
 ) -> None:
     """Measure models on a data file: loss, ROUGE, BLEU and exact match, as a run's own evaluation does.
 
@@ -142,12 +150,10 @@ def evaluate_command(
 
 @app.command("report")
 def report_command(
-    output_dirs: Annotated[
-        list[Path],
-        typer.Argument(metavar="OUTPUT_DIR...", help="Output folders of runs, e.g. output/demo.", show_default=False),
-    ],
+    output_dirs: Annotated[list[Path], path_argument("OUTPUT_DIR...", "Output folders of runs, e.g. output/demo.")],
     out: Annotated[
-        Path | None, option("--out", "PAGE.html", "The page; report.html in the first folder if not given.")
+        Path | None,
+        option("--out", "PAGE.html", "The page; report.html in the first folder if not given.", parser=expand_home),
     ] = None,
     language: Annotated[
         str, typer.Option("--language", metavar="en|zh|both", help="Of the labels; both: with a switch on the page.")
@@ -172,9 +178,7 @@ def merge_command(
             metavar="CHECKPOINT", help="Folder of a LoRA adapter: a run's output, or a checkpoint.", show_default=False
         ),
     ],
-    out_dir: Annotated[
-        Path, typer.Argument(metavar="OUT_DIR", help="Where the merged model goes: a new folder.", show_default=False)
-    ],
+    out_dir: Annotated[Path, path_argument("OUT_DIR", "Where the merged model goes: a new folder.")],
     base: Base = None,
     dtype: Annotated[
         Format | None, option("--dtype", "FORMAT", "float32, bfloat16 or float16; the base model's if not given.")
@@ -197,9 +201,7 @@ def merge_command(
 @app.command("export-gguf")
 def export_gguf_command(
     model: Source,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT.gguf", help="The new file; nothing is written over.", show_default=False)
-    ],
+    out: Annotated[Path, path_argument("OUT.gguf", "The new file; nothing is written over.")],
     kind: Annotated[
         str,
         typer.Option(
@@ -223,17 +225,14 @@ def export_gguf_command(
 
 @app.command("convert")
 def convert_command(
-    source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="A .json, .jsonl or .parquet file.", show_default=False)
-    ],
-    target: Annotated[
-        Path, typer.Argument(metavar="OUT.jsonl", help="The new file; nothing is written over.", show_default=False)
-    ],
+    source: Annotated[Path, path_argument("INPUT", "A .json, .jsonl or .parquet file.")],
+    target: Annotated[Path, path_argument("OUT.jsonl", "The new file; nothing is written over.")],
     form: Annotated[
         str, typer.Option("--from", metavar="FORMAT", help="alpaca, sharegpt, swift, advertisegen or llava.")
     ],
     images: Annotated[
-        Path | None, option("--images", "DIR", "Where the paths of images start; the folder of INPUT if not given.")
+        Path | None,
+        option("--images", "DIR", "Where the paths of images start; INPUT's folder if not given.", parser=expand_home),
     ] = None,
 ) -> None:
     """Turn another tool's data file into conversations to train on, and say which rows could not be converted.

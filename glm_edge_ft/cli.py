@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from glm_edge_ft import recipe
-from glm_edge_ft.console import is_main_process, prepare_streams, show_failure, show_problems
-from glm_edge_ft.errors import EXIT_DONE, EXIT_UNEXPECTED, EXIT_USER_ERROR, ProcessLost, RunStopped, UserError
+from glm_edge_ft.console import is_main_process, is_unicode, prepare_streams, show_failure, show_problems
+from glm_edge_ft.errors import (
+    EXIT_DONE,
+    EXIT_UNEXPECTED,
+    EXIT_USER_ERROR,
+    Problem,
+    ProcessLost,
+    RunStopped,
+    UserError,
+)
+from glm_edge_ft.files import expand_home
 from glm_edge_ft.machines import tell_failure
 from glm_edge_ft.preflight import RunRequest
 from glm_edge_ft.training.termination import Terminated, end_helper_processes
@@ -22,6 +31,7 @@ DataDir = Annotated[
     Path,
     typer.Argument(
         metavar="DATA_DIR",
+        parser=expand_home,
         help="Folder of the data files that the config names, e.g. data/demo with train.jsonl and dev.jsonl.",
         show_default=False,
     ),
@@ -38,7 +48,10 @@ Model = Annotated[
 Config = Annotated[
     Path,
     typer.Argument(
-        metavar="CONFIG", help="YAML file with the settings of the run, e.g. configs/lora.yaml.", show_default=False
+        metavar="CONFIG",
+        parser=expand_home,
+        help="YAML file with the settings of the run, e.g. configs/lora.yaml.",
+        show_default=False,
     ),
 ]
 Resume = Annotated[
@@ -82,6 +95,7 @@ JsonPath = Annotated[
     typer.Option(
         "--json",
         metavar="PATH",
+        parser=expand_home,
         help="With --check or --preview: write the same as JSON, e.g. --json report.json.",
         show_default=False,
     ),
@@ -140,6 +154,7 @@ def run_command(action: Callable[[], None], problems_end: str = "", stopped_end:
 
 def _run_and_report(action: Callable[[], None], problems_end: str, stopped_end: str) -> int:
     try:
+        _refuse_undecodable(sys.argv[1:])
         action()
     except UserError as error:
         show_problems(error.problems, problems_end)
@@ -158,6 +173,14 @@ def _run_and_report(action: Callable[[], None], problems_end: str, stopped_end: 
         show_failure(text, may_follow_another=True)
         return EXIT_UNEXPECTED
     return EXIT_DONE
+
+
+def _refuse_undecodable(arguments: Sequence[str]) -> None:
+    """Raise UserError for each argument that has bytes which are no text; neither a tokenizer nor JSON takes them."""
+    found = [argument for argument in arguments if not is_unicode(argument)]
+    if found:
+        fix = "write it in UTF-8; rename a file or folder of that name"
+        raise UserError(Problem("command line", f"{os.fsencode(text)!r:.100} is not UTF-8", fix) for text in found)
 
 
 def _show_end(text: str) -> None:

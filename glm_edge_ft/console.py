@@ -64,6 +64,11 @@ def prepare_streams() -> None:
         setattr(sys, f"__{name}__", lasting)  # flushed at the end, when a full disk would change the exit code
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogate, as which Python hands on the bytes that it cannot decode."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def is_main_process() -> bool:
     """Return whether this process shows things: rank 0, or the only one (torchrun sets RANK)."""
     return os.environ.get("RANK", "0") == "0"

@@ -8,6 +8,14 @@ import sys
 from pathlib import Path
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path that a user wrote, with `~` or `~user` at its start replaced as a shell does.
+
+    A user that is not known here leaves the path as it is, so that a folder of that very name can be meant.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (`Path.expanduser` raises for an unknown user)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file in one go: beside it under another name, flushed to disk, then renamed over it.
 
@@ -46,9 +54,13 @@ def nearest_folder(path: Path) -> Path:
 
 
 def can_be_made(path: Path) -> bool:
-    """Return whether a file or folder can be made at `path`: the nearest folder that exists can be written to."""
+    """Return whether a file or folder can be made at `path`: the nearest folder that exists can be written to.
+
+    `~name` is not made as a new folder: it is the home of a user that this machine does not know.
+    """
     nearest = nearest_folder(path)
-    return nearest.is_dir() and os.access(nearest, os.W_OK)
+    new = path.absolute().parts[len(nearest.parts) :]
+    return nearest.is_dir() and os.access(nearest, os.W_OK) and not (new and new[0].startswith("~"))
 
 
 def unfinished_name(path: Path) -> Path:

@@ -25,7 +25,7 @@ from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.config.deepspeed import count_processes, read_deepspeed
 from glm_edge_ft.console import is_main_process, show_notice
 from glm_edge_ft.errors import Problem, ProblemList, UserError
-from glm_edge_ft.files import can_be_made
+from glm_edge_ft.files import can_be_made, expand_home
 from glm_edge_ft.memory_check import estimate_states
 from glm_edge_ft.model.loading import ModelLocation, locate_model
 from glm_edge_ft.model.quantization import is_installed, not_installed
@@ -120,7 +120,7 @@ def check_inputs(request: RunRequest) -> Plan:
     with _collect(problems):
         config = load_config(request.config, request.overrides)
     if config is not None:
-        data_config, output_dir = config.data_config, Path(config.training_args["output_dir"]).expanduser()
+        data_config, output_dir = config.data_config, expand_home(config.training_args["output_dir"])
     else:  # what its mistakes leave readable, so that the rest of the command line is checked in the same go
         data_config, output_dir = peek(request.config, request.overrides)
     problems.problems += check_data_files(data_config, request.data_dir)
@@ -141,7 +141,7 @@ def check_inputs(request: RunRequest) -> Plan:
         show_notice(notice)
     data = config.data_config
     named = zip(SPLITS, (data.train_file, data.val_file, data.test_file), strict=True)
-    files = {split: request.data_dir / name for split, name in named if name is not None}
+    files = {split: request.data_dir / expand_home(name) for split, name in named if name is not None}
     return Plan(request, config, location, resume, output_dir, files)
 
 

@@ -34,6 +34,7 @@ from glm_edge_ft.config.schema import PEFT_TYPES, Field, generation_fields, peft
 from glm_edge_ft.config.values import Mismatch, coerce, shown
 from glm_edge_ft.config.yaml_file import read_document
 from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.files import expand_home
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -162,7 +163,7 @@ def peek(path: Path, overrides: Sequence[str] = ()) -> tuple[DataConfig | None, 
     output_dir = draft.training.get("output_dir")
     return (
         DataConfig(**data) if "train_file" in data else None,
-        Path(output_dir).expanduser() if output_dir else None,
+        expand_home(output_dir) if output_dir else None,
     )
 
 
@@ -208,7 +209,7 @@ def check_data_files(config: RunConfig | DataConfig | None, data_dir: Path) -> l
 
 
 def _check_data_file(data_dir: Path, key: str, name: str) -> list[Problem]:
-    path = data_dir / name
+    path = data_dir / expand_home(name)
     if path.suffix.lower() not in DATA_SUFFIXES:
         return [Problem(key, f"{shown(name)} has an unknown format", f"use one of {', '.join(DATA_SUFFIXES)}")]
     if path.is_file():

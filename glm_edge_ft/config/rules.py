@@ -15,6 +15,7 @@ from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config.schema import PEFT_TYPES, reporting_integrations
 from glm_edge_ft.config.unsupported import check_generation, check_unsupported_training
 from glm_edge_ft.config.values import shown
+from glm_edge_ft.files import expand_home
 
 # Where the file is silent, this toolkit chooses otherwise than transformers:
 TRAINING_DEFAULTS: Mapping[str, Any] = {
@@ -118,7 +119,7 @@ def _check_output_dir(draft: Draft) -> None:
             draft.refuse(path, "missing", fix)
         return
     try:
-        if Path(output_dir).expanduser().is_file():
+        if expand_home(output_dir).is_file():
             del draft.training["output_dir"]
             draft.refuse(path, f"{shown(output_dir)} is a file", "name a folder, which is created where it is missing")
     except (OSError, ValueError, RuntimeError):
@@ -265,7 +266,7 @@ def _resolve_json_file(draft: Draft, name: str) -> None:
     if not isinstance(value, str):
         return
     try:
-        written = Path(value).expanduser()
+        written = expand_home(value)
         tried = list(dict.fromkeys((draft.document.folder / written, Path.cwd() / written)))
         found = next((candidate for candidate in tried if candidate.is_file()), None)
         if found is None:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.files import expand_home
 
 CACHE_VARIABLE = "GLM_EDGE_FT_CACHE"
 ABANDONED_AFTER_SECONDS = 2 * 24 * 3600
@@ -49,7 +50,7 @@ ROW_RECORD = np.dtype(
 
 def default_cache_dir() -> Path:
     """Return the folder of encoded data: `$GLM_EDGE_FT_CACHE`, or `~/.cache/glm_edge_ft`."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "glm_edge_ft")
+    return expand_home(os.environ.get(CACHE_VARIABLE) or "~/.cache/glm_edge_ft")
 
 
 def content_hash(path: Path) -> str:

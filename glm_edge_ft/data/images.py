@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.files import expand_home
 
 BACKGROUND = (255, 255, 255)
 """What transparent pixels show: white, as on most pages."""
@@ -34,8 +35,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def resolve(path: str, folder: Path) -> str:
-    """Return where an image is: `path` as a data file has it, relative to that file's folder or absolute."""
-    return str(folder / path)
+    """Return where an image is: `path` as a data file has it, relative to that file's folder, absolute, or from `~`."""
+    return str(folder / expand_home(path))
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -21,6 +21,7 @@ from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_file, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.errors import Problem, ProblemList, UserError
+from glm_edge_ft.files import can_be_made, expand_home
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG
 from glm_edge_ft.preflight import Prepared
 from glm_edge_ft.recipe import build_collator, build_reply_tools, load_evaluations, make_output_dir, quiet_libraries
@@ -83,7 +84,7 @@ def _check(request: EvaluateRequest) -> tuple[list[Source], RunConfig]:
         problems.add("torchrun", "starts several processes, and models are measured in one", "start it with python")
     sources: list[Source] = []
     for name in request.models:
-        is_adapter = (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
+        is_adapter = (expand_home(name) / ADAPTER_CONFIG).is_file()
         try:
             sources.append(find_source(name, request.base if is_adapter else None))
         except UserError as error:
@@ -113,6 +114,8 @@ def _check_out(out: Path) -> list[Problem]:
         return [Problem(f"--out {out}", "is a file", "name a folder")]
     if (out / RUN_RECORD).is_file() or find_checkpoints(out):
         return [Problem(f"--out {out}", "is the output folder of a run", "name a folder of its own")]
+    if not can_be_made(out):
+        return [Problem(f"--out {out}", "cannot be made or written to", "name a folder of yours")]
     return []
 
 
@@ -149,7 +152,7 @@ def _labels(sources: Sequence[Source]) -> list[str]:
     """Return a file name for each model: `demo`, `demo-checkpoint-120`, the last part of a hub id."""
     labels: list[str] = []
     for source in sources:
-        path = Path(source.name).expanduser()
+        path = expand_home(source.name)
         parts = path.absolute().parts[-1 if source.step is None else -2 :] if path.is_dir() else (path.name,)
         label = re.sub(r"[^\w.-]+", "_", "-".join(parts))
         taken = labels.count(label)

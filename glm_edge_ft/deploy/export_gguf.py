@@ -66,6 +66,7 @@ def export_gguf(request: ExportRequest) -> None:
     """
     source = _check(request)
     generation = (settings_of_run(source) or default_settings()).generation_config
+    _show_what_is_left(generation)
     quiet_libraries()
     keep_deepspeed_out()
     checkpoint = open_checkpoint(source)
@@ -77,6 +78,14 @@ def export_gguf(request: ExportRequest) -> None:
     writers: dict[Path, Callable[[Path], Any]] = {part.path: _bind(part, model) for part in parts}
     _write_whole({**writers, modelfile_path(request.out): lambda path: path.write_text(text, encoding="utf-8")})
     _show_files(request.out, parts, generation)
+
+
+def _show_what_is_left(generation: Mapping[str, Any]) -> None:
+    from glm_edge_ft.deploy.modelfile import without_counterpart
+
+    left = without_counterpart(generation)
+    if left:
+        show_notice(f"generation settings of the run that llama.cpp and Ollama do not have: {', '.join(left)}")
 
 
 def vision_path(out: Path) -> Path:
@@ -124,6 +133,8 @@ def _check_out(problems: ProblemList, out: Path) -> None:
     if out.suffix != _SUFFIX:
         problems.add(where, f"does not end in {_SUFFIX}", f"name it {out.name}{_SUFFIX}")
         return
+    if not out.name.isprintable():
+        problems.add(where, f"{out.name!r} has characters that a Modelfile cannot name", "leave them out")
     there = [path for path in (out, modelfile_path(out), vision_path(out)) if path.exists()]
     for path in there:
         problems.add(where, f"{path} is there already, and nothing is written over", "name another, or remove that one")
@@ -223,7 +234,7 @@ def _modelfile(parts: list[Part], checkpoint: Checkpoint, vocabulary: Vocabulary
 
 
 def _show_files(out: Path, parts: list[Part], generation: Mapping[str, Any]) -> None:
-    from glm_edge_ft.deploy.modelfile import llama_command, sampling
+    from glm_edge_ft.deploy.modelfile import llama_command, ollama_name, sampling
 
     for part in parts:
         show(f"GGUF file: {part.path} ({part.path.stat().st_size / 1e6:,.1f} MB)")
@@ -231,7 +242,7 @@ def _show_files(out: Path, parts: list[Part], generation: Mapping[str, Any]) -> 
     if vision:
         show_notice("llama.cpp puts a picture that is not square in the middle, training puts it top left: see README")
     show(f"llama.cpp: {llama_command(out, vision[0] if vision else None, sampling(generation))}")
-    name = out.stem.lower()
+    name = ollama_name(out.stem)
     create = shlex.join(["ollama", "create", name, "-f", str(modelfile_path(out))])
     show(f"Ollama:    {create} && {shlex.join(['ollama', 'run', name])}")
     show(f"{modelfile_path(out)}:")

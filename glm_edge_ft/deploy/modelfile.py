@@ -7,6 +7,7 @@ is read off a few rendered turns, and left out where it is more than text around
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,14 @@ _SAMPLING = {
     "temperature": ("temperature", "--temp"),
     "top_k": ("top_k", "--top-k"),
     "top_p": ("top_p", "--top-p"),
+    "min_p": ("min_p", "--min-p"),
+    "typical_p": ("typical_p", "--typical"),
     "repetition_penalty": ("repeat_penalty", "--repeat-penalty"),
+    "repeat_last_n": ("repeat_last_n", "--repeat-last-n"),
 }
+# What transformers samples with where a run leaves it open; the runtimes have other defaults.
+_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+_OF_EVALUATION = ("do_sample", "max_new_tokens", "max_time", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -130,11 +137,29 @@ def modelfile(files: Sequence[Path], turns: Turns | None, stops: Sequence[str], 
 
 
 def sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a run's evaluation chose tokens, by transformers' names: greedily is a temperature of 0."""
-    if not generation.get("do_sample"):
-        generation = {key: generation[key] for key in ("repetition_penalty",) if key in generation}
-        return {"temperature": 0, **generation}
-    return {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
+    """Return how a run's evaluation chose tokens, by transformers' names: greedily is a temperature of 0.
+
+    All that the runtimes would fill in otherwise is there. transformers penalizes repetitions of the whole text, the
+    runtimes those of its last `repeat_last_n` tokens; -1: of all.
+    """
+    given = {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
+    penalty = given.pop("repetition_penalty", 1)
+    repetition = {"repetition_penalty": penalty} | ({"repeat_last_n": -1} if penalty != 1 else {})
+    return {**(_DEFAULTS | given if generation.get("do_sample") else {"temperature": 0}), **repetition}
+
+
+def without_counterpart(generation: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a run by which neither a Modelfile nor the command line can choose tokens."""
+    kept = (*_SAMPLING, *_OF_EVALUATION)
+    return sorted(key for key, value in generation.items() if key not in kept and value not in (None, False, 0, 1))
+
+
+def ollama_name(stem: str) -> str:
+    """Return a file's name as a name that Ollama takes (its `types/model/name.go`).
+
+    Up to 80 ASCII letters, digits, `_`, `-` and `.`, the first of them a letter, a digit or `_`.
+    """
+    return re.sub(r"[^a-z0-9_.]+", "-", stem.lower()).lstrip("-.")[:80].rstrip("-.") or "model"
 
 
 def for_ollama(chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +169,10 @@ def for_ollama(chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 def llama_command(out: Path, vision_part: Path | None, chosen: Mapping[str, Any]) -> str:
     """Return the line that talks to the file with llama.cpp."""
-    options = [word for key, value in chosen.items() for word in (_SAMPLING[key][1], str(value))]
+    own = {"repetition_penalty": 1}  # what llama.cpp does anyway
+    options = [
+        word for key, value in chosen.items() if own.get(key) != value for word in (_SAMPLING[key][1], str(value))
+    ]
     if vision_part is None:
         return shlex.join(["llama-cli", "-m", str(out), "--jinja", *options])
     line = shlex.join(["llama-mtmd-cli", "-m", str(out), "--mmproj", str(vision_part), "--jinja", *options])

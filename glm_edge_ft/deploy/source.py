@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.files import expand_home
 from glm_edge_ft.model.loading import ModelLocation, locate_model
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG, SavedAdapter, read_adapter
 from glm_edge_ft.training.checkpoints import RUN_RECORD, find_checkpoints
@@ -49,7 +50,7 @@ def find_source(name: str, base: str | None = None) -> Source:
     Raises UserError when nothing of the kind is there, with the checkpoints that are; when the base model of an adapter
     is not on this machine; and for a `base` beside a whole model.
     """
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if not folder.is_dir():
         _refuse_absent(name, folder)
         return _whole_model(Source(name, locate_model(name)), base)

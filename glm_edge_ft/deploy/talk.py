@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.files import expand_home
 from glm_edge_ft.preflight import Prepared
 from glm_edge_ft.recipe import build_reply_tools
 
@@ -24,7 +24,7 @@ def find_picture(prepared: Prepared, path: str) -> str:
     """
     from glm_edge_ft.data.images import load_image
 
-    where, file = f"image {path}", Path(path).expanduser().absolute()
+    where, file = f"image {path}", expand_home(path).absolute()
     if not prepared.encoder.takes_images:
         what = f"{prepared.plan.request.model} is a chat model and sees no images"
         raise UserError.single(where, what, "use a GLM-Edge-V model")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.files import expand_home
 from glm_edge_ft.model.hub import read_cached_first
 from glm_edge_ft.model.nano import EMBEDDED_MODELS, resolve_embedded
 from glm_edge_ft.model.weight_files import find_cached_folder, name_first
@@ -77,7 +78,7 @@ def locate_model(name: str) -> ModelLocation:
     An embedded model's name wins over a hub id; an existing folder wins over both. Raises UserError when the argument
     can only be a path and no folder is there, or when the folder holds no `config.json`.
     """
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if folder.is_dir():
         return _check_folder(name, folder)
     embedded = resolve_embedded(name)

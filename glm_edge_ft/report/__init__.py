@@ -13,6 +13,7 @@ from pathlib import Path
 
 from glm_edge_ft.console import show
 from glm_edge_ft.errors import ProblemList, UserError
+from glm_edge_ft.files import can_be_made
 from glm_edge_ft.report.page import Language, render_page
 from glm_edge_ft.report.reading import read_run
 
@@ -60,6 +61,8 @@ def write_report(
         problems.add(f"--out {target}", "is no name of a page", f"end it in .html: {target.with_suffix('.html')}")
     elif target.is_dir():
         problems.add(f"--out {target}", "is a folder", f"name a file in it: {target / PAGE_FILE}")
+    elif not can_be_made(target):
+        problems.add(f"--out {target}", "cannot be made", "name a file in a folder of yours")
     runs = []
     for folder in output_dirs:
         try:

@@ -473,17 +473,20 @@ def test_a_disk_that_is_full_leaves_nothing_behind(model_folder: Path, tmp_path:
 
 
 def test_what_was_written_and_how_it_is_run_are_printed(runs: dict[str, Path], tmp_path: Path) -> None:
-    """R7: the line for llama.cpp, and the Modelfile for Ollama, which lies beside the file."""
-    out = tmp_path / "made" / "Demo.gguf"
+    """R7, K31: the line for llama.cpp, and the Modelfile for Ollama beside the file, which answers greedily."""
+    out = tmp_path / "made" / "模型 V2 (最终).gguf"
     done = command("export-gguf", str(runs["lora"]), str(out), "--type", "q8_0")
     assert done.returncode == 0, done.stderr
     made = out.with_suffix(".Modelfile")
     lines = done.stdout.splitlines()
     assert lines[0] == f"GGUF file: {out} ({out.stat().st_size / 1e6:,.1f} MB)"
-    assert lines[1] == f"llama.cpp: llama-cli -m {out} --jinja --temp 0"
-    assert lines[2] == f"Ollama:    ollama create demo -f {made} && ollama run demo"
-    assert "\n".join(lines[4:]) + "\n" == made.read_text(encoding="utf-8")
-    assert sorted(path.name for path in out.parent.iterdir()) == ["Demo.Modelfile", "Demo.gguf"]
+    assert lines[1] == f"llama.cpp: llama-cli -m '{out}' --jinja --temp 0"
+    assert lines[2] == f"Ollama:    ollama create v2 -f '{made}' && ollama run v2"
+    text = made.read_text(encoding="utf-8")
+    assert "\n".join(lines[4:]) + "\n" == text
+    assert text.startswith("FROM ./模型 V2 (最终).gguf\n")
+    assert text.endswith("PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["模型 V2 (最终).Modelfile", "模型 V2 (最终).gguf"]
 
 
 def test_a_vision_model_is_run_with_both_files(vision_run: Path, tmp_path: Path) -> None:

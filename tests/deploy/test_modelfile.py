@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from glm_edge_ft.data.template import ChatTemplate
-from glm_edge_ft.deploy.modelfile import Turns, for_ollama, llama_command, modelfile, read_turns, sampling
+from glm_edge_ft.deploy.modelfile import (
+    Turns,
+    for_ollama,
+    llama_command,
+    modelfile,
+    ollama_name,
+    read_turns,
+    sampling,
+    without_counterpart,
+)
 from tests.conftest import TEMPLATES, TokenizerMaker
 
 TALK = (
@@ -122,20 +131,56 @@ def test_the_modelfile_names_files_template_stops_and_settings(make_tokenizer: T
 @pytest.mark.parametrize(
     ("generation", "ollama", "command"),
     [
-        ({"max_new_tokens": 8}, {"temperature": 0}, "--temp 0"),
-        ({"temperature": 0.9, "top_p": 0.5}, {"temperature": 0}, "--temp 0"),
+        ({"max_new_tokens": 8}, {"temperature": 0, "repeat_penalty": 1}, "--temp 0"),
+        ({"temperature": 0.9, "top_p": 0.5, "top_k": 5}, {"temperature": 0, "repeat_penalty": 1}, "--temp 0"),
         (
-            {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1},
-            {"temperature": 0.7, "top_p": 0.9, "repeat_penalty": 1.1},
-            "--temp 0.7 --top-p 0.9 --repeat-penalty 1.1",
+            {"do_sample": False, "repetition_penalty": 1.2},
+            {"temperature": 0, "repeat_penalty": 1.2, "repeat_last_n": -1},
+            "--temp 0 --repeat-penalty 1.2 --repeat-last-n -1",
+        ),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "top_k": None},
+            {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.1, "repeat_last_n": -1},
+            "--temp 0.7 --top-k 50 --top-p 0.9 --min-p 0.0 --repeat-penalty 1.1 --repeat-last-n -1",
+        ),
+        (
+            {"do_sample": True},
+            {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1},
+            "--temp 1.0 --top-k 50 --top-p 1.0 --min-p 0.0",
         ),
     ],
-    ids=["greedy", "not sampled", "sampled"],
+    ids=["greedy", "not sampled", "greedy with a penalty", "sampled", "sampled by defaults"],
 )
 def test_the_runs_own_way_to_choose_tokens_is_kept(
     generation: dict[str, Any], ollama: dict[str, Any], command: str
 ) -> None:
-    """R7: the device answers as the evaluation did, not by the runtime's own defaults."""
+    """R7, K31: the device answers as the evaluation did, not by the runtime's own defaults."""
     assert for_ollama(sampling(generation)) == ollama
     line = llama_command(Path("a b.gguf"), None, sampling(generation))
     assert line == f"llama-cli -m 'a b.gguf' --jinja {command}"
+
+
+def test_a_setting_that_the_runtimes_do_not_have_is_named() -> None:
+    """Beams among others; what sampling carries, and values that change nothing, are not."""
+    generation = {"num_beams": 4, "no_repeat_ngram_size": 0, "do_sample": True, "top_k": 7, "max_new_tokens": 8}
+    assert without_counterpart(generation) == ["num_beams"]
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("Demo-Q8_0", "demo-q8_0"),
+        ("模型 V2 (最终)", "v2"),
+        ("模型", "model"),
+        (".hidden", "hidden"),
+        ("-x", "x"),
+        ("glm:edge/1.5b @home", "glm-edge-1.5b-home"),
+        ("Größe É", "gr-e"),
+        ("a" * 200, "a" * 80),
+        ("...", "model"),
+    ],
+)
+def test_a_model_gets_a_name_that_ollama_takes(stem: str, name: str) -> None:
+    """K31: the pattern of Ollama's `types/model/name.go`, whatever the file is called."""
+    assert ollama_name(stem) == name
+    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", name)
