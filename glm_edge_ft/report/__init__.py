@@ -61,7 +61,7 @@ def write_report(
         problems.add(f"--out {target}", "is no name of a page", f"end it in .html: {target.with_suffix('.html')}")
     elif target.is_dir():
         problems.add(f"--out {target}", "is a folder", f"name a file in it: {target / PAGE_FILE}")
-    elif not can_be_made(target):
+    elif not can_be_made(target.absolute().parent):
         problems.add(f"--out {target}", "cannot be made", "name a file in a folder of yours")
     runs = []
     for folder in output_dirs:

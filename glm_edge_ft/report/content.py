@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from glm_edge_ft.report.reading import Note, PredictionFile, RunFolder
+from glm_edge_ft.training.curves import is_number
 from glm_edge_ft.training.metrics import METRIC_NAMES
 
-MAXIMUM_POINTS = 1500
-"""Points of one curve; more of them than the screen has pixels show nothing."""
 MAXIMUM_ROWS = 1000
 """Rows of one predictions file: the best and the worst halves of more."""
 MAXIMUM_ROWS_IN_ALL = 8000
 """Rows of the page: where it has more files than fit with MAXIMUM_ROWS each, every file gets fewer of them."""
 MINIMUM_ROWS = 50
+MAXIMUM_DEPTH = 50
+"""Levels of lists and objects that the page shows of `run.json`."""
 MAXIMUM_CHARACTERS = 4000
 MAXIMUM_IMAGES = 400
 THUMBNAIL_PIXELS = 160
@@ -64,40 +64,12 @@ def _describe(run: RunFolder, name: str, shared: _Shared) -> dict[str, Any]:
         "name": name,
         "folder": str(run.folder),
         "record": finite({key: run.record[key] for key in _ABOUT_A_RUN if key in run.record}),
-        "curves": curves(run.log_lines),
+        "curves": {key: list(zip(*points, strict=True)) for key, points in run.curves.items()},
         "evaluations": evaluations(run.log_lines),
         "ended": finite(next((line for line in reversed(run.log_lines) if "train_runtime" in line), None)),
         "files": files,
         "notes": [[note.key, *note.values] for note in notes],
     }
-
-
-def curves(log_lines: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """Return the points `[step, value]` of every key that training logs over its steps, by step.
-
-    Where a step comes twice, the later line counts, as in `loss.png`. Curves of more than `MAXIMUM_POINTS` are thinned
-    out: of each stretch its lowest and its highest point stay, so that one spike of a long run is seen.
-    """
-    keys = ["loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"]
-    keys += [f"eval_{name}" for name in ("loss", *METRIC_NAMES)]
-    drawn = {}
-    for key in keys:
-        values = {line["step"]: line[key] for line in log_lines if _is_number(line.get(key)) and _is_step(line)}
-        if values:
-            drawn[key] = _thinned([[step, values[step]] for step in sorted(values)])
-    return drawn
-
-
-def _thinned(points: list[list[float]]) -> list[list[float]]:
-    """Return at most MAXIMUM_POINTS of the points, the first and the last among them."""
-    if len(points) <= MAXIMUM_POINTS:
-        return points
-    stretches = MAXIMUM_POINTS // 2 - 1
-    kept = {0, len(points) - 1}
-    for number in range(stretches):
-        stretch = range(len(points) * number // stretches, len(points) * (number + 1) // stretches)
-        kept |= {choose(stretch, key=lambda index: points[index][1]) for choose in (min, max)}
-    return [points[index] for index in sorted(kept)]
 
 
 def evaluations(log_lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,26 +78,21 @@ def evaluations(log_lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in log_lines:
         for prefix in _PREFIXES:
             if f"{prefix}_loss" in line or f"{prefix}_{CAPPED_BY}" in line:
-                scores = {name: line.get(f"{prefix}_{name}") for name in ("loss", *METRIC_NAMES)}
-                found.append({"set": prefix, "step": line.get("step"), "model": line.get("model"), **scores})
-    return [finite(evaluation) for evaluation in found]
+                numbers = {name: line.get(f"{prefix}_{name}") for name in ("loss", *METRIC_NAMES)}
+                numbers["step"] = line.get("step")
+                model = str(line["model"]) if line.get("model") is not None else None
+                known = {name: value if is_number(value) else None for name, value in numbers.items()}
+                found.append({"set": prefix, "model": model, **known})
+    return found
 
 
-def _is_step(line: dict[str, Any]) -> bool:
-    return _is_number(line.get("step"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def finite(value: Any) -> Any:
-    """Return JSON-able data with None in place of NaN and infinities, which are no JSON."""
-    if isinstance(value, dict):
-        return {str(key): finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def finite(value: Any, depth: int = MAXIMUM_DEPTH) -> Any:
+    """Return JSON-able data with None in place of numbers that no float can hold, and of what is nested deeper."""
+    if isinstance(value, dict) and depth:
+        return {str(key): finite(part, depth - 1) for key, part in value.items()}
+    if isinstance(value, list | tuple) and depth:
+        return [finite(part, depth - 1) for part in value]
+    return value if isinstance(value, str | bool) or is_number(value) else None
 
 
 def _describe_file(file: PredictionFile, shared: _Shared, notes: list[Note]) -> dict[str, Any]:
@@ -151,7 +118,7 @@ def _describe_row(row: dict[str, Any], shared: _Shared) -> list[Any]:
 
 def _score(row: dict[str, Any], name: str) -> float | None:
     value: Any = row.get(name)
-    return round(value, 2) if _is_number(value) else None
+    return round(value, 2) if is_number(value) else None
 
 
 def _shorten(text: str) -> str:

@@ -37,6 +37,7 @@ const LABELS = {
   broken_lines: ["{0}: {1} unreadable lines left out.", "{0}：略过 {1} 行无法读取的内容。"],
   rows_capped: ["{0}: {1} of {2} rows are shown, the {3} worst and the {3} best by rouge-l.", "{0}：显示 {2} 条中的 {1} 条，即 rouge-l 最差和最好的各 {3} 条。"],
   images_missing: ["{0} images cannot be read any more, the first: {1}", "{0} 张图片已无法读取，第一张：{1}"],
+  evaluations_capped: ["The table has the last {0} of {1} evaluations.", "表格只含 {1} 次评测中的最后 {0} 次。"],
   images_capped: ["The page holds the first {0} images.", "页面只含前 {0} 张图片。"],
 };
 let language = DATA.language === "both" ? (/^zh/i.test(navigator.language || "") ? "zh" : "en") : DATA.language;

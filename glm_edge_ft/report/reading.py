@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.training.checkpoints import METRICS_FILE, PREDICTIONS_FOLDER, RUN_RECORD
-from glm_edge_ft.training.curves import read_metrics
+from glm_edge_ft.training.curves import Points, iter_metrics, read_points
+from glm_edge_ft.training.metrics import METRIC_NAMES
 
 SECRETS = ("hub_token", "push_to_hub_token")
 """Training arguments that may hold a password, which no page for others may show."""
+
+_OF_TRAINING = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+CURVES = (*_OF_TRAINING, "eval_loss", *(f"eval_{name}" for name in METRIC_NAMES))
+"""What the page draws over the steps."""
+MAXIMUM_EVALUATIONS = 1000
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -51,13 +58,15 @@ class RunFolder:
 
     Attributes:
         folder: the folder as it was named.
-        log_lines: the lines of `metrics.jsonl`.
+        curves: the points of `metrics.jsonl`, by the keys that training logs over its steps.
+        log_lines: its lines that are no step of training: evaluations, and the end of the run.
         record: `run.json`; empty where there is none.
         predictions: the files of `predictions/`, by the step they were written at.
         notes: what is missing or could not be read.
     """
 
     folder: Path
+    curves: dict[str, Points]
     log_lines: Sequence[dict[str, Any]]
     record: dict[str, Any]
     predictions: tuple[PredictionFile, ...]
@@ -72,15 +81,14 @@ def read_run(folder: Path) -> RunFolder:
     _refuse_other_folders(folder)
     notes: list[Note] = []
     record = _read_record(folder / RUN_RECORD, notes)
-    log_lines = _read_log(folder / METRICS_FILE, notes)
-    trains = bool(record) or any("loss" in line for line in log_lines)
-    if trains and not any("train_runtime" in line for line in log_lines):
-        last = max((line["step"] for line in log_lines if isinstance(line.get("step"), int)), default=0)
+    curves, log_lines = _read_log(folder / METRICS_FILE, notes)
+    if (record or "loss" in curves) and not any("train_runtime" in line for line in log_lines):
+        last = int(max((steps[-1] for steps, _ in curves.values()), default=0))
         planned = _as_dict(_as_dict(record.get("config")).get("training_args")).get("max_steps")
         is_known = isinstance(planned, int) and planned > 0
         notes.append(Note("unfinished", (f"{last} / {planned}" if is_known else str(last),)))
     predictions = _read_predictions(folder / PREDICTIONS_FOLDER, notes)
-    return RunFolder(folder, log_lines, record, predictions, tuple(notes))
+    return RunFolder(folder, curves, log_lines, record, predictions, tuple(notes))
 
 
 def _refuse_other_folders(folder: Path) -> None:
@@ -120,11 +128,24 @@ def _hide_secret(override: str) -> str:
     return f"{key}=***" if key.rpartition(".")[2] in SECRETS else override
 
 
-def _read_log(path: Path, notes: list[Note]) -> Sequence[dict[str, Any]]:
-    lines = read_metrics(path)
-    if not lines:
+def _read_log(path: Path, notes: list[Note]) -> tuple[dict[str, Points], list[dict[str, Any]]]:
+    others: deque[dict[str, Any]] = deque(maxlen=MAXIMUM_EVALUATIONS)
+    count = 0
+
+    def every_line() -> Iterator[dict[str, Any]]:
+        nonlocal count
+        for line in iter_metrics(path):
+            if "loss" not in line:
+                others.append(line)
+                count += 1
+            yield line
+
+    curves = read_points(every_line(), CURVES)
+    if not curves and not others:
         notes.append(Note("no_metrics"))
-    return lines
+    if count > len(others):
+        notes.append(Note("evaluations_capped", (str(len(others)), str(count))))
+    return curves, list(others)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from glm_edge_ft.files import append_whole, write_whole
 from glm_edge_ft.training.checkpoints import CURVE_FILE, METRICS_FILE
-from glm_edge_ft.training.curves import read_metrics, write_loss_curve
+from glm_edge_ft.training.curves import is_number, iter_metrics, write_loss_curve
 from glm_edge_ft.training.metrics import METRIC_NAMES
 
 
@@ -123,7 +123,7 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero or not self.metrics_file.is_file():
             return
         try:
-            write_loss_curve(read_metrics(self.metrics_file), self.curve_file, self.title)
+            write_loss_curve(iter_metrics(self.metrics_file), self.curve_file, self.title)
         except Exception as error:  # a full disk, a lack of memory, a broken matplotlib: a picture is worth no run
             if not self.curve_failed:
                 self.warn(f"{self.curve_file} cannot be drawn ({type(error).__name__}: {error}): the run goes on")
@@ -172,9 +172,13 @@ def peak_memory() -> int | None:
 
 def cut_back(metrics_file: Path, step: int) -> None:
     """Drop the lines of steps after `step`; a start from step 0 begins an empty file."""
-    kept = [line for line in read_metrics(metrics_file) if step > 0 and line.get("step", 0) <= step]
+    kept = [json.dumps(line) for line in iter_metrics(metrics_file) if step > 0 and _step(line) <= step]
     if kept or metrics_file.is_file():
-        write_whole(metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(metrics_file, "".join(f"{line}\n" for line in kept))
+
+
+def _step(line: Mapping[str, Any]) -> float:
+    return float(line["step"]) if is_number(line.get("step")) else 0.0
 
 
 def finite_or_none(value: Any) -> Any:
@@ -184,10 +188,12 @@ def finite_or_none(value: Any) -> Any:
 
 def forget_evaluations(metrics_file: Path, step: int) -> None:
     """Drop the evaluations at `step`, which are about to be done again, so that each stands once in the file."""
-    lines = read_metrics(metrics_file)
-    kept = [line for line in lines if line.get("step") != step or not {"eval_loss", "test_loss"} & set(line)]
-    if len(kept) < len(lines):
-        write_whole(metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+    lines = [
+        (json.dumps(line), line.get("step") == step and bool({"eval_loss", "test_loss"} & line.keys()))
+        for line in iter_metrics(metrics_file)
+    ]
+    if any(is_left for _, is_left in lines):
+        write_whole(metrics_file, "".join(f"{line}\n" for line, is_left in lines if not is_left))
 
 
 def format_comparison(log_history: Sequence[Mapping[str, Any]], after: Mapping[str, Any] | None) -> str:

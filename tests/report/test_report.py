@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ from typer.testing import CliRunner
 from glm_edge_ft import __main__ as tool
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.report import report, write_report
-from glm_edge_ft.report.content import MAXIMUM_POINTS, MAXIMUM_ROWS, MAXIMUM_ROWS_IN_ALL, curves
+from glm_edge_ft.report.content import MAXIMUM_ROWS, MAXIMUM_ROWS_IN_ALL
 from glm_edge_ft.report.reading import read_run
+from glm_edge_ft.training.curves import MAXIMUM_POINTS, Points, iter_metrics, read_points, write_loss_curve
+from glm_edge_ft.training.logs import cut_back
 from tests.report.runs import LOG, SCRIPT, lines, prediction, read_page, write_run
 from tests.vision_folders import draw
 
@@ -151,28 +156,34 @@ def test_many_files_have_fewer_rows_each(tmp_path: Path) -> None:
     assert target.stat().st_size < 2_000_000
 
 
+def loss_of(log: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return the points of the training loss."""
+    points: Points = read_points(log, ["loss"])["loss"]
+    return list(zip(*points, strict=True))
+
+
 def test_a_spike_of_a_long_curve_is_kept() -> None:
     """One step of 20,000 whose loss jumped."""
     log = [{"step": step, "loss": 50.0 if step == 12_345 else 1.0 + step % 7} for step in range(20_000)]
-    points = curves(log)["loss"]
+    points = loss_of(log)
     assert len(points) <= MAXIMUM_POINTS
-    assert [12_345, 50.0] in points
-    assert points[0] == [0, 1.0]
+    assert (12_345, 50.0) in points
+    assert points[0] == (0, 1.0)
 
 
 def test_long_curves_are_thinned_out_to_their_last_point() -> None:
     """The last value is what people read off."""
     log = [{"step": step, "loss": float(step)} for step in range(10 * MAXIMUM_POINTS + 7)]
-    points = curves(log)["loss"]
+    points = loss_of(log)
     assert MAXIMUM_POINTS / 2 < len(points) <= MAXIMUM_POINTS
-    assert points[-1] == [10 * MAXIMUM_POINTS + 6, 10 * MAXIMUM_POINTS + 6]
+    assert points[-1] == (10 * MAXIMUM_POINTS + 6, 10 * MAXIMUM_POINTS + 6)
 
 
 def test_values_that_are_no_numbers_are_left_out() -> None:
     """NaN, infinities, null and text; of a step that comes twice the later line counts."""
     values: list[Any] = [float("nan"), float("inf"), None, "3", True]
     log = [{"step": step, "loss": value} for step, value in enumerate(values)]
-    assert curves([*log, {"step": 9, "loss": 1.0}, {"step": 9, "loss": 2.0}, {"loss": 3.0}]) == {"loss": [[9, 2.0]]}
+    assert loss_of([*log, {"step": 9, "loss": 1.0}, {"step": 9, "loss": 2.0}, {"loss": 3.0}]) == [(9, 2.0)]
 
 
 def test_a_run_that_is_still_going_gives_a_page(tmp_path: Path) -> None:
@@ -306,3 +317,70 @@ def test_reading_does_not_change_the_folder(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     read_run(run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+HUGE = '{"step": 30, "loss": 1' + "0" * 400 + ', "eval_loss": 1' + "0" * 400 + "}\n"
+ODD_LINES = (
+    HUGE,
+    '{"step": 1' + "0" * 400 + ', "loss": 1.0}\n',
+    '{"step": 31, "loss": 1' + "0" * 5000 + "}\n",
+    '{"step": NaN, "loss": 1.0, "eval_loss": Infinity}\n',
+    '{"step": "32", "loss": "2.5", "eval_loss": "low", "eval_rouge-l": null, "model": {"a": [1]}}\n',
+    '{"step": 36, "loss": 1.7e308}\n',
+    '{"step": 33, "eval_loss": [1], "eval_rouge-l": true, "train_runtime": 1e999}\n',
+    '{"step": 34, "loss": 1e300, "learning_rate": -1e300}\n',
+    '{"a": ' + "[" * 100_000 + "\n",
+    '{"step": 35, "loss": 2.0, "a": ' + "[" * 600 + "]" * 600 + "}\n",
+    "[1]\n\n7\n\udcff\n",
+)
+
+
+def test_numbers_that_are_none_and_nesting_without_end_give_a_page(tmp_path: Path) -> None:
+    """K30: 400 and 5,000 digits, NaN, text, null, 100,000 brackets; numbers are drawn, in `loss.png` too."""
+    run = write_run(tmp_path / "run", {"eval-20": [prediction(1, "x", 1.0) | {"rouge-l": 10**400, "line": 10**400}]})
+    with (run / "metrics.jsonl").open("a", encoding="utf-8", errors="surrogateescape") as log:
+        log.writelines(ODD_LINES)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    nested = json.dumps(record | {"data": 0}).replace('"data": 0', f'"data": {"[" * 400}1{"]" * 400}, "x": 1e999')
+    (run / "run.json").write_text(nested, encoding="utf-8")
+    content = page_of(run, out=tmp_path / "page.html")["runs"][0]
+    assert content["curves"]["loss"] == [[10, 4.5], [20, 3.25], [34, 1e300], [35, 2.0]]
+    assert content["curves"]["eval_loss"] == [[0, 5.25], [20, 3.5]]
+    numbers = [value for one in content["evaluations"] for key, value in one.items() if key not in ("set", "model")]
+    assert {type(number) for number in numbers} <= {int, float, type(None)}
+    write_loss_curve(iter_metrics(run / "metrics.jsonl"), tmp_path / "loss.png", "odd")
+    assert (tmp_path / "loss.png").is_file()
+    cut_back(run / "metrics.jsonl", 20)  # as a resumed run does
+    assert read_points(iter_metrics(run / "metrics.jsonl"), ["loss"])["loss"] == ([10, 20], [4.5, 3.25])
+
+
+def peak_memory_of_report(run: Path) -> int:
+    """Return the most memory, in bytes, that the command takes for a run."""
+    process = subprocess.Popen([sys.executable, "-m", "glm_edge_ft", "report", str(run)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def test_memory_does_not_grow_with_the_lines_of_a_log(tmp_path: Path) -> None:
+    """K30: 100,000 lines; as objects they would take 100 MB, a million of them more than 1 GB."""
+    run = write_run(tmp_path / "run", {"eval-20": ROWS})
+    little = peak_memory_of_report(run)
+    line = (
+        '{{"step": {0}, "loss": {0}.5, "grad_norm": 1.5, "learning_rate": 0.1, "epoch": 0.5, "tokens_per_second": 9}}'
+    )
+    with (run / "metrics.jsonl").open("w", encoding="utf-8") as log:
+        log.writelines(line.format(step) + "\n" for step in range(100_000))
+    assert peak_memory_of_report(run) < little + 40e6
+    curves = read_page(run / "report.html")[1]["runs"][0]["curves"]
+    assert len(curves["loss"]) <= MAXIMUM_POINTS
+    assert curves["loss"][-1] == [99_999, 99_999.5]
+
+
+def test_a_table_of_evaluations_has_an_end(tmp_path: Path) -> None:
+    """K30: of very many the last ones are shown, and it is said how many there are."""
+    run = write_run(tmp_path / "run", {}, [{"step": step, "eval_loss": 1.0} for step in range(3000)])
+    content = page_of(run, out=tmp_path / "page.html")
+    assert content["runs"][0]["evaluations"][-1]["step"] == 2999
+    assert ["evaluations_capped", "1000", "3000"] in notes(content)
