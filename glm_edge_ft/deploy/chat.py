@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config import RunConfig
-from glm_edge_ft.console import show_notice
+from glm_edge_ft.console import is_unicode, show_notice
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source
-from glm_edge_ft.deploy.talk import Talk, find_picture
+from glm_edge_ft.deploy.talk import Talk, find_picture, is_dropped_file
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.recipe import quiet_libraries
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from glm_edge_ft.model.loading import Checkpoint
 
 _SAMPLING = ("temperature", "top_p", "top_k")
-_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", flags=re.DOTALL)
+_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", flags=re.DOTALL | re.IGNORECASE)
 COMMANDS = "/image PATH shows a picture, /clear begins anew, /quit or Ctrl-D ends, Ctrl-C stops a reply"
 
 
@@ -50,6 +50,8 @@ def chat(request: ChatRequest) -> None:
 
     Raises UserError for everything of the command line that cannot be used.
     """
+    if request.prompt is None and sys.stdin is None:
+        raise UserError.single("stdin", "is closed, so that no question comes", "ask with --prompt")
     source = find_source(request.model, request.base)
     settings = settings_of_run(source) or default_settings()
     quiet_libraries()
@@ -97,10 +99,13 @@ def _room_for_prompt(source: Source, config: RunConfig, checkpoint: Checkpoint) 
 
 
 def converse(talk: Talk) -> None:
-    """Answer what comes on stdin, line by line, until `/quit` or its end."""
+    """Answer what comes on stdin, line by line, until `/quit` or its end.
+
+    Raises UserError where stdin cannot be read.
+    """
     is_terminal = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
+        sys.stdin.reconfigure(errors="surrogateescape")
     if is_terminal:
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  (arrow keys and history)
@@ -108,7 +113,9 @@ def converse(talk: Talk) -> None:
     was_interrupted = False
     while True:
         try:
-            line = input("> " if is_terminal else "").strip()
+            line = input("> " if is_terminal else "").removeprefix("\ufeff").strip()
+        except OSError as error:
+            raise UserError.single("stdin", f"cannot be read: {error.strerror}", "ask with --prompt") from None
         except EOFError:
             if is_terminal:
                 print()
@@ -121,7 +128,7 @@ def converse(talk: Talk) -> None:
             continue
         was_interrupted = False
         command = _COMMAND.fullmatch(line)
-        if command is not None and command[1] in ("quit", "exit"):
+        if command is not None and command[1].lower() in ("quit", "exit"):
             return
         if line:
             with _shown_mistakes():
@@ -129,12 +136,19 @@ def converse(talk: Talk) -> None:
 
 
 def _answer(talk: Talk, line: str, command: re.Match[str] | None) -> None:
-    if command is None:
+    name, argument = (command[1].lower(), command[2]) if command else (None, None)
+    if not is_unicode(line) or "\0" in line:
+        what = "the line is not UTF-8 text, and is left out"
+        raise UserError.single("stdin", what, "set the terminal to UTF-8, or convert the file (iconv -t UTF-8)")
+    if name is None and talk.prepared.encoder.takes_images and is_dropped_file(line):
+        name, argument = "image", line
+    if name is None:
         talk.ask(line, _write)
         _write("\n")
-    elif command[1] == "image" and command[2]:
-        talk.attach(command[2].strip().strip("\"'"))
-    elif command[1] == "clear":
+    elif name == "image" and argument:
+        talk.attach(argument)
+        print(f"{talk.image} goes with the next question", file=sys.stderr)
+    elif name == "clear":
         talk.clear()
     else:
         print(COMMANDS, file=sys.stderr)

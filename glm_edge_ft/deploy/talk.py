@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.errors import UserError
@@ -17,6 +23,26 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 
+def dropped_path(text: str) -> Path:
+    """Return the absolute path that a text stands for: as it is typed, or as a terminal writes a file dropped on it.
+
+    Terminals quote a path, escape its spaces by backslashes, or write a `file:` URL.
+    """
+    if os.path.isfile(expand_home(text)):  # noqa: PTH113  (False where a path is too long or has a NUL)
+        return expand_home(text).absolute()
+    with contextlib.suppress(ValueError):  # an open quote
+        words = shlex.split(text) if os.sep == "/" else [text.strip('"')]
+        text = words[0] if len(words) == 1 else text
+    if text.lower().startswith("file:"):
+        text = url2pathname(urlsplit(text).path)
+    return expand_home(text).absolute()
+
+
+def is_dropped_file(line: str) -> bool:
+    """Return whether a line is nothing but a file that was dropped on the terminal, which writes its absolute path."""
+    return line.startswith(("/", "'/", '"/', "file:")) and os.path.isfile(dropped_path(line))  # noqa: PTH113
+
+
 def find_picture(prepared: Prepared, path: str) -> str:
     """Return the absolute path of a picture for the model.
 
@@ -24,7 +50,7 @@ def find_picture(prepared: Prepared, path: str) -> str:
     """
     from glm_edge_ft.data.images import load_image
 
-    where, file = f"image {path}", expand_home(path).absolute()
+    where, file = f"image {path}", dropped_path(path)
     if not prepared.encoder.takes_images:
         what = f"{prepared.plan.request.model} is a chat model and sees no images"
         raise UserError.single(where, what, "use a GLM-Edge-V model")

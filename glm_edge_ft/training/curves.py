@@ -75,12 +75,11 @@ def read_points(log_lines: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> 
     """
     columns = {key: (array("d"), array("d")) for key in keys}
     for line in log_lines:
-        step = line.get("step")
-        if not is_number(step):
+        if not is_number(line.get("step")):
             continue
         for key, value in line.items():
             if key in columns and is_number(value):
-                columns[key][0].append(step)
+                columns[key][0].append(line["step"])
                 columns[key][1].append(value)
     return {key: _thinned(steps, values) for key, (steps, values) in columns.items() if steps}
 

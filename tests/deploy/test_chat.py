@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import find_source
 from glm_edge_ft.deploy.talk import Talk
 from glm_edge_ft.errors import UserError
-from tests.deploy.conftest import KINDS, TURNS, command, predictions
+from tests.deploy.conftest import KINDS, ROOT, TURNS, command, predictions
 from tests.vision_folders import draw
 
 Pieces = list[str]
@@ -140,6 +141,84 @@ def test_the_end_of_the_input_ends_the_talk(
     capsys.readouterr()
     converse(talk)
     assert capsys.readouterr().out == row["prediction"] + "\n"
+
+
+def test_what_a_terminal_writes_of_a_dropped_file_is_understood(
+    vision_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """K29: quotes, backslashes, a URL, `~`, capitals, and no command at all; the picture goes with the question."""
+    picture = draw(tmp_path / "it's my (new) 图.png", 1)
+    draw(tmp_path / "my pic.png", 1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    quoted, escaped = shlex.quote(str(picture)), re.sub(r"([ '()])", r"\\\1", str(picture))
+    forms = [
+        *(f"/image {form}" for form in (quoted, escaped, str(picture), picture.as_uri(), "my pic.png", "~/my pic.png")),
+        *("/image my\\ pic.png ", "/image 'my pic.png'", '/Image "my pic.png"', "/IMAGE ~/my\\ pic.png"),
+        *(quoted, f"{escaped} ", picture.as_uri(), str(picture)),
+    ]
+    talk = open_talk(vision_run)
+    for form in forms:
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"/clear\n{form}\n"))
+        capsys.readouterr()
+        converse(talk)
+        assert talk.image is not None, form
+        assert Path(talk.image).samefile(picture if "new" in form else tmp_path / "my pic.png")
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_line_that_names_no_file_is_one_line_and_the_talk_goes_on(
+    vision_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """K29: an open quote, a path without end, a NUL, bytes that are no text, a file of another encoding."""
+    talk = open_talk(vision_run)
+    for line, said in (
+        (b"/image 'my pic.png", "image 'my pic.png: there is no such file"),
+        (b"/image " + b"a" * 5000, "File name too long"),
+        (b"/image file:///none%20x.png", "no such file"),
+        (b"/image ~nosuchuser/x.png", "image ~nosuchuser/x.png: there is no such file"),
+        (b"/image a\0b.png", "not UTF-8 text"),
+        (b"caf\xe9", "not UTF-8 text"),
+        ("你好".encode("utf-16"), "not UTF-8 text"),
+        (b"/what", COMMANDS),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line), encoding="utf-8"))
+        capsys.readouterr()
+        converse(talk)
+        printed = capsys.readouterr()
+        assert (printed.out, said in printed.err, len(printed.err) < 6000) == ("", True, True), printed.err
+    assert talk.messages == []
+
+
+def test_a_byte_order_mark_of_a_piped_file_is_no_text(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """K29: the answer is that to the question without it."""
+    talk, question = open_talk(runs["lora"]), TURNS[0][0]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + question.encode()), "utf-8"))
+    capsys.readouterr()
+    converse(talk)
+    assert capsys.readouterr().out == predictions(runs["lora"])[0]["prediction"] + "\n"
+
+
+def test_arguments_that_are_no_text_and_a_closed_stdin_are_one_line(tmp_path: Path) -> None:
+    """K29: nothing heavy is read for it; every command refuses such bytes, all of them at once."""
+    bad = b"caf\xe9"
+    for arguments, count in (
+        (["chat", "glm-edge-nano", "--prompt", bad, "--system", b"\xff"], 2),
+        (["evaluate", bad, bad, "--base", bad], 3),
+        (["export-gguf", bad, b"out.gguf"], 1),
+        (["convert", bad, b"new.jsonl", "--from", bad], 2),
+    ):
+        line = [sys.executable, "-m", "glm_edge_ft", *arguments]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {count} problem"), done.stderr
+        assert done.stderr.count("is not UTF-8") == count
+    closed = f"{shlex.quote(sys.executable)} -m glm_edge_ft chat glm-edge-nano <&-"
+    done = subprocess.run(closed, shell=True, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: 1 problem in the input\nstdin: is closed")
 
 
 def test_pictures_are_seen_as_in_the_evaluation(
