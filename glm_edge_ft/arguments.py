@@ -60,7 +60,8 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     try:
         return Seq2SeqTrainingArguments(**settings)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError.single("training_args", f"transformers refuses these settings: {error}") from error
+        what = f"transformers refuses these settings: {error}"
+        raise UserError.single("training_args", what, "correct what it names, or leave it out") from error
 
 
 def rows_per_step(args: Seq2SeqTrainingArguments) -> int:
@@ -116,46 +117,6 @@ def clamp_workers(wanted: int, cores: int) -> int:
     return cores
 
 
-def check_training_parts(args: Seq2SeqTrainingArguments) -> None:
-    """Build optimizer, schedule and reporting once, for one small parameter, as the Trainer will after the weights.
-
-    Raises UserError for each that cannot be built: a package that is not installed, settings that are missing.
-    """
-    import torch
-    from transformers import Trainer, get_scheduler
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    problems = ProblemList()
-    parameter = torch.nn.Parameter(torch.zeros(4, 4))
-    optimizer: Any = torch.optim.SGD([parameter], lr=1.0)
-
-    def build_optimizer() -> None:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-        kind([parameter], **settings)
-
-    def build_schedule() -> None:
-        steps = max(args.max_steps, 10)
-        specific: Any = args.lr_scheduler_kwargs
-        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, specific)
-
-    parts = {
-        "training_args.optim": build_optimizer,
-        "training_args.lr_scheduler_type": build_schedule,
-        "training_args.report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(args.report_to)],
-    }
-    for key, build in parts.items():
-        try:
-            build()
-        except Exception as error:  # whatever the package behind it raises, the key is what the user can change
-            value = getattr(args, key.rpartition(".")[2])
-            shown = getattr(value, "value", value)
-            problems.add(key, f"{shown} cannot be used here: {str(error).strip() or type(error).__name__}", _OTHER_PART)
-    problems.raise_if_any()
-
-
-_OTHER_PART = "choose another, install what it names, or give it the settings it asks for"
-
-
 def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> GenerationConfig:
     """Return how evaluation generates: greedy unless the config says otherwise, up to a stop id.
 
@@ -175,7 +136,7 @@ def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> Genera
         generation_config = GenerationConfig(**settings)
         generation_config.validate(strict=True)
     except (TypeError, ValueError, ImportError) as error:
-        raise UserError.single(
-            "training_args.generation_config", f"transformers refuses these settings: {error}"
-        ) from error
+        what = f"transformers refuses these settings: {error}"
+        fix = "correct what it names, or leave it out"
+        raise UserError.single("training_args.generation_config", what, fix) from error
     return generation_config

@@ -19,7 +19,6 @@ from glm_edge_ft.arguments import (
     build_generation_config,
     build_training_arguments,
     check_packed_arguments,
-    check_training_parts,
 )
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.config.deepspeed import count_processes, read_deepspeed
@@ -33,6 +32,7 @@ from glm_edge_ft.node import is_first_of_node, wait_for
 from glm_edge_ft.resume_check import compare_with_checkpoint
 from glm_edge_ft.training.checkpoints import RUN_RECORD, ResumePlan, find_checkpoints, resolve_resume
 from glm_edge_ft.training.processes import Processes, plan_processes
+from glm_edge_ft.trial import check_generation, check_ids, check_training_parts, vocabulary_of
 from glm_edge_ft.vision_check import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
 
 if TYPE_CHECKING:
@@ -212,13 +212,17 @@ def prepare(plan: Plan) -> Prepared:
     training_arguments = generation_config = None
     with _collect(problems):
         generation_config = build_generation_config(config, checkpoint)
+        check_generation(config.generation_config, generation_config, vocabulary_of(checkpoint))
     if precision is not None:
         with _collect(problems):
             training_arguments = build_training_arguments(plan, precision)
-            check_training_parts(training_arguments)
             if config.padding_free:
                 check_packed_arguments(training_arguments)
     datasets, image_check = _read_data(plan, encoder, checkpoint, problems)
+    if training_arguments is not None:
+        with _collect(problems):
+            rows = len(datasets["train"]) if "train" in datasets else None
+            check_training_parts(training_arguments, config.training_args, rows)
     if structure is not None and "train" in datasets:
         _check_resume(plan, datasets["train"], structure, problems)
     problems.raise_if_any()
@@ -310,6 +314,7 @@ def _read_data(
     for split, path in plan.data_files.items():
         with _collect(problems):
             datasets[split] = _encode(path, encoder, plan.config.data_config.num_proc)
+            check_ids(datasets[split], checkpoint)
             _check_longest_row(path, datasets[split], checkpoint)
     if plan.request.takes_images and plan.request.preview is None:
         with _collect(problems):

@@ -19,7 +19,7 @@ from glm_edge_ft.check_report import show_check
 from glm_edge_ft.console import is_main_process, show, show_notice, show_notice_of_any
 from glm_edge_ft.disk_check import advise_on_disk, look_at_disk
 from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
-from glm_edge_ft.errors import UserError
+from glm_edge_ft.errors import RunStopped, UserError
 from glm_edge_ft.failures import explain_failures
 from glm_edge_ft.feature_cache import open_image_features
 from glm_edge_ft.machines import check_shared_folder, end_meetings, meet
@@ -147,6 +147,8 @@ def train_and_evaluate(trainer: GlmEdgeTrainer, plan: Plan, evaluations: Mapping
         forget_evaluations(plan.output_dir / METRICS_FILE, trainer.final_step())
     else:
         trainer.train(resume_from_checkpoint=str(plan.resume.path) if plan.resume.path else None)
+        if trainer.state.global_step == 0:
+            raise RunStopped("the run took no step: training_args and the training rows leave none to take")
     trainer.save_model()
     trainer.state.global_step = trainer.final_step()  # what follows is said of the model that is kept
     try:

@@ -49,6 +49,10 @@ _GENERATION_CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# documented with tuples as keys, which YAML and JSON cannot write; the library takes this form as well
+_GENERATION_TYPES: Mapping[str, str] = {"sequence_bias": "list[list[Any]]"}
+
+
 @dataclass(frozen=True)
 class TypeOption:
     """One way to write a value.
@@ -152,7 +156,7 @@ def generation_fields() -> dict[str, Field]:
     fields = {}
     for name in names:
         if not name.startswith("_") and name != "transformers_version":
-            annotation = _documented_type(documented.get(name, "Any"))
+            annotation = _GENERATION_TYPES.get(name) or _documented_type(documented.get(name, "Any"))
             options = (*_options(_expression(annotation), {}), TypeOption("null"))
             if name in _GENERATION_CHOICES:
                 options = _without_free_text((*options, TypeOption("choice", choices=_GENERATION_CHOICES[name])))

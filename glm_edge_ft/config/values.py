@@ -139,7 +139,7 @@ class _Coercion:
         if as_list and any(item.choices for item in as_list.items):
             return self._list(value.split(), path, options)
         # a text for keyword arguments would only be unpacked, and fail, much later
-        if _takes(options, "text") and not self.field.name.endswith("_kwargs"):
+        if _takes(options, "text") and not (options and self.field.name.endswith("_kwargs")):
             return value
         return self._quoted(value, path, options)
 

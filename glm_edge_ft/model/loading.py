@@ -278,12 +278,22 @@ def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 
     config: Any = checkpoint.config
+    pad, vocab_size = config.get_text_config().pad_token_id, config.get_text_config().vocab_size
+    if pad is not None and not -vocab_size <= pad < vocab_size:  # as torch.nn.Embedding takes it
+        raise UserError.single(
+            f"MODEL {checkpoint.location.name}",
+            f"pad_token_id {pad} is none of its {vocab_size} ids (transformers takes that number where config.json "
+            "states none)",
+            f'write "pad_token_id": {checkpoint.tokenizer.pad_token_id} into its config.json',
+        )
     try:
         with torch.device("meta"):
             return GlmEdgeVForCausalLM(config) if checkpoint.is_vision else AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise UserError.single(
-            f"MODEL {checkpoint.location.name}", f"is not a causal language model that transformers knows: {error}", ""
+            f"MODEL {checkpoint.location.name}",
+            f"is not a causal language model that transformers knows: {error}",
+            "give a chat model",
         ) from error
 
 

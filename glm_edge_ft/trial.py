@@ -1,0 +1,268 @@
+"""What a run builds of its settings, built once in small before the weights are read.
+
+Optimizer, schedule and generation are the libraries' own, with the run's own numbers: what they refuse after an hour,
+they refuse here, and a key that changes nothing is named.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from glm_edge_ft.config.values import shown
+from glm_edge_ft.console import is_main_process, show_notice
+from glm_edge_ft.errors import ProblemList, UserError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, Seq2SeqTrainingArguments
+
+    from glm_edge_ft.data.dataset import EncodedDataset
+    from glm_edge_ft.model.loading import Checkpoint
+
+_OTHER_PART = "choose another, install what it names, or give it the settings it asks for"
+_TRIED_STEPS = 1000
+# texts for an argument of an optimizer, of which at least one gives another optimizer than a known argument's value
+_TRIED_VALUES = ("0.123", "7", "true", "false", "std", "bfloat16")
+_ADAM_KEYS: Mapping[str, float] = {"adam_beta1": 0.123, "adam_beta2": 0.123, "adam_epsilon": 0.123}
+_ID_KEYS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "sequence_bias")
+
+
+def count_steps(args: Seq2SeqTrainingArguments, rows: int) -> int:
+    """Return how many optimizer steps a fresh run takes, as the Trainer counts them.
+
+    Raises:
+        UserError: it would take none.
+    """
+    size, ranks = args.train_batch_size, args.world_size
+    if args.accelerator_config.split_batches:  # type: ignore[union-attr]
+        ranks = 1
+    batches = rows // size // ranks if args.dataloader_drop_last else math.ceil(math.ceil(rows / size) / ranks)
+    if batches == 0:
+        processes = f" for each of {ranks} processes" if ranks > 1 else ""
+        raise UserError.single(
+            "training_args.dataloader_drop_last",
+            f"`true`, but the {rows} training rows are no whole batch of {size}{processes}: no step would be taken",
+            f"lower training_args.per_device_train_batch_size to at most {rows // ranks or 1}, or write false",
+        )
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def check_training_parts(args: Seq2SeqTrainingArguments, written: Mapping[str, Any], rows: int | None) -> None:
+    """Build optimizer, schedule and reporting once, for one small parameter, as the Trainer will after the weights.
+
+    Args:
+        args: the Trainer's arguments.
+        written: `training_args` of the config.
+        rows: training rows; None where they could not be read, and the run's length is not known.
+
+    Raises:
+        UserError: for each that cannot be built, or could not do what it is there for.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    problems = ProblemList()
+    steps = max(args.max_steps, 10)
+    if rows is not None:
+        try:
+            steps = count_steps(args, rows)
+        except UserError as error:
+            problems.extend(error)
+    parts: dict[str, Callable[[], object]] = {
+        "training_args.optim": lambda: _check_optimizer(args, written, problems),
+        "training_args.lr_scheduler_type": lambda: _check_schedule(args, written, steps, problems),
+        "training_args.report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(args.report_to)],
+    }
+    if args.push_to_hub and is_main_process():
+        parts["training_args.push_to_hub"] = lambda: _check_hub(args)
+    for key, build in parts.items():
+        try:
+            build()
+        except Exception as error:  # whatever the package behind it raises, the key is what the user can change
+            value = getattr(args, key.rpartition(".")[2])
+            text = str(getattr(value, "value", value))
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            fix = _ONLINE if key.endswith("hub") else _OTHER_PART
+            problems.add(key, f"{text} cannot be used here: {reason}", fix)
+    problems.raise_if_any()
+
+
+_ONLINE = "log in where there is a network (hf auth login, or hub_token), or leave push_to_hub out"
+
+
+def _check_hub(args: Seq2SeqTrainingArguments) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().whoami(token=args.hub_token)
+
+
+def _optimizer_of(args: Seq2SeqTrainingArguments, **changes: Any) -> tuple[Any, Any]:
+    from transformers import Trainer
+
+    changed = copy.copy(args)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return Trainer.get_optimizer_cls_and_kwargs(changed)
+
+
+def _check_optimizer(args: Seq2SeqTrainingArguments, written: Mapping[str, Any], problems: ProblemList) -> None:
+    """Build the optimizer; name arguments that it does not read."""
+    import torch
+
+    kind, settings = _optimizer_of(args)
+    kind([torch.nn.Parameter(torch.zeros(4, 4))], **settings)
+    name = getattr(args.optim, "value", args.optim)
+    for key, other in _ADAM_KEYS.items():
+        if key in written and _optimizer_of(args, **{key: other}) == (kind, settings):
+            show_notice(f"training_args.{key} has no effect: {name} does not read it")
+    if args.optim_target_modules and "galore" not in name and "apollo" not in name:
+        show_notice(f"training_args.optim_target_modules has no effect: {name} does not read it")
+    for argument in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+        key = argument.partition("=")[0]
+        if not any(_reads_argument(args, key, value, settings) for value in _TRIED_VALUES):
+            what = f"{shown(args.optim_args)}: {name} reads no argument {shown(key)}"
+            problems.add("training_args.optim_args", what, "correct its name, or leave it out")
+
+
+def _reads_argument(args: Seq2SeqTrainingArguments, key: str, value: str, settings: Any) -> bool:
+    others = [part for part in (args.optim_args or "").split(",") if part.partition("=")[0].strip() != key]
+    try:
+        return bool(_optimizer_of(args, optim_args=",".join([*others, f"{key}={value}"]))[1] != settings)
+    except Exception:  # a value that it does not take was read
+        return True
+
+
+def _check_schedule(
+    args: Seq2SeqTrainingArguments, written: Mapping[str, Any], steps: int, problems: ProblemList
+) -> None:
+    """Build the schedule with the run's own rate and steps, and go through its rates."""
+    schedule = _schedule_of(args, steps, args.get_warmup_steps(steps), args.lr_scheduler_kwargs)
+    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    if args.lr_scheduler_kwargs and _takes_anything(args, steps):
+        show_notice(f"training_args.lr_scheduler_kwargs has no effect: {name} takes none")
+    rates = _rates(schedule, steps)
+    without = _rates(_schedule_of(args, steps, 0, args.lr_scheduler_kwargs), steps)
+    if args.get_warmup_steps(steps) and rates == without and steps > 1:
+        show_notice(f"training_args.warmup_steps has no effect: {name} has no warmup")
+    of_run = f"with learning_rate {args.learning_rate:g} in a run of {steps} steps {name}"
+    bad = [rate for rate in rates if not (isinstance(rate, float) and math.isfinite(rate) and rate >= 0)]
+    if bad:
+        what = f"{of_run} would come to a rate of {bad[0]}"
+    elif rates and max(rates) > args.learning_rate * (1 + 1e-6):
+        what = f"{of_run} would rise to {max(rates):g}"
+    else:
+        if rates and max(rates) < args.learning_rate * 0.5:
+            warmup = f"; warmup_steps is {written['warmup_steps']:g}" if written.get("warmup_steps") else ""
+            show_notice(f"training_args.lr_scheduler_type: {of_run} comes to a rate of {max(rates):g} at most{warmup}")
+        return
+    key = "lr_scheduler_kwargs" if args.lr_scheduler_kwargs else "lr_scheduler_type"
+    problems.add(f"training_args.{key}", what, "correct it, so that rates stay between 0 and learning_rate")
+
+
+def _schedule_of(args: Seq2SeqTrainingArguments, steps: int, warmup: int, specific: Any) -> Any:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, 4))], lr=args.learning_rate)
+    return get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, specific)
+
+
+def _takes_anything(args: Seq2SeqTrainingArguments, steps: int) -> bool:
+    try:
+        _schedule_of(args, steps, 0, {"no such argument": 0})
+    except TypeError:
+        return False
+    return True
+
+
+def _rates(schedule: Any, steps: int) -> list[Any]:
+    """Return the rates of the run's steps, of long runs some a thousand; none where they follow the evaluation loss."""
+    functions = getattr(schedule, "lr_lambdas", None)
+    if not functions:
+        return []
+    every = max(1, steps // _TRIED_STEPS)
+    tried = sorted({*range(0, steps, every), *range(min(steps, 100)), steps - 1})
+    return [schedule.base_lrs[0] * functions[0](step) for step in tried]
+
+
+def check_generation(settings: Mapping[str, Any], config: GenerationConfig, vocab_size: int) -> None:
+    """Generate some tokens with a model of a few weights and the run's vocabulary, in the way the config asks for.
+
+    Args:
+        settings: `generation_config` of the run's config.
+        config: the whole.
+        vocab_size: ids that the model has.
+
+    Raises:
+        UserError: that fails, or an id is none of the vocabulary.
+    """
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
+
+    if not settings:
+        return
+    problems, path = ProblemList(), "training_args.generation_config"
+    for key in _ID_KEYS:
+        beyond = [number for number in _numbers(settings.get(key)) if not 0 <= number < vocab_size]
+        if beyond:
+            what = f"{beyond[0]} is no token of this model, whose ids go from 0 to {vocab_size - 1}"
+            problems.add(f"{path}.{key}", what, "correct the id, or leave it out")
+    problems.raise_if_any()
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    model = GlmForCausalLM(GlmConfig(vocab_size=vocab_size, **sizes, num_key_value_heads=1, pad_token_id=0)).eval()
+
+    def failure(*without: str) -> str:
+        tried = copy.deepcopy(config)
+        for key in without:
+            setattr(tried, key, False if key == "do_sample" else None)
+        tried.max_new_tokens = min(tried.max_new_tokens or 4, 4)
+        mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model.generate(torch.ones_like(mask), attention_mask=mask, generation_config=tried)
+        except Exception as error:  # whatever the library raises on these settings
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return ""
+
+    if reason := failure():
+        keys = sorted(settings, key=lambda key: key in ("do_sample", "num_beams"))  # without these, others are not read
+        guilty = next((key for key in keys if not failure(key)), None)
+        where = f"{path}.{guilty}" if guilty else path
+        seen = f"{shown(settings[guilty])} cannot be used" if guilty else "these settings cannot be used together"
+        raise UserError.single(where, f"{seen}: {reason}", "correct it, or leave it out")
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """Return the whole numbers of nested lists; of a `sequence_bias` the ids alone."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+
+
+def check_ids(dataset: EncodedDataset, checkpoint: Checkpoint) -> None:
+    """Refuse rows with ids that the model has no embedding for. A vocabulary larger than the tokenizer's is fine."""
+    import numpy as np
+
+    vocab_size = vocabulary_of(checkpoint)
+    ids, _ = dataset.tokens(0, sys.maxsize)
+    position = int(ids.argmax())
+    highest = int(ids[position])
+    if highest >= vocab_size:
+        row = int(np.searchsorted(dataset.rows_info["start"], position, side="right")) - 1
+        token = shown(str(checkpoint.tokenizer.convert_ids_to_tokens(highest)))
+        raise UserError.single(
+            dataset.place(row),
+            f"token {highest} ({token}) of the tokenizer is none of the model, whose ids go up to {vocab_size - 1}",
+            f"use the tokenizer that belongs to MODEL {checkpoint.location.name}, or a model with its vocab_size",
+        )
+
+
+def vocabulary_of(checkpoint: Checkpoint) -> int:
+    """Return how many ids the model has."""
+    return int(checkpoint.config.get_text_config().vocab_size)
