@@ -212,7 +212,13 @@ def check_generation(settings: Mapping[str, Any], config: GenerationConfig, voca
             what = f"{beyond[0]} is no token of this model, whose ids go from 0 to {vocab_size - 1}"
             problems.add(f"{path}.{key}", what, "correct the id, or leave it out")
     problems.raise_if_any()
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 8,
+    }
     model = GlmForCausalLM(GlmConfig(vocab_size=vocab_size, **sizes, num_key_value_heads=1, pad_token_id=0)).eval()
 
     def failure(*without: str) -> str:
