@@ -311,24 +311,30 @@ def _read_data(
     image_check = None
     if encoder is None:
         return datasets, image_check
+    opens_images = plan.request.takes_images and plan.request.preview is None
     for split, path in plan.data_files.items():
         with _collect(problems):
-            datasets[split] = _encode(path, encoder, plan.config.data_config.num_proc)
+            datasets[split] = _encode(path, encoder, plan.config, opens_images)
             check_ids(datasets[split], checkpoint)
             _check_longest_row(path, datasets[split], checkpoint)
-    if plan.request.takes_images and plan.request.preview is None:
+    if opens_images:
         with _collect(problems):
             datasets, image_check = check_images(datasets, plan.config)
     return datasets, image_check
 
 
-def _encode(path: Path, encoder: ConversationEncoder, num_proc: int) -> EncodedDataset:
+def _encode(path: Path, encoder: ConversationEncoder, config: RunConfig, opens_images: bool) -> EncodedDataset:
     from glm_edge_ft.data.dataset import build_dataset, dataset_folder, open_if_whole
+    from glm_edge_ft.data.image_check import ImageCheck
 
     if not is_first_of_node():
         folder = dataset_folder([path], encoder)
         return wait_for(lambda: open_if_whole(folder))
-    dataset, notices = build_dataset([path], encoder, num_proc=num_proc, progress=is_main_process())
+    progress = is_main_process()
+    check = ImageCheck(config.on_bad_image, progress).problems_of if opens_images else None
+    dataset, notices = build_dataset(
+        [path], encoder, config.data_config.num_proc, progress=progress, find_bad_images=check
+    )
     for notice in notices:
         show_notice(notice)
     return dataset

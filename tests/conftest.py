@@ -153,7 +153,7 @@ def make_encoder(make_tokenizer: TokenizerMaker) -> EncoderMaker:
 
     def make(template: str = "glm", max_input_length: int = 4096, max_output_length: int = 4096) -> ConversationEncoder:
         tokenizer = make_tokenizer(template)
-        stop_tokens = STOP_TOKENS.get(template, STOP_TOKENS["glm"])
+        stop_tokens = STOP_TOKENS["chatml" if template == "chatml" or "<|im_start|>" in template else "glm"]
         stop_ids = [tokenizer.get_vocab()[token] for token in stop_tokens]
         return ConversationEncoder(tokenizer, stop_ids, max_input_length, max_output_length)
 

@@ -134,13 +134,17 @@ class CacheWriter:
         self.tokens += len(ids)
         self.rows += len(records)
 
-    def finish(self, meta: dict[str, Any]) -> None:
-        """Write the facts and rename the folder; another process that was faster wins."""
+    def close(self, meta: dict[str, Any]) -> None:
+        """Write the facts: `part` can be read as a data set then, though nobody finds it under its name."""
         for file in self._files.values():
             file.close()
         sizes = {name: (self.part / name).stat().st_size for name in self._files}
         text = json.dumps({**meta, "sizes": sizes}, ensure_ascii=False, indent=1)
         (self.part / META_FILE).write_text(text, encoding="utf-8")
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Write the facts and rename the folder; another process that was faster wins."""
+        self.close(meta)
         if self.folder.exists() and read_meta(self.folder) is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         try:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from glm_edge_ft.errors import Problem, UserError
 
 FORMAT_VERSION = 3  # raise it whenever a change of this package changes ids, masks or records
 _PLACES_SHOWN = 5
+_NOTES_SHOWN = 50  # more kinds of remarks than this come from keys that are different in each row
 
 
 class EncodedDataset:
@@ -150,6 +152,7 @@ def build_dataset(
     num_proc: int = 1,
     cache_dir: Path | None = None,
     progress: bool = True,
+    find_bad_images: Callable[[EncodedDataset], list[Problem]] | None = None,
 ) -> tuple[EncodedDataset, list[str]]:
     """Encode data files, or open what an earlier run encoded, and return it with notices for the user.
 
@@ -159,6 +162,7 @@ def build_dataset(
         num_proc: most processes to encode with.
         cache_dir: where encoded data is kept; `cache.default_cache_dir()` by default.
         progress: whether a bar on stderr shows how far it is.
+        find_bad_images: opens the images of the good rows where others are wrong, so that both are said at once.
 
     Raises:
         UserError: rows that cannot be read or are no conversations, up to 20 of each file; or no row is left.
@@ -173,8 +177,12 @@ def build_dataset(
     with cache.CacheWriter(folder, with_images=encoder.takes_images) as writer:
         findings = _Findings(names)
         _encode_files(paths, findings, encoder, processes, writer, progress=progress)
+        meta = {**findings.to_meta(), "image_folders": _image_folders(paths, encoder)}
+        if any(findings.problems.values()) and find_bad_images is not None:
+            writer.close(meta)
+            findings.add_problems(find_bad_images(EncodedDataset(writer.part)))
         findings.raise_if_unusable(writer.rows)
-        writer.finish({**findings.to_meta(), "image_folders": _image_folders(paths, encoder)})
+        writer.finish(meta)
     return EncodedDataset(folder), notices
 
 
@@ -261,7 +269,7 @@ class _Findings:
     """What is noted about all rows while they are encoded; bounded, however many rows are bad."""
 
     names: Sequence[str]
-    problems: list[Problem] = field(default_factory=list)
+    problems: dict[str, list[Problem]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)
     control_text: list[str] = field(default_factory=list)
@@ -269,19 +277,30 @@ class _Findings:
 
     def add(self, file: int, chunk: EncodedChunk) -> None:
         """Take over what was noted in a chunk of a file."""
-        name = self.names[file]
-        room = max(0, MAXIMUM_PROBLEMS_SHOWN - self.counts[f"problems of {name}"])
-        self.problems += chunk.problems[:room]
-        self.counts[f"problems of {name}"] += len(chunk.problems)
+        self._add_problems(self.names[file], chunk.problems)
         self.dropped += chunk.dropped[: MAXIMUM_PROBLEMS_SHOWN - len(self.dropped)]
         self.control_text += chunk.control_text[: _PLACES_SHOWN - len(self.control_text)]
         self.counts["dropped"] += len(chunk.dropped)
         self.counts["control_text"] += len(chunk.control_text)
         self.notes.update(chunk.notes)
 
+    def add_problems(self, problems: Sequence[Problem]) -> None:
+        """Take over what is wrong with rows of any file, each named by `file:line`."""
+        for name in self.names:
+            self._add_problems(name, [problem for problem in problems if problem.where.startswith(f"{name}:")])
+
+    def _add_problems(self, name: str, problems: Sequence[Problem]) -> None:
+        def line(problem: Problem) -> int:
+            found = re.match(r":(\d+)", problem.where[len(name) :])
+            return int(found[1]) if found else 0
+
+        known = self.problems.get(name, [])
+        self.problems[name] = sorted([*known, *problems], key=line)[:MAXIMUM_PROBLEMS_SHOWN]
+        self.counts[f"problems of {name}"] += len(problems)
+
     def raise_if_unusable(self, rows: int) -> None:
         """Raise UserError where rows are wrong, or where none of them is left."""
-        problems = list(self.problems)
+        problems = [problem for of_file in self.problems.values() for problem in of_file]
         for name in self.names:
             more = self.counts[f"problems of {name}"] - MAXIMUM_PROBLEMS_SHOWN
             if more > 0:
@@ -303,8 +322,10 @@ class _Findings:
             "control_text_rows": self.counts["control_text"],
             "control_text": self.control_text,
             "notices": [
-                f"{text} ({count} row{'s' if count > 1 else ''})" for text, count in sorted(self.notes.items())
-            ],
+                f"{text} ({count} row{'s' if count > 1 else ''})"
+                for text, count in sorted(self.notes.most_common(_NOTES_SHOWN))
+            ]
+            + [f"... and {more} more remarks on keys" for more in [len(self.notes) - _NOTES_SHOWN] if more > 0],
         }
 
 

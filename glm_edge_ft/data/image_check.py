@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from glm_edge_ft.data.dataset import EncodedDataset
-from glm_edge_ft.data.images import find_bad_images, raise_bad_images
+from glm_edge_ft.data.images import bad_image, find_bad_images, raise_bad_images
 from glm_edge_ft.data.prompts import PromptSample
-from glm_edge_ft.errors import UserError
+from glm_edge_ft.errors import Problem, UserError
 
 
 class ImageCheck:
@@ -57,6 +57,14 @@ class ImageCheck:
             checked[split] = vision[split].without(dict(sorted(reasons.items())))
             notices.append(f"{split}: {len(reasons)} rows with bad images are left out (on_bad_image: skip)")
         return checked, notices
+
+    def problems_of(self, dataset: EncodedDataset) -> list[Problem]:
+        """Return a problem for each bad image of each row, in their order; none where such rows are left out."""
+        if self.on_bad_image == "skip":
+            return []
+        self._open(_paths({"": dataset}))
+        rows = self._bad_rows(dataset)
+        return [bad_image(dataset.place(index), path, self._reasons[path] or "") for index, path in rows]
 
     def of_prompts(self, samples: Sequence[PromptSample]) -> tuple[list[PromptSample], list[str]]:
         """Return the evaluation samples without those that have bad images, and notices for the user.

@@ -151,6 +151,11 @@ def _what_is_wrong(path: str) -> str | None:
     return None
 
 
+def bad_image(place: str, path: str, reason: str) -> Problem:
+    """Return the problem of a row with a bad image."""
+    return Problem(place, f"image {path}: {reason}", _FIX)
+
+
 def raise_bad_images(places: Mapping[str, Sequence[str]], bad: Mapping[str, str]) -> None:
     """Say which rows use bad images; do nothing where there is none.
 
@@ -161,9 +166,7 @@ def raise_bad_images(places: Mapping[str, Sequence[str]], bad: Mapping[str, str]
     Raises:
         UserError: for each row with a bad image its place and what is wrong; 20 of them, and a count of the others.
     """
-    problems = [
-        Problem(place, f"image {path}: {reason}", _FIX) for path, reason in bad.items() for place in places[path]
-    ]
+    problems = [bad_image(place, path, reason) for path, reason in bad.items() for place in places[path]]
     more = len(problems) - MAXIMUM_PROBLEMS_SHOWN
     if more > 0:
         what = f"{more} more rows have a bad image"
