@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import re
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_edge_ft.data.conversation import ROLES_ALWAYS, ROLES_IF_RENDERED, parse_conversation
-from glm_edge_ft.data.convert_formats import READERS, UnconvertibleError, to_row
-from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, RawRow, iter_rows, limit_problems
-from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.data.calls import decode_calls
+from glm_edge_ft.data.conversation import ROLES_ALWAYS, ROLES_IF_RENDERED, Conversation, parse_conversation
+from glm_edge_ft.data.convert_formats import READERS, UnconvertibleError, translate
+from glm_edge_ft.data.parts import template_content
+from glm_edge_ft.data.rows import RawRow, file_problem, iter_rows, limit_problems
+from glm_edge_ft.errors import Problem, ProblemList, UserError
+from glm_edge_ft.files import can_be_made, expand_home
 
 _ANY_ROLE = frozenset((*ROLES_ALWAYS, *ROLES_IF_RENDERED))
 _ANY_NUMBER = 10**6  # of images
+_LINES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -28,14 +35,14 @@ class Conversion:
         with_images: those of them that show an image.
         left_out: the rows that could not be converted, each with `file:line` and the reason.
         missing_images: written rows whose image is not there.
-        ignored_keys: keys without a meaning here, with the number of rows that have them.
+        notes: what of the rows has no effect, or is written in another way, with the number of those rows.
     """
 
     written: int
     with_images: int
     left_out: tuple[Problem, ...]
     missing_images: tuple[Problem, ...]
-    ignored_keys: dict[str, int]
+    notes: dict[str, int]
 
     def lines(self, target: Path) -> list[str]:
         """Return the report as text."""
@@ -47,9 +54,8 @@ class Conversion:
         ):
             if problems:
                 lines.append(f"{len(problems)} rows {title}:")
-                lines += [str(problem) for problem in limit_problems(problems, "and so on", MAXIMUM_PROBLEMS_SHOWN)]
-        lines += [f"key {key!r} has no meaning here: left out of {n} rows" for key, n in self.ignored_keys.items()]
-        return lines
+                lines += [str(problem) for problem in limit_problems(_by_reason(problems), "and so on")]
+        return [*lines, *(f"{note}: {count} rows" for note, count in self.notes.items())]
 
 
 def convert_file(source: Path, target: Path, form: str, images: Path | None = None) -> Conversion:
@@ -65,12 +71,20 @@ def convert_file(source: Path, target: Path, form: str, images: Path | None = No
     Raises:
         UserError: an unknown format, a target that is there or cannot be written, or not one row that can be converted.
     """
+    problems = ProblemList()
     if form not in READERS:
-        raise UserError.single(f"--from {form}", "is no known format", f"known ones: {', '.join(READERS)}")
+        problems.add(f"--from {form}", "is no known format", f"known ones: {', '.join(READERS)}")
     if target.exists():
-        raise UserError.single(str(target), "is there already", "name a new file; nothing is written over")
+        problems.add(str(target), "is there already", "name a new file; nothing is written over")
     if target.suffix != ".jsonl":
-        raise UserError.single(str(target), "one conversation a line is written", "let the name end in .jsonl")
+        problems.add(str(target), "one conversation a line is written", "let the name end in .jsonl")
+    if images is not None and not images.is_dir():
+        problems.add(f"--images {images}", "there is no such folder", "name the one that paths start from")
+    if not can_be_made(target.absolute().parent):
+        problems.add(str(target), "cannot be written: its folder cannot be made", "name another place")
+    refusal = file_problem(source, source.name)
+    problems.problems += [refusal] if refusal is not None else []
+    problems.raise_if_any()
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +94,7 @@ def convert_file(source: Path, target: Path, form: str, images: Path | None = No
             raise UserError(
                 [
                     Problem(str(source), f"not one row could be read as {form}", "see below; is --from right?"),
-                    *limit_problems(conversion.left_out, source.name),
+                    *limit_problems(_by_reason(conversion.left_out), source.name),
                 ]
             )
         staged.replace(target)
@@ -93,15 +107,11 @@ def convert_file(source: Path, target: Path, form: str, images: Path | None = No
 
 
 def _convert(source: Path, out: Any, form: str, images: Path, folder: Path) -> Conversion:
-    def new_path(path: str) -> str:
-        if "://" in path[:10] or path.startswith("data:") or Path(path).is_absolute():
-            return path
-        return os.path.relpath(images / path, folder)
-
+    new_path = _path_maker(images, folder)
     written, with_images = 0, 0
     left_out: list[Problem] = []
     missing: list[Problem] = []
-    ignored: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     for row in iter_rows(source):
         if isinstance(row, Problem):
             left_out.append(row)
@@ -109,22 +119,71 @@ def _convert(source: Path, out: Any, form: str, images: Path, folder: Path) -> C
         try:
             if not isinstance(row.value, dict):
                 raise UnconvertibleError("a row must be an object")
-            read = READERS[form](row.value)
-            value = to_row(read, new_path)
-            conversation = parse_conversation(RawRow(row.file, row.line, 1, value), _ANY_ROLE, _ANY_NUMBER)
+            translated = RawRow(row.file, row.line, 1, translate(row.value, form))
+            conversation, texts = decode_calls(parse_conversation(translated, _ANY_ROLE, _ANY_NUMBER))
+            if not any(message.supervised for message in conversation.messages):
+                raise UnconvertibleError("the row says that no reply of it is learned")
         except UnconvertibleError as error:
             left_out.append(Problem(row.place, error.what, error.fix))
             continue
         except UserError as error:
             left_out += error.problems[:1]
             continue
-        ignored.update(key for key in row.value if key not in read.used)
-        for path in conversation.images:
-            if not (folder / path).is_file():
-                fix = "give the folder that the paths start from with --images"
-                missing.append(Problem(row.place, f"no such image: {folder / path}", fix))
-                break
-        out.write(json.dumps(value, ensure_ascii=False) + "\n")
+        notes.update(f"key {key!r} has no meaning here" for key in conversation.ignored_keys)
+        notes.update(conversation.notes)
+        notes.update(["JSON text in a tool or a call of one is written as an object"] if texts else [])
+        paths = {path: new_path(path) for path in conversation.images}
+        absent = next((path for path in paths.values() if not os.path.isfile(folder / path)), None)  # noqa: PTH113
+        if absent is not None:
+            fix = "give the folder that the paths start from with --images"
+            missing.append(Problem(row.place, f"no such image: {folder / absent}", fix))
+        out.write(json.dumps(_written(conversation, paths), ensure_ascii=False) + "\n")
         written += 1
-        with_images += bool(conversation.images)
-    return Conversion(written, with_images, tuple(left_out), tuple(missing), dict(ignored))
+        with_images += bool(paths)
+    return Conversion(written, with_images, tuple(left_out), tuple(missing), dict(notes))
+
+
+def _path_maker(images: Path, folder: Path) -> Callable[[str], str]:
+    """Return what turns a path that starts from `images` into one that starts from `folder`.
+
+    A folder may be reached through a link, so that what lies above it is told by where it really is.
+    """
+    real_folder = os.path.realpath(folder)
+    real_parent = functools.cache(os.path.realpath)
+
+    def new_path(written: str) -> str:
+        path = expand_home(written)
+        if "://" in written[:10] or path.is_absolute():
+            return str(path) if path.is_absolute() else written
+        path = images / path
+        return os.path.relpath(os.path.join(real_parent(path.parent), path.name), real_folder)  # noqa: PTH118
+
+    return new_path
+
+
+def _written(conversation: Conversation, paths: Mapping[str, str]) -> dict[str, Any]:
+    """Return a conversation as a row of this project, `paths` in the place of its images' own."""
+    messages = []
+    for message in conversation.messages:
+        content: Any = message.text
+        if message.images or len(message.parts) > 1:
+            parts = template_content(message.parts)
+            content = [part | {"image": paths[part["image"]]} if "image" in part else part for part in parts]
+        learned = {"loss": False} if message.role == "assistant" and not message.supervised else {}
+        messages.append({**message.fields, "content": content, **learned})
+    return {"messages": messages} | ({} if conversation.tools is None else {"tools": list(conversation.tools)})
+
+
+def _by_reason(problems: Sequence[Problem]) -> list[Problem]:
+    """Return one problem for each reason, the most frequent first, with the lines of further rows that have it."""
+    groups: dict[str, list[Problem]] = {}
+    for problem in problems:
+        reason = re.split(r",? (?:it|this one) is |: ", problem.what)[0]
+        groups.setdefault(re.sub(r"\d+", "N", reason), []).append(problem)
+    found = []
+    for first, *others in sorted(groups.values(), key=len, reverse=True):
+        lines = [":".join(problem.where.split(":")[:2]) for problem in others]
+        more = f" and {len(lines) - _LINES_SHOWN} more" if len(lines) > _LINES_SHOWN else ""
+        also = f" ({len(others) + 1} rows, also {', '.join(lines[:_LINES_SHOWN])}{more})" if others else ""
+        found.append(Problem(first.where, f"{first.what}{also}", first.fix))
+    return found

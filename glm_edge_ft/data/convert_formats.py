@@ -1,8 +1,9 @@
-"""Rows of other tools' data formats, each turned into a row of this project's.
+"""Rows of other tools' data formats, each turned into a row that `parse_conversation` reads.
 
-A format is a function from the row as read to a list of messages and the images that belong to them; `to_row` puts the
-images where `<image>` stands in the texts. Sources: the data format pages of Stanford Alpaca, LLaMA-Factory (alpaca and
-sharegpt), ms-swift (messages, and query/response), LLaVA, and the AdvertiseGen task of ChatGLM's demonstrations.
+What a format has of its own gets this project's names: who speaks, what is said, where pictures stand. All other keys
+stay, so that what they say of pictures and of what is learned is honoured, and what has no meaning is named, as it is
+in a file of this project. Sources: the data format pages of Stanford Alpaca, LLaMA-Factory (alpaca and sharegpt),
+ms-swift (messages, and query/response), LLaVA, Qwen-VL, OpenAI, and the AdvertiseGen task of ChatGLM's demonstrations.
 """
 
 from __future__ import annotations
@@ -10,19 +11,30 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from glm_edge_ft.data.parts import listed_keys, shown
+from glm_edge_ft.data.calls import CALLS
+from glm_edge_ft.data.parts import IMAGE_MARKER, PICTURE_KEYS, listed_keys, shown
 
-IMAGE_MARKER = "<image>"
 _ROLES = {
-    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
     **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "observation"),
 }
-_CALLS = frozenset({"function_call", "tool_call", "function"})
+_SPEAKERS_OF_CALLS = frozenset({"function_call", "tool_call", "function"})
+_PREFERENCES = (
+    *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images"),
+    *("preferred_output", "non_preferred_output"),
+)
+_JUDGEMENTS = ("label", "kto_tag")  # of KTO: whether a reply is a good one
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_INLINE_IMAGE = re.compile(r"<img>(.*?)</img>", flags=re.DOTALL)
+# As tools write it, at the beginning or the end of a line; inside of one it may be a word of a text on HTML.
+_MARKER = re.compile(r"^[ \t]*<(image|video|audio)>|<(image|video|audio)>[ \t]*$", flags=re.MULTILINE)
+_GROUNDING = re.compile(r"<(?:bbox|ref-object|ref|box)>")
 
 
 class UnconvertibleError(Exception):
@@ -39,122 +51,146 @@ class UnconvertibleError(Exception):
         self.fix = fix
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a format says of a row.
-
-    Attributes:
-        messages: role and content of each turn; content is a string, or a list of parts that is kept as it is.
-        images: paths of the row's images in their order, as written.
-        tools: descriptions of tools, or None.
-        used: the keys of the row that were read.
-    """
-
-    messages: list[dict[str, Any]]
-    images: list[str]
-    tools: list[Any] | None
-    used: frozenset[str]
+Messages = list[dict[str, Any]]
+Reader = Callable[[Mapping[str, Any]], tuple[Messages, set[str]]]
+"""Returns the messages of a row, and the keys that they were read from."""
 
 
-Reader = Callable[[Mapping[str, Any]], Source]
-
-
-def read_alpaca(row: Mapping[str, Any]) -> Source:
+def read_alpaca(row: Mapping[str, Any]) -> tuple[Messages, set[str]]:
     """`instruction`, `input`, `output`; perhaps `system`, `history` (pairs of question and reply) and `images`."""
     question = "\n".join(text for text in (_text(row, "instruction"), _text(row, "input", "")) if text)
     messages = [*_system(row), *_history(row), *_pair(question, _text(row, "output"))]
-    return _source(row, messages, {"instruction", "input", "output", "system", "history"})
+    return messages, {"instruction", "input", "output", "system", "history"}
 
 
-def read_sharegpt(row: Mapping[str, Any]) -> Source:
-    """`conversations` with `from` and `value` (or role and content); perhaps `system`, `tools` and `images`."""
+def read_turns(row: Mapping[str, Any]) -> tuple[Messages, set[str]]:
+    """`conversations` or `messages`, with `from` and `value` or role and content; perhaps `system`, `tools`, `images`.
+
+    `tool_calls` stay as they are.
+    """
     key = "conversations" if "conversations" in row else "messages"
-    messages = [*_system(row), *(_turn(turn, index) for index, turn in enumerate(_list(row, key)))]
-    return _source(row, messages, {key, "system"})
+    messages = [_turn(turn, index) for index, turn in enumerate(_list(row, key))]
+    if any("tool_calls" in message for message in messages):  # a template that renders calls calls the results so
+        messages = [{**one, "role": "tool"} if one["role"] == "observation" else one for one in messages]
+    return [*_system(row), *messages], {key, "system"}
 
 
-def read_swift(row: Mapping[str, Any]) -> Source:
+def read_swift(row: Mapping[str, Any]) -> tuple[Messages, set[str]]:
     """`messages` with role and content, or `query`, `response` and `history`; perhaps `system`, `tools`, `images`."""
     if "messages" in row:
-        return read_sharegpt({key: value for key, value in row.items() if key != "conversations"})
+        return read_turns({key: value for key, value in row.items() if key != "conversations"})
     messages = [*_system(row), *_history(row), *_pair(_text(row, "query"), _text(row, "response"))]
-    return _source(row, messages, {"query", "response", "history", "system"})
+    return messages, {"query", "response", "history", "system"}
 
 
-def read_advertisegen(row: Mapping[str, Any]) -> Source:
+def read_advertisegen(row: Mapping[str, Any]) -> tuple[Messages, set[str]]:
     """`content`, attributes of a product, and `summary`, the advertisement."""
-    return _source(row, _pair(_text(row, "content"), _text(row, "summary")), {"content", "summary"})
-
-
-def read_llava(row: Mapping[str, Any]) -> Source:
-    """`conversations` with `from` and `value`, and the path of one `image`, or none."""
-    return read_sharegpt(row)
+    return _pair(_text(row, "content"), _text(row, "summary")), {"content", "summary"}
 
 
 READERS: dict[str, Reader] = {
     "alpaca": read_alpaca,
-    "sharegpt": read_sharegpt,
+    "sharegpt": read_turns,
     "swift": read_swift,
     "advertisegen": read_advertisegen,
-    "llava": read_llava,
+    "llava": read_turns,
+    "qwen-vl": read_turns,
+    "openai": read_turns,
 }
 
 
-def to_row(source: Source, image_path: Callable[[str], str]) -> dict[str, Any]:
-    """Return a row of this project's format.
+def translate(row: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """Return a row of another format as one that `parse_conversation` reads: `messages`, and every key beside them.
 
     Args:
-        source: what the other format says.
-        image_path: turns a path as written there into one that holds for the new file.
+        row: the row as read.
+        form: a key of READERS.
 
     Raises:
-        UnconvertibleError: markers of images and images do not match.
+        UnconvertibleError: the row says something that cannot be said here.
     """
-    images = [image_path(path) for path in source.images]
-    marked = sum(_markers(message) for message in source.messages)
-    if marked not in (0, len(images)) or (marked and not images):
-        what = f"{marked} {IMAGE_MARKER} in the texts, and {len(images)} images"
-        raise UnconvertibleError(what, f"write one {IMAGE_MARKER} for each image, or none at all")
-    messages = []
-    for message in source.messages:
+    _refuse_other_meanings(row)
+    messages, used = READERS[form](row)
+    others = {key: value for key, value in row.items() if key not in used}
+    if others.pop("messages", None):
+        raise UnconvertibleError("both 'conversations' and 'messages'", "keep one of them")
+    texts = [text for message in messages if message["role"] == "user" for text in _texts(message)]
+    others |= _inline_images(row, messages)
+    marked = next((mark for text in texts if (mark := _MARKER.search(text))), None)
+    if marked and not (marked[0].strip() == IMAGE_MARKER and _has_images(others, messages)):
+        what = f"{marked[0].strip()} in the texts, and nothing that it stands for"
+        raise UnconvertibleError(what, "give the picture under 'images', or take the marker out")
+    if row.get("objects") and any(_GROUNDING.search(text) for message in messages for text in _texts(message)):
+        fix = "write names and coordinates into the texts, as the model is to read and write them"
+        raise UnconvertibleError("'objects' fill in places of the texts, such as <bbox>", fix)
+    return {**others, "messages": messages, "tools": _tools(row)}
+
+
+def _refuse_other_meanings(row: Mapping[str, Any]) -> None:
+    """Refuse what would turn into another lesson if only the texts were taken."""
+    preference = next((key for key in _PREFERENCES if row.get(key)), None)
+    if preference is not None:
+        fix = "write the better reply as the only one: which of two replies is better is not learned here"
+        raise UnconvertibleError(f"a preference between replies ({preference!r})", fix)
+    judgement = next((key for key in _JUDGEMENTS if row.get(key) is False), None)
+    if judgement is not None:
+        raise UnconvertibleError(f"{judgement!r} is false: a reply that is not to be learned")
+    _refuse_media(row, "the row")
+
+
+def _refuse_media(holder: Mapping[str, Any], where: str) -> None:
+    media = next((key for key in _OTHER_MEDIA if holder.get(key)), None)
+    if media is not None:
+        raise UnconvertibleError(f"{where} shows more than texts and pictures ({media!r})", "the models see pictures")
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    content = message["content"]
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return [part["text"] for part in parts if isinstance(part.get("text"), str)]
+
+
+def _has_images(row: Mapping[str, Any], messages: Messages) -> bool:
+    return any(holder.get(key) for holder in (row, *messages) for key in PICTURE_KEYS)
+
+
+def _inline_images(row: Mapping[str, Any], messages: Messages) -> dict[str, Any]:
+    """Put markers in the place of `<img>path</img>`, as Qwen-VL has it, and return the paths as `images` of the row."""
+    found: list[str] = []
+    for message in messages:
         content = message["content"]
-        if isinstance(content, str) and message["role"] == "user" and images:
-            if not marked:
-                content, marked = IMAGE_MARKER * len(images) + content, len(images)
-            content = _parts(content, images)
-        elif isinstance(content, str) and marked and IMAGE_MARKER in content:
-            raise UnconvertibleError(f"{IMAGE_MARKER} in a turn of the {message['role']}", "only a user shows images")
-        elif isinstance(content, list):
-            content = [
-                {**part, "image": image_path(part["image"])} if isinstance(part.get("image"), str) else part
-                for part in content
-            ]
-        messages.append({**message, "content": content})
-    return {"messages": messages} | ({"tools": source.tools} if source.tools is not None else {})
+        if not isinstance(content, str) or not _INLINE_IMAGE.search(content):
+            continue
+        if message["role"] != "user":
+            raise UnconvertibleError(f"a picture in a turn of the {message['role']}", "only a user shows pictures")
+        found += [path.strip() for path in _INLINE_IMAGE.findall(content)]
+        message["content"] = _INLINE_IMAGE.sub(IMAGE_MARKER, content)
+    if found and _has_images(row, messages):
+        raise UnconvertibleError("pictures both in <img> and under 'image' or 'images'", "keep one of them")
+    return {"images": found} if found else {}
 
 
-def _markers(message: Mapping[str, Any]) -> int:
-    return message["content"].count(IMAGE_MARKER) if isinstance(message["content"], str) else 0
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+    """Return a part of a content; an image part has its path under `image` then, whoever wrote it."""
+    if part.get("type") not in ("image", "image_url"):
+        return part
+    key = next((key for key in ("image", "image_url", "path", "url") if part.get(key)), None)
+    if key is None:
+        return {"type": "image"}  # stands for an image of the row
+    path = part[key].get("url", part[key].get("path")) if isinstance(part[key], dict) else part[key]
+    others = {name: value for name, value in part.items() if name not in ("type", key)}
+    return {"type": "image", "image": _local(path), **others}
 
 
-def _parts(text: str, images: list[str]) -> str | list[dict[str, str]]:
-    """Return text with markers as parts, taking the images off the list; the line break at a marker goes with it."""
-    if IMAGE_MARKER not in text:
-        return text
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(re.split(rf"\n?{IMAGE_MARKER}\n?", text)):
-        if number:
-            parts.append({"type": "image", "image": images.pop(0)})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+def _local(path: Any) -> Any:
+    is_url = isinstance(path, str) and path.lower().startswith("file:")
+    return url2pathname(urlsplit(path).path) if is_url else path
 
 
 # ---- parts of a row --------------------------------------------------------------------------------------------------
-
-
-def _source(row: Mapping[str, Any], messages: list[dict[str, Any]], used: set[str]) -> Source:
-    return Source(messages, _images(row), _tools(row), frozenset(used | {"image", "images", "tools"}))
 
 
 def _text(row: Mapping[str, Any], key: str, default: str | None = None) -> str:
@@ -162,7 +198,7 @@ def _text(row: Mapping[str, Any], key: str, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if key not in row:
-        raise UnconvertibleError(f"key {key!r} is missing; the keys are: {listed_keys(dict(row))}", "is --from right?")
+        raise UnconvertibleError(f"key {key!r} is missing; the keys are: {listed_keys(row)}", "is --from right?")
     if not isinstance(value, str):
         raise UnconvertibleError(f"{key!r} must be a string, it is {shown(value)}")
     return value
@@ -170,22 +206,22 @@ def _text(row: Mapping[str, Any], key: str, default: str | None = None) -> str:
 
 def _list(row: Mapping[str, Any], key: str) -> list[Any]:
     if key not in row:
-        raise UnconvertibleError(f"key {key!r} is missing; the keys are: {listed_keys(dict(row))}", "is --from right?")
+        raise UnconvertibleError(f"key {key!r} is missing; the keys are: {listed_keys(row)}", "is --from right?")
     if not isinstance(row[key], list) or not row[key]:
         raise UnconvertibleError(f"{key!r} must be a list of turns, it is {shown(row[key])}")
     return list(row[key])
 
 
-def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _system(row: Mapping[str, Any]) -> Messages:
     text = _text(row, "system", "")
     return [{"role": "system", "content": text}] if text else []
 
 
-def _pair(question: str, reply: str) -> list[dict[str, Any]]:
+def _pair(question: str, reply: str) -> Messages:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
-def _history(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _history(row: Mapping[str, Any]) -> Messages:
     history = row.get("history") or []
     is_right = isinstance(history, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
@@ -199,41 +235,29 @@ def _turn(turn: Any, index: int) -> dict[str, Any]:
     place = f"turn {index}"
     if not isinstance(turn, dict):
         raise UnconvertibleError(f"{place} must be an object, it is {shown(turn)}")
-    speaker = turn.get("from", turn.get("role"))
-    content = turn.get("value", turn.get("content"))
-    if speaker in _CALLS:
+    others = {key: value for key, value in turn.items() if value is not None}
+    speaker = others.pop("from" if "from" in others else "role", None)
+    content = others.pop("value" if "value" in others else "content", None)
+    if speaker in _SPEAKERS_OF_CALLS:
         raise UnconvertibleError(f"{place} calls a tool ({speaker!r}), which has no common form", "write it by hand")
     if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
         raise UnconvertibleError(f"{place}: unknown speaker {shown(speaker)}", f"known ones: {', '.join(_ROLES)}")
-    is_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
-    if not isinstance(content, str) and not is_parts:
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        content = [_part(part) for part in content]
+    elif content is None and not CALLS.isdisjoint(others):
+        content = ""
+    elif not isinstance(content, str):
         raise UnconvertibleError(f"{place}: the text must be a string, it is {shown(content)}")
-    kept = {"loss": turn["loss"]} if isinstance(turn.get("loss"), bool) else {}
-    return {"role": _ROLES[speaker.lower()], "content": content, **kept}
+    _refuse_media(others, place)
+    return {"role": _ROLES[speaker.lower()], "content": content, **others}
 
 
-def _images(row: Mapping[str, Any]) -> list[str]:
-    value = row.get("images", row.get("image"))
-    if value is None or value == []:
-        return []
-    found = []
-    for image in value if isinstance(value, list) else [value]:
-        path = image.get("path") if isinstance(image, dict) else image
-        if not isinstance(path, str) or not path.strip():
-            raise UnconvertibleError(f"an image must be the path of a file, it is {shown(image)}", "save it as a file")
-        found.append(path)
-    return found
-
-
-def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+def _tools(row: Mapping[str, Any]) -> Any:
     value = row.get("tools")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except ValueError as error:
-            raise UnconvertibleError(f"'tools' is no JSON: {error}") from error
-    if value is None or value == []:
-        return None
-    if not isinstance(value, list):
-        raise UnconvertibleError(f"'tools' must be a list, it is {shown(value)}")
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value or None
+        if isinstance(value, list):
+            value = [json.loads(tool) if isinstance(tool, str) else tool for tool in value]
+    except (ValueError, RecursionError) as error:
+        raise UnconvertibleError(f"'tools' is no JSON: {error}") from error
     return value

@@ -9,15 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from glm_edge_ft.data.calls import CALLS, OBJECTS, decode_calls
 from glm_edge_ft.data.conversation import Conversation
-from glm_edge_ft.data.json_text import JsonMistake, decode_value
 from glm_edge_ft.data.parts import cut
 from glm_edge_ft.data.template import TemplateRefusal
 
 Render = Callable[[Conversation], str]
 _DEPTH = 3  # `tool_calls[].function.arguments`; what is in there is the content of a call, which no template picks from
-_OBJECTS = frozenset({"arguments", "parameters"})
-_CALLS = frozenset({"tool_calls", "function_call"})
 
 
 def unrendered_keys(conversation: Conversation, text: str, render: Render) -> tuple[str, ...]:
@@ -97,7 +95,7 @@ def _paths(value: Any, text: str, is_unrendered: Callable[[Any], bool]) -> list[
                 holder.pop(key, None)
             if is_unrendered(smaller):
                 found.append("".join(f".{name}" for name in (*path, key)))
-            elif len(path) + 1 < _DEPTH and key not in _OBJECTS:
+            elif len(path) + 1 < _DEPTH and key not in OBJECTS:
                 waiting.append((*path, key))
     return found
 
@@ -118,10 +116,10 @@ def with_objects(conversation: Conversation, render: Render) -> Conversation:
     in OpenAI's format, and some templates expect that: they become objects where the template fails on the text, or
     writes it as a JSON string, quotes and backslashes before each quote of it.
     """
-    if conversation.tools is None and not any(_CALLS & message.fields.keys() for message in conversation.messages):
+    if conversation.tools is None and not any(CALLS & message.fields.keys() for message in conversation.messages):
         return conversation
-    whole, notes = _decoded(conversation, _CALLS)
-    objects, texts = _decoded(whole, _OBJECTS)
+    whole, notes = decode_calls(conversation, CALLS)
+    objects, texts = decode_calls(whole, OBJECTS)
     if texts:
         try:
             text = render(whole)
@@ -131,42 +129,3 @@ def with_objects(conversation: Conversation, render: Render) -> Conversation:
         whole, notes = (objects, notes + texts) if as_objects else (whole, notes)
     note = "JSON text in a tool or a call of one is given to the chat template as an object"
     return replace(whole, notes=(*whole.notes, note)) if notes else whole
-
-
-def _decoded(conversation: Conversation, keys: frozenset[str]) -> tuple[Conversation, list[str]]:
-    """Return the conversation with the texts under `keys` decoded, and those texts."""
-    texts: list[str] = []
-
-    def walk(value: Any, key: str = "") -> Any:
-        if isinstance(value, str) and key in keys and (decoded := _object_in(value)) is not None:
-            texts.append(value)
-            return decoded
-        if isinstance(value, list):
-            return [walk(element, key) for element in value]
-        if isinstance(value, dict) and key not in _OBJECTS:  # what is in those is the user's
-            return {name: walk(element, name) for name, element in value.items()}
-        return value
-
-    messages = tuple(
-        replace(
-            message, fields={key: walk(value, key) if key in _CALLS else value for key, value in message.fields.items()}
-        )
-        if _CALLS & message.fields.keys()
-        else message
-        for message in conversation.messages
-    )
-    tools = None if conversation.tools is None else tuple(walk(list(conversation.tools)))
-    return replace(conversation, messages=messages, tools=tools), texts
-
-
-def _object_in(text: str) -> dict[str, Any] | list[Any] | None:
-    value: Any = text
-    while isinstance(value, str):  # some are encoded twice
-        text = value.strip()
-        try:
-            value, end = decode_value(text)
-        except JsonMistake:
-            return None
-        if end != len(text):
-            return None
-    return value if isinstance(value, dict | list) else None

@@ -204,13 +204,14 @@ def test_a_byte_order_mark_of_a_piped_file_is_no_text(
 def test_arguments_that_are_no_text_and_a_closed_stdin_are_one_line(tmp_path: Path) -> None:
     """K29: nothing heavy is read for it; every command refuses such bytes, all of them at once."""
     bad = b"caf\xe9"
-    for arguments, count in (
+    commands: list[tuple[list[str | bytes], int]] = [
         (["chat", "glm-edge-nano", "--prompt", bad, "--system", b"\xff"], 2),
         (["evaluate", bad, bad, "--base", bad], 3),
         (["export-gguf", bad, b"out.gguf"], 1),
         (["convert", bad, b"new.jsonl", "--from", bad], 2),
-    ):
-        line = [sys.executable, "-m", "glm_edge_ft", *arguments]
+    ]
+    for arguments, count in commands:
+        line: list[str | bytes] = [sys.executable, "-m", "glm_edge_ft", *arguments]
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"error: {count} problem"), done.stderr
