@@ -23,6 +23,7 @@ from glm_edge_ft.data.parts import (
     listed_keys,
     named_pictures,
     parse_parts,
+    picture_elsewhere,
     place_pictures,
     shown,
     template_content,
@@ -158,6 +159,11 @@ def parse_conversation(row: RawRow, rendered_roles: frozenset[str], max_images: 
     if not any(message.role == "assistant" for message in messages):
         problems.add(place, "no assistant turn: there is nothing to learn", "add the reply, or remove the row")
     _check_image_count(place, messages, max_images, problems)
+    if takes_images and not any(message.images for message in messages):
+        elsewhere = [key for holder in (keys, *raw_messages) if (key := picture_elsewhere(holder)) is not None]
+        if elsewhere:
+            what = f"a picture under {elsewhere[0]!r}, which is not read, and no other picture in the row"
+            problems.add(place, what, "write it under 'image'")
     problems.raise_if_any()
     if takes_images:
         notes += [note for draft in whole if draft.role == "user" for note in leftover_markers(draft.parts)]

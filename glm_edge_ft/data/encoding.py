@@ -192,7 +192,7 @@ class ConversationEncoder:
             if problem is not None:
                 return problem
         if not any(message.supervised for message in conversation.messages):
-            return DroppedRow(conversation.file, conversation.line, "it says of every assistant turn: not learned")
+            return DroppedRow(conversation.file, conversation.line, "every assistant turn is marked as not learned")
         notes = unrendered_keys(conversation, tokens.text, self._render)
         try:
             located = self._locate(conversation, tokens)

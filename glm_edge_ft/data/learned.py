@@ -26,6 +26,8 @@ def read_learned(where: str, turn: Mapping[str, Any], role: str | None, problems
         role: who speaks; None if that is unknown.
         problems: takes values that cannot be honoured, and turns that are no replies but say that they are learned.
     """
+    if DECISION_KEYS.isdisjoint(turn):
+        return None
     said: dict[str, bool] = {}
     for key in sorted(DECISION_KEYS & turn.keys()):
         value = turn[key]
@@ -36,9 +38,8 @@ def read_learned(where: str, turn: Mapping[str, Any], role: str | None, problems
         elif isinstance(value, bool | int | float) and value in (0, 1):
             said[key] = bool(value) is not (key in _INVERTED)
         elif isinstance(value, int | float):
-            problems.add(
-                where, f"{key!r} is {value}: fractional weights are not supported", "write 0 or 1, or repeat the row"
-            )
+            what = f"{key!r} is {value}: weights other than 0 and 1 are not supported"
+            problems.add(where, what, "write 0 or 1, or repeat the row")
         else:
             problems.add(where, f"{key!r} must be true or false, it is {shown(value)}", "write false to leave it out")
     if len(set(said.values())) > 1:

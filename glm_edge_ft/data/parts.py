@@ -13,14 +13,18 @@ from glm_edge_ft.data.json_text import JsonMistake, decode_value
 from glm_edge_ft.errors import ProblemList
 
 IMAGE_MARKER = "<image>"
+_TYPES = ("text", "image", "image_url")
 PICTURE_KEYS = ("image", "images")
 
 _TEXT_FIX = '{"type": "text", "text": "..."}'
 _IMAGE_FIX = '{"type": "image", "image": "path/to/image.jpg"}'
 _CHAT_FIX = "use finetune_vision.py with a GLM-Edge-V model for images"
 _PLACE_FIX = f"write each picture as a part of a user's content: {_IMAGE_FIX}"
+_PICTURE_NAME = re.compile("image|img|picture|photo", re.IGNORECASE)
+_PICTURE = re.compile(r"(https?://|data:image/)|.*\.(png|jpe?g|webp|bmp|gif|tiff?)$", re.IGNORECASE | re.DOTALL)
 _MARKS = {
     IMAGE_MARKER: re.compile(IMAGE_MARKER).search,
+    "<video>": re.compile("<video>").search,
     "<img>...</img>": re.compile("<img>.*?</img>", re.DOTALL).search,
 }
 
@@ -87,7 +91,7 @@ def parse_parts(
     parts: list[Part] = []
     for index, raw_part in enumerate(content):
         place = f"{where}.content[{index}]"
-        if has_pictures and raw_part == {"type": "image"} and role == "user":
+        if has_pictures and role == "user" and _without_nulls(raw_part) == {"type": "image"}:
             part: Part | None = ImagePart("")
         else:
             part = _part(place, raw_part, role, problems, takes_images=takes_images)
@@ -108,10 +112,14 @@ def _parts_in_text(text: str) -> list[Any] | None:
     except JsonMistake:
         return None
     is_parts = not text[end:].strip() and all(
-        isinstance(part, dict) and part.get("type") in ("text", "image", "image_url") and part.get(part["type"])
+        isinstance(part, dict) and part.get("type") in _TYPES and (part["type"] == "image" or part["type"] in part)
         for part in parts
     )
     return parts if is_parts else None
+
+
+def _without_nulls(part: Any) -> Any:
+    return {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else part
 
 
 def _part(where: str, part: Any, role: str | None, problems: ProblemList, *, takes_images: bool) -> Part | None:
@@ -162,7 +170,7 @@ def named_pictures(
     Null and an empty list are no picture; an object with nothing but a `path` is that path.
     """
     found: list[tuple[str, ...]] = []
-    for key in PICTURE_KEYS:
+    for key in PICTURE_KEYS if not holder.keys().isdisjoint(PICTURE_KEYS) else ():
         value = holder.get(key)
         values = [element for element in (value if isinstance(value, list) else [value]) if element is not None]
         if values and not takes_images:
@@ -170,8 +178,8 @@ def named_pictures(
             return ()
         paths: list[str] = []
         for element in values:
-            is_object = isinstance(element, dict) and all(element[name] is None for name in element if name != "path")
-            path = element.get("path") if is_object else element
+            is_object = isinstance(element, dict) and _without_nulls(element).keys() == {"path"}
+            path = element["path"] if is_object else element
             if _is_path(where, key, path, problems):
                 paths.append(path)
         found += [tuple(paths)] if paths else []
@@ -236,6 +244,16 @@ def _filled(part: Part, names: Iterator[str]) -> Iterator[Part]:
                 yield ImagePart(next(names))
             if piece:
                 yield TextPart(piece)
+
+
+def picture_elsewhere(holder: Mapping[str, Any]) -> str | None:
+    """Return a key that is not read and whose name and value both speak of a picture: `image_path: a.png`."""
+    for key, value in holder.items():
+        values = value if isinstance(value, list) else [value]
+        is_picture = any(isinstance(element, str) and _PICTURE.match(element) for element in values)
+        if key not in PICTURE_KEYS and is_picture and _PICTURE_NAME.search(key):
+            return key
+    return None
 
 
 def leftover_markers(parts: Sequence[Part]) -> list[str]:

@@ -52,6 +52,8 @@ def unrendered_keys(conversation: Conversation, text: str, render: Render) -> tu
         for index, key in extras:
             found = [""] if is_unrendered(_without(conversation, [(index, key)])) else []
             value = conversation.messages[index].fields[key]
+            if conversation.messages[index].text.strip() and is_unrendered_with(index, "content", ""):
+                names[_name(conversation, index, "content")] = None  # some templates write a call instead of it
             found = found or _paths(value, text, functools.partial(is_unrendered_with, index, key))
             names |= {_name(conversation, index, key + path): None for path in found}
     remarks = [f"the model's chat template does not render {name}" for name in names]

@@ -112,8 +112,8 @@ def test_a_turn_that_is_said_to_be_learned_is(make_encoder: EncoderMaker, keys: 
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
-        ([USER, {**REPLY, "weight": 0.5}], "messages[1]: 'weight' is 0.5: fractional weights are not supported"),
-        ([USER, {**REPLY, "loss_scale": 2}], "messages[1]: 'loss_scale' is 2: fractional weights"),
+        ([USER, {**REPLY, "weight": 0.5}], "messages[1]: 'weight' is 0.5: weights other than 0 and 1"),
+        ([USER, {**REPLY, "loss_scale": 2}], "messages[1]: 'loss_scale' is 2: weights other"),
         ([USER, {**REPLY, "train": "false"}], "messages[1]: 'train' must be true or false"),
         ([USER, {**REPLY, "loss_mask": [0, 1]}], "messages[1]: 'loss_mask' must be true or false, it is a list"),
         ([USER, {**REPLY, "train_detail": [{"begin_offset": 0}]}], "messages[1]: 'train_detail' marks parts of a turn"),
@@ -214,6 +214,16 @@ def test_a_key_that_only_some_messages_show_is_named_for_the_others(make_encoder
         "the model's chat template does not render key 'name' of user messages",
     ]
     assert remarks(make_encoder(template), [{**USER, "name": "Bo"}, REPLY]) == []
+
+
+def test_a_content_that_a_call_displaces_is_named(make_encoder: EncoderMaker) -> None:
+    """K21: templates such as Llama's write the call instead of the content."""
+    template = CALLING.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
+    turns = [USER, {**REPLY, "tool_calls": [CALL]}]
+    assert "the model's chat template does not render key 'content' of assistant messages" in remarks(
+        make_encoder(template), turns
+    )
+    assert not any("'content'" in remark for remark in remarks(make_encoder(CALLING), turns))
 
 
 def test_parquet_columns_that_json_cannot_say_are_named(make_encoder: EncoderMaker, tmp_path: Path) -> None:
@@ -403,12 +413,14 @@ HELLO = words_of("hello there")
         ({"messages": [asks([A, HELLO]), REPLY], "images": ["a.png"]}, [[A, HELLO]]),
         ({"messages": [{**USER, "image": None}, {**REPLY, "images": []}], "images": None}, [[HELLO]]),
         ({"messages": [USER, REPLY], "image": "a.png", "images": None}, [[A, HELLO]]),
+        ({"messages": [asks([{"type": "image", "text": None}, HELLO]), REPLY], "image": "a.png"}, [[A, HELLO]]),
+        ([asks(json.dumps([A, HELLO])), REPLY], [[A, HELLO]]),
     ],
 )
 def test_pictures_of_other_layouts_become_image_parts(backend: Tokenizer, value: Any, expected: list[Any]) -> None:
     """K19: in a message's key, beside the messages, with markers or without."""
     assert seen(backend, value) == expected
-    assert [note for note in remarks(vision_encoder(backend, max_images=3), value) if "image" in note] == []
+    assert [note for note in remarks(vision_encoder(backend, max_images=3), value) if "'image" in note] == []
 
 
 @pytest.mark.parametrize(
@@ -429,6 +441,8 @@ def test_pictures_of_other_layouts_become_image_parts(backend: Tokenizer, value:
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}, REPLY],
         [{"role": "user", "content": [{"type": "image"}, words_of("x")]}, REPLY],
         [{"role": "user", "content": [{**words_of("x"), "image": "a.png"}]}, REPLY],
+        [{**USER, "image_path": "a.JPG"}, REPLY],
+        {"messages": [USER, REPLY], "imgs": ["https://x.org/a"]},
     ],
 )
 def test_a_picture_whose_place_is_not_clear_is_refused(backend: Tokenizer, value: Any) -> None:
@@ -447,10 +461,13 @@ def test_chat_fine_tuning_refuses_pictures_in_any_key(make_encoder: EncoderMaker
 
 
 def test_a_marker_without_a_picture_is_named(backend: Tokenizer) -> None:
-    """K19: it may be a word of the text, so that it is no mistake."""
+    """K19: it may be a word of the text, so that it is no mistake; so may a key that is like a picture's."""
     encoder = vision_encoder(backend)
-    for mark in ("<image>", "<img>a.png</img>"):
-        assert any("shows no picture" in note for note in remarks(encoder, [{"role": "user", "content": mark}, REPLY]))
+    for mark in ("<image>", "<img>a.png</img>", "<video>"):
+        assert any("shows no picture" in note for note in remarks(encoder, [asks(mark), REPLY]))
+    for keys in ({"image_id": 12}, {"image_caption": "a dog"}, {"source": "web/a.png"}):
+        assert remarks(encoder, {"messages": [USER, REPLY], **keys})
+    assert remarks(encoder, {"messages": [USER, REPLY], "image": "a.png", "image_path": "b/a.png"})
 
 
 def test_bytes_of_pictures_in_parquet_are_refused(backend: Tokenizer, tmp_path: Path) -> None:
