@@ -210,7 +210,7 @@ def generate_and_score(
     all ranks; what it raises ends the evaluation.
 
     Returns:
-        The mean of each metric over all prompts, 0-100; on ranks other than 0 an empty dict.
+        The mean of each metric over all prompts, 0-100; on all ranks the same.
     """
     is_main = process_index == 0
     replies: dict[int, str] = {}
@@ -228,7 +228,10 @@ def generate_and_score(
         if world_size > 1:
             gathered = _gather(replies, world_size)
             writer.add({index: text for index, text in gathered.items() if index not in replies})
-        return writer.finish()
+        scores = [writer.finish()]
+        if world_size > 1:  # each rank decides by them which checkpoint is the best
+            torch.distributed.broadcast_object_list(scores, src=0)
+        return scores[0]
 
 
 @dataclass(frozen=True)
