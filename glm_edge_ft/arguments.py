@@ -96,6 +96,21 @@ def check_packed_arguments(args: Seq2SeqTrainingArguments) -> None:
     problems.raise_if_any()
 
 
+def check_shared_batches(args: Seq2SeqTrainingArguments) -> None:
+    """See to it that all processes get as many batches: each waits for the others at every step.
+
+    Raises UserError where accelerate would share them out otherwise.
+    """
+    settings: Any = args.accelerator_config
+    if args.world_size > 1 and not settings.even_batches and not args.dataloader_drop_last:
+        what = "even_batches: false gives processes other numbers of batches, so that they wait without end"
+        fix = "leave it out, or write dataloader_drop_last: true"
+        raise UserError.single("training_args.accelerator_config", what, fix)
+    if args.world_size > 1 and settings.dispatch_batches:
+        what = "dispatch_batches: true joins the batches of all processes, which are padded to other lengths"
+        raise UserError.single("training_args.accelerator_config", what, "leave it out: each process reads its own")
+
+
 def _refuse_deepspeed_values(plan: Plan, settings: Mapping[str, Any]) -> None:
     named = plan.config.training_args["deepspeed"]
     file = f"{Path(named).name}: " if isinstance(named, str) else ""

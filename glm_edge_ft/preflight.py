@@ -19,6 +19,7 @@ from glm_edge_ft.arguments import (
     build_generation_config,
     build_training_arguments,
     check_packed_arguments,
+    check_shared_batches,
 )
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.config.deepspeed import count_processes, read_deepspeed
@@ -216,6 +217,7 @@ def prepare(plan: Plan) -> Prepared:
     if precision is not None:
         with _collect(problems):
             training_arguments = build_training_arguments(plan, precision)
+            check_shared_batches(training_arguments)
             if config.padding_free:
                 check_packed_arguments(training_arguments)
     datasets, image_check = _read_data(plan, encoder, checkpoint, problems)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from glm_edge_ft.model.adapters import apply_adapter
+from glm_edge_ft.model.adapters import apply_adapter, generate
 from glm_edge_ft.model.fewer_copies import use_fewer_copies
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
@@ -156,6 +157,22 @@ def compare(mode: str, alone: Any, engine: Any, kind: str, counts: tuple[int, in
     }
 
 
+def compare_replies(alone: Any, engine: Any, kind: str, image_on: int) -> dict[str, float]:
+    """Return how many tokens of this process's replies are not those of `alone`, by the way that they are made.
+
+    Prompts and replies of the ranks have other lengths. Each way needs all ranks as long as one of them is not done.
+    """
+    rank = torch.distributed.get_rank()
+    rows, _ = make_rows(kind, (5, 60), image_on)
+    prompt = {name: values for name, values in rows[rank].items() if name != "labels"}
+    wrong = {}
+    for name, options in (("greedy", {}), ("beams", {"num_beams": 2}), ("no cache", {"use_cache": False})):
+        config = GenerationConfig(max_new_tokens=(4, 9)[rank], eos_token_id=1, pad_token_id=0, **options)
+        replies = [generate(model.eval(), **prompt, generation_config=config) for model in (engine.module, alone)]
+        wrong[name] = float("inf") if replies[0].shape != replies[1].shape else float((replies[0] != replies[1]).sum())
+    return wrong
+
+
 def main() -> None:
     """Go through all cases and write what was found."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
@@ -166,6 +183,9 @@ def main() -> None:
         engine = start_engine(mode, build(kind))
         for number, counts in enumerate(COUNTS):
             found[f"{mode} {kind} {counts}"] = compare(mode, alone, engine, kind, counts, image_on=number % 2)
+        if mode == "zero3":
+            for image_on in (0, 1):
+                found[f"{mode} {kind} replies {image_on}"] = compare_replies(alone, engine, kind, image_on)
         del engine, known
     if os.environ["RANK"] == "0":
         Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")

@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from tokenizers import Tokenizer
+from torch.utils.data import BatchSampler
+from transformers import Seq2SeqTrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
+from glm_edge_ft.arguments import check_shared_batches
+from glm_edge_ft.errors import UserError
 from tests.collective_ranks import KINDS
 from tests.launch import REPOSITORY, ZERO_2, ZERO_3, launch, start, start_script
 from tests.runs import LORA, PREFIX, do_run, losses, metrics, weights
@@ -30,7 +36,7 @@ def test_ranks_with_other_numbers_of_supervised_tokens_learn_the_same(
 ) -> None:
     """K1, K2: around the size of a chunk of the loss, and none at all; an image on one of them alone.
 
-    Loss, evaluated loss and each gradient equal those of one process that has both rows.
+    Loss, evaluated loss and each gradient equal those of one process that has both rows. Under ZeRO-3 the replies, too.
     """
     found = tmp_path / "found.json"
     run = start_script(
@@ -42,8 +48,24 @@ def test_ranks_with_other_numbers_of_supervised_tokens_learn_the_same(
     )
     run.end()
     numbers = json.loads(found.read_text(encoding="utf-8"))
-    assert len(numbers) == 5 * len(cases)
+    assert len(numbers) == 5 * len(cases) + 2 * [mode for mode, _ in cases].count("zero3")
     assert {case: far for case, far in numbers.items() if not max(far.values()) < 1e-5} == {}
+
+
+def test_processes_get_as_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K1: two processes (made up) refuse what gives them other numbers of batches; one process takes all."""
+    five, two_ranks = BatchSampler(range(5), 1, drop_last=False), range(2)
+    uneven = [list(BatchSamplerShard(five, 2, rank, even_batches=False)) for rank in two_ranks]
+    assert [len(batches) for batches in uneven] == [3, 2]
+    for setting in ({"even_batches": False}, {"dispatch_batches": True}):
+        args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, accelerator_config=setting)
+        check_shared_batches(args)
+        with monkeypatch.context() as patch:
+            patch.setattr(args.distributed_state, "num_processes", 2)
+            with pytest.raises(UserError, match=f"accelerator_config: {next(iter(setting))}"):
+                check_shared_batches(args)
+            args.accelerator_config = AcceleratorConfig()
+            check_shared_batches(args)
 
 
 # ---- the scripts on the embedded models ----

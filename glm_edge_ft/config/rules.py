@@ -140,6 +140,9 @@ def _check_simple_conflicts(draft: Draft) -> None:
         for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
             if training.get(name):
                 draft.refuse((*TRAINING, name), "needs dataloader_num_workers of 1 or more", f"leave {name} out")
+    if training.get("deepspeed") and draft.top.get("max_tokens_per_pass"):
+        text = "has no effect beside deepspeed, under which a batch goes through the model whole"
+        draft.notice(("max_tokens_per_pass",), f"{text}: lower per_device_train_batch_size")
     if training.get("resume_from_checkpoint") is not None:
         fix = "leave it out and give RESUME as the fourth argument: yes, or a checkpoint's number"
         draft.refuse((*TRAINING, "resume_from_checkpoint"), "is not read from the config", fix)

@@ -39,6 +39,7 @@ _REFUSED_GENERATION: Mapping[str, tuple[str, str]] = {
     "is_assistant": _ASSISTED,
     "speculation_type": _ASSISTED,
     "use_mtp": _ASSISTED,
+    "prefill_chunk_size": ("cuts prompts in parts, which evaluation takes whole", _LEAVE_OUT),
     "return_dict_in_generate": _OUTPUT,
     "output_attentions": _OUTPUT,
     "output_hidden_states": _OUTPUT,

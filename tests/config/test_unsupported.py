@@ -39,6 +39,7 @@ def test_generation_settings_outside_their_section_are_refused(tmp_path: Path, w
         "num_assistant_tokens_schedule: constant",
         "assistant_confidence_threshold: 0.4",
         "use_mtp: true",
+        "prefill_chunk_size: 64",
         "return_dict_in_generate: true",
         "output_scores: true",
         "output_logits: true",
