@@ -58,7 +58,7 @@ def test_processes_get_as_many_batches(tmp_path: Path, monkeypatch: pytest.Monke
     uneven = [list(BatchSamplerShard(five, 2, rank, even_batches=False)) for rank in two_ranks]
     assert [len(batches) for batches in uneven] == [3, 2]
     for setting in ({"even_batches": False}, {"dispatch_batches": True}):
-        args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, accelerator_config=setting)
+        args: Any = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, accelerator_config=setting)
         check_shared_batches(args)
         with monkeypatch.context() as patch:
             patch.setattr(args.distributed_state, "num_processes", 2)
