@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -61,6 +63,29 @@ def can_be_made(path: Path) -> bool:
     nearest = nearest_folder(path)
     new = path.absolute().parts[len(nearest.parts) :]
     return nearest.is_dir() and os.access(nearest, os.W_OK) and not (new and new[0].startswith("~"))
+
+
+def nearest_path(path: Path) -> Path | None:
+    """Return the existing path that one which is not there most likely means: part by part, the closest name."""
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        try:
+            is_there = (found / part).exists()
+            names = [] if is_there else [entry.name for entry in itertools.islice(found.iterdir(), 10_000)]
+        except (OSError, ValueError):  # a name that no file can have, a folder that cannot be read
+            return None
+        close = [part] if is_there else difflib.get_close_matches(part, names, n=1, cutoff=0.7)
+        if not close:
+            return None
+        found /= close[0]
+    return found
+
+
+def did_you_mean(path: Path, start: Path = Path()) -> str:
+    """Return a question for a message about `start / path`, which is not there, with a space behind; "" knows none."""
+    near = nearest_path(start / path)
+    shown = near if near is None or path.is_absolute() else os.path.relpath(near, start)
+    return "" if shown is None else f"did you mean {shown}? "
 
 
 def unfinished_name(path: Path) -> Path:

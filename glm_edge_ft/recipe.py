@@ -340,7 +340,7 @@ def build_reply_tools(prepared: Prepared, images: ImageFeatures | PixelScale | N
         generate=generate_from,
         collate=PromptCollator(build_collator(prepared, "left", images)),
         loader_processes=prepared.training_arguments.dataloader_num_workers if prepared.image_processor else 0,
-        clean=lambda ids: clean_prediction(prepared.encoder, tokenizer, ids),
+        clean=functools.partial(clean_prediction, prepared.encoder),
         decode=lambda ids: shorten_images(str(tokenizer.decode(list(ids)))),
         warn=show_notice,
         options={"generation_config": prepared.generation_config},

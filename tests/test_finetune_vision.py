@@ -90,7 +90,7 @@ def test_with_the_pictures_of_other_rows_the_answers_fall_to_chance(demo: tuple[
             with torch.no_grad():
                 replies = generate(model, **inputs, max_new_tokens=16, do_sample=False)
             for sample, ids in zip(batch, replies.tolist(), strict=True):
-                right[shift] += clean_prediction(encoder, checkpoint.tokenizer, ids) == sample.reference
+                right[shift] += clean_prediction(encoder, ids) == sample.reference
     own, *of_others = right.values()
     other = sum(of_others) / len(of_others)
     print(f"right: {own} of {count} with their own pictures, {other} with those of other rows")

@@ -26,7 +26,14 @@ from typing import Any, Literal
 
 from glm_edge_ft.config.document import KeyPath, nearest
 from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
-from glm_edge_ft.config.names import DATA_FIELDS, SECTIONS, TOP_FIELDS, refuse_unknown, translate_old_names
+from glm_edge_ft.config.names import (
+    DATA_FIELDS,
+    SECTIONS,
+    TOP_FIELDS,
+    move_into_sections,
+    refuse_unknown,
+    translate_old_names,
+)
 from glm_edge_ft.config.quantization import check_quantization
 from glm_edge_ft.config.ranges import check_ranges
 from glm_edge_ft.config.rules import apply_training_rules, check_padding_free, check_peft, check_peft_type
@@ -34,7 +41,7 @@ from glm_edge_ft.config.schema import PEFT_TYPES, Field, generation_fields, peft
 from glm_edge_ft.config.values import Mismatch, coerce, shown
 from glm_edge_ft.config.yaml_file import read_document
 from glm_edge_ft.errors import Problem, UserError
-from glm_edge_ft.files import expand_home
+from glm_edge_ft.files import did_you_mean, expand_home
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -170,6 +177,7 @@ def peek(path: Path, overrides: Sequence[str] = ()) -> tuple[DataConfig | None, 
 def _checked_draft(path: Path, overrides: Sequence[str]) -> Draft:
     """Read a config and hold every rule, mistakes noted in the draft; raise UserError where the file is no mapping."""
     draft = Draft(read_document(path, overrides))
+    move_into_sections(draft)
     translate_old_names(draft)
     values = draft.document.values
     top_fields = {**TOP_FIELDS, **{name: Field(name, "Any", (), None) for name in SECTIONS}}
@@ -196,7 +204,8 @@ def check_data_files(config: RunConfig | DataConfig | None, data_dir: Path) -> l
     """
     where = str(data_dir)
     if not data_dir.exists():
-        return [Problem(where, "no such data folder", "DATA_DIR is the folder that holds data_config.train_file")]
+        fix = f"{did_you_mean(data_dir)}DATA_DIR is the folder that holds data_config.train_file"
+        return [Problem(where, "no such data folder", fix)]
     if not data_dir.is_dir():
         return [Problem(where, "this is a file, not a folder", f"write {data_dir.parent} as DATA_DIR")]
     data_config = config.data_config if isinstance(config, RunConfig) else config
@@ -211,7 +220,8 @@ def check_data_files(config: RunConfig | DataConfig | None, data_dir: Path) -> l
 def _check_data_file(data_dir: Path, key: str, name: str) -> list[Problem]:
     path = data_dir / expand_home(name)
     if path.suffix.lower() not in DATA_SUFFIXES:
-        return [Problem(key, f"{shown(name)} has an unknown format", f"use one of {', '.join(DATA_SUFFIXES)}")]
+        hint = "" if path.exists() else did_you_mean(expand_home(name), data_dir)
+        return [Problem(key, f"{shown(name)} has an unknown format", f"{hint}use one of {', '.join(DATA_SUFFIXES)}")]
     if path.is_file():
         return []
     if path.is_dir():
@@ -220,7 +230,7 @@ def _check_data_file(data_dir: Path, key: str, name: str) -> list[Problem]:
         return [Problem(key, f"{path} is a pipe or a device, and a data file is read more than once", "name a file")]
     present = sorted(found.name for found in data_dir.iterdir() if found.suffix.lower() in DATA_SUFFIXES)
     close = nearest(name, present)
-    hint = f"did you mean {close}? " if close else ""
+    hint = did_you_mean(expand_home(name), data_dir) or (f"did you mean {close}? " if close else "")
     listing = f"data files there: {', '.join(present[:10])}" if present else "the folder holds no data files"
     return [Problem(key, f"no such file {path}", hint + listing)]
 

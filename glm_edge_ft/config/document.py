@@ -58,6 +58,15 @@ class Document:
         place = self.name if line is None else f"{self.name}:{line}"
         return f"{place}: {dotted(path)}" if path else place
 
+    def move(self, path: KeyPath, new: KeyPath) -> None:
+        """Let a key and everything below it be known by another path, with the place that it was written at."""
+        self.forget(new)
+        for table in (self.lines, self.texts):
+            for known in [known for known in table if known[: len(path)] == path]:
+                table[new + known[len(path) :]] = table.pop(known)  # type: ignore[assignment]
+        moved = {known for known in self.overridden if known[: len(path)] == path}
+        self.overridden = self.overridden - moved | {new + known[len(path) :] for known in moved}
+
     def forget(self, path: KeyPath) -> None:
         """Drop the lines, texts and override marks of a key and of everything below it."""
         for table in (self.lines, self.texts):

@@ -144,7 +144,7 @@ def refuse_unknown(draft: Draft, path: KeyPath, known: Mapping[str, Field]) -> N
     old = OLD_TRAINING_NAMES.get(key)
     if section != "training_args" and isinstance(old, Renamed):
         elsewhere = elsewhere or ["training_args"]
-    names = [*known, *SECTIONS] if not section else [*known]
+    names = [*known, *SECTIONS, *DATA_FIELDS] if not section else [*known]
     if section == "training_args":
         names.append("generation_config")
     close = nearest(key, names)
@@ -156,6 +156,29 @@ def refuse_unknown(draft: Draft, path: KeyPath, known: Mapping[str, Field]) -> N
     else:
         shown_names = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         draft.refuse(path, f"unknown key `{key}`", f"leave it out; keys here: {shown_names}")
+
+
+def move_into_sections(draft: Draft) -> None:
+    """Read keys that the fine-tuning guide lists without their section as those of the section, with a notice."""
+    document = draft.document
+    for section, names in (("data_config", tuple(DATA_FIELDS)), ("training_args", ("generation_config",))):
+        written = [name for name in names if name in document.values]
+        inner = document.values.get(section)
+        if not written or not (inner is None or isinstance(inner, dict)):
+            continue
+        inner = document.values[section] = {} if inner is None else inner
+        for name in written:
+            old, new = (name,), (section, name)
+            if name in inner and document.is_overridden(old) == document.is_overridden(new):
+                draft.refuse(old, f"`{name}` is given twice", f"`{name}` belongs under {section}: delete this one")
+                del document.values[name]
+            elif name in inner and document.is_overridden(new):
+                del document.values[name]
+            else:
+                inner[name] = document.values.pop(name)
+                document.move(old, new)
+        verb = "is read as a key" if len(written) == 1 else "are read as keys"
+        draft.notice((section, written[0]), f"{', '.join(written)} at the top of the file {verb} of {section}")
 
 
 def translate_old_names(draft: Draft) -> None:

@@ -15,7 +15,7 @@ from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config.schema import PEFT_TYPES, reporting_integrations
 from glm_edge_ft.config.unsupported import check_generation, check_unsupported_training
 from glm_edge_ft.config.values import shown
-from glm_edge_ft.files import expand_home
+from glm_edge_ft.files import did_you_mean, expand_home
 
 # Where the file is silent, this toolkit chooses otherwise than transformers:
 TRAINING_DEFAULTS: Mapping[str, Any] = {
@@ -274,9 +274,9 @@ def _resolve_json_file(draft: Draft, name: str) -> None:
         found = next((candidate for candidate in tried if candidate.is_file()), None)
         if found is None:
             places = " and ".join(str(candidate) for candidate in tried)
-            draft.refuse(
-                path, f"no such file {shown(value)}; looked for {places}", f"correct the path, or {name}: null"
-            )
+            hint = next(filter(None, (did_you_mean(written, base) for base in (draft.document.folder, Path.cwd()))), "")
+            fix = f"{hint}correct the path, or {name}: null"
+            draft.refuse(path, f"no such file {shown(value)}; looked for {places}", fix)
             return
         content = json.loads(found.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repetition)
     except _RepeatedKeyError as error:

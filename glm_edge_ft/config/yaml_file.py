@@ -17,6 +17,7 @@ import yaml
 
 from glm_edge_ft.config.document import Document, KeyPath, dotted
 from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.files import did_you_mean
 
 _TAG = "tag:yaml.org,2002:"
 _DEEPEST = 40
@@ -65,7 +66,7 @@ def _read_text(path: Path) -> str:
         if path.is_dir():
             raise UserError.single(where, "this is a folder, not a config file", f"write {path / 'lora.yaml'} or so")
         if not path.exists():
-            raise UserError.single(where, "no such config file", _nearby_files(path))
+            raise UserError.single(where, "no such config file", did_you_mean(path) + _nearby_files(path))
         if not path.is_file() and not str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/")):
             raise UserError.single(where, "this is a pipe or a device, not a config file", "name a YAML file")
         content = path.read_bytes()

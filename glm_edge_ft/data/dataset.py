@@ -28,7 +28,7 @@ from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, file_problem, iter_row
 from glm_edge_ft.data.workers import EncodedChunk, chunks_of, clamp_processes, encode_in_order
 from glm_edge_ft.errors import Problem, UserError
 
-FORMAT_VERSION = 3  # raise it whenever a change of this package changes ids, masks or records
+FORMAT_VERSION = 4  # raise it whenever a change of this package changes ids, masks or records
 _PLACES_SHOWN = 5
 _NOTES_SHOWN = 50  # more kinds of remarks than this come from keys that are different in each row
 
@@ -274,6 +274,7 @@ class _Findings:
     dropped: list[str] = field(default_factory=list)
     control_text: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    remarks: list[str] = field(default_factory=list)
 
     def add(self, file: int, chunk: EncodedChunk) -> None:
         """Take over what was noted in a chunk of a file."""
@@ -321,7 +322,8 @@ class _Findings:
             "dropped": self.dropped,
             "control_text_rows": self.counts["control_text"],
             "control_text": self.control_text,
-            "notices": [
+            "notices": self.remarks
+            + [
                 f"{text} ({count} row{'s' if count > 1 else ''})"
                 for text, count in sorted(self.notes.most_common(_NOTES_SHOWN))
             ]
@@ -339,7 +341,8 @@ def _encode_files(
     progress: bool,
 ) -> None:
     names = findings.names
-    jobs = ((file, chunk) for file, path in enumerate(paths) for chunk in chunks_of(iter_rows(path, names[file])))
+    rows = (iter_rows(path, name, findings.remarks.append) for path, name in zip(paths, names, strict=True))
+    jobs = ((file, chunk) for file, rows_of_file in enumerate(rows) for chunk in chunks_of(rows_of_file))
     with tqdm(desc=f"encoding {', '.join(names)}", unit=" rows", mininterval=0.5, disable=not progress) as bar:
         for file, chunk in encode_in_order(jobs, encoder, processes):
             findings.add(file, chunk)

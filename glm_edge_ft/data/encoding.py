@@ -8,8 +8,9 @@ ends it. Places are those of characters alone, so text that looks like a control
     <|user|> ⏎ Hi <|assistant|> ⏎ Hello <|user|> ⏎ Bye <|assistant|> ⏎ See you <|user|>
                                 ^^^^^^^^^^^^^^^^                     ^^^^^^^^^^^^^^^^^^    supervised
 
-(The last `<|user|>` is appended: the template renders nothing there, but the model must learn to stop.) A token that
-covers both the end of the generation prompt and the beginning of the reply is supervised, unless it is a special token.
+(The last `<|user|>` is appended: the template renders nothing there, but the model must learn to stop.) Where a token
+would cover both the end of the generation prompt and the beginning of a supervised reply, as of a reply that begins
+with a line break, the text is tokenized in two pieces: generation starts from the tokens of the prompt alone.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class DroppedRow:
 
 
 @dataclass(frozen=True)
-class _Located:
+class Located:
     """A tokenized conversation with its replies located in it; `ids` may end with a stop token beyond the text."""
 
     ids: list[int]
@@ -226,7 +227,16 @@ class ConversationEncoder:
         """Return how many tokens the prompt of the reply at `index` takes. Raises TemplateRefusal."""
         return len(self.tokenizer.encode(self.render_prompt(conversation, index)).ids)
 
-    def _locate(self, conversation: Conversation, tokens: TokenizedText) -> _Located:
+    def locate(self, conversation: Conversation) -> Located:
+        """Return the whole conversation as training gets it, budgets aside, with the place of each reply.
+
+        Raises TemplateRefusal, or UserError where the turns are not prefixes of the whole.
+        """
+        return self._locate(conversation, self.tokenizer.encode_batch([self._render(conversation)])[0], to_end=True)
+
+    def _locate(
+        self, conversation: Conversation, tokens: TokenizedText, *, to_end: bool = False, cuts: tuple[int, ...] = ()
+    ) -> Located:
         ids = tokens.ids
         replies: list[ReplySpan] = []
         last = len(conversation.messages) - 1
@@ -237,16 +247,18 @@ class ConversationEncoder:
                 continue
             begin, stop = self._reply_characters(conversation, index, tokens.text)
             first = tokens.first_ending_after(begin)
-            is_special = first < len(tokens.ids) and tokens.ids[first] in self.tokenizer.special_ids
-            if is_special and tokens.starts_before(first, begin):
-                first += 1
+            if first < len(tokens.ids) and tokens.starts_before(first, begin):
+                if tokens.ids[first] in self.tokenizer.special_ids:
+                    first += 1
+                elif message.supervised and (pieces := self.tokenizer.encode_pieces(tokens.text, (*cuts, begin))):
+                    return self._locate(conversation, pieces, to_end=to_end, cuts=(*cuts, begin))
             end = max(first, tokens.first_starting_at(stop))
             if not self.reply_format.closing_stops and end < len(ids) and ids[end] in self.reply_format.stop_ids:
                 end += index == last or self._has_header(conversation, index)
             replies.append(ReplySpan(index, first, end, message.supervised))
-            if message.supervised and first > self.budgets.max_input_length:
+            if message.supervised and first > self.budgets.max_input_length and not to_end:
                 break  # this turn and all later ones will not be kept
-        return _Located(ids, tokens, replies)
+        return Located(ids, tokens, replies)
 
     def _has_header(self, conversation: Conversation, index: int) -> bool:
         # Without a text of its own before the next content, a stop token there would be the user's.
@@ -285,7 +297,7 @@ class ConversationEncoder:
         return len(prompt), content_end + self.reply_format.closing_supervised
 
     def _row(
-        self, conversation: Conversation, located: _Located, plan: RowPlan, prompt_cut: int, notes: tuple[str, ...]
+        self, conversation: Conversation, located: Located, plan: RowPlan, prompt_cut: int, notes: tuple[str, ...]
     ) -> EncodedRow:
         input_ids = np.array(located.ids[: plan.end], dtype=np.int32)
         loss_mask = np.zeros(plan.end, dtype=np.bool_)
@@ -312,7 +324,7 @@ def _refused(conversation: Conversation, refusal: TemplateRefusal) -> Problem:
     return Problem(conversation.place, f"the chat template refuses this conversation: {refusal}")
 
 
-def _role_tokens(conversation: Conversation, located: _Located, length: int, image_tokens: int) -> RoleTokens:
+def _role_tokens(conversation: Conversation, located: Located, length: int, image_tokens: int) -> RoleTokens:
     # The contents stand in the text in order. One that the template changed, more than stripped, is not counted.
     counts = dict.fromkeys(("system", "user", "assistant", "other"), 0)
     position = 0

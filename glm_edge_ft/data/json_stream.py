@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from glm_edge_ft.data.json_text import WHITESPACE, JsonMistake, decode_value, end_of_refused_value
+from glm_edge_ft.data.json_text import WHITESPACE, JsonMistake, decode_value, end_of_refused_value, loosened
 from glm_edge_ft.errors import Problem
 
 CHUNK_BYTES = 1 << 20
@@ -28,8 +28,10 @@ class PlacedValue:
 class _Reader:
     """A window on the text of a file that knows the line and column of each character in it."""
 
-    def __init__(self, handle: BinaryIO, chunk_bytes: int) -> None:
+    def __init__(self, handle: BinaryIO, chunk_bytes: int, loosen: Callable[[int], None] | None = None) -> None:
         self.handle = handle
+        self.loosen = loosen
+        self.unsettled = ""  # what more text may make a comment or a comma that closes
         self.chunk_bytes = chunk_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text = ""
@@ -42,7 +44,12 @@ class _Reader:
         """Read more text behind the window. Raises UnicodeDecodeError."""
         data = self.handle.read(size or self.chunk_bytes)
         self.ended = not data
-        self.text += self.decoder.decode(data, final=self.ended)
+        text, first = self.decoder.decode(data, final=self.ended), None
+        if self.loosen is not None:
+            text, self.unsettled, first = loosened(self.unsettled + text, self.ended)
+        self.text += text
+        if self.loosen is not None and first is not None:
+            self.loosen(self.place(len(self.text) - len(text) + first)[0])
 
     def consume(self, end: int) -> None:
         """Move the position to `end`, and forget what lies before it from time to time."""
@@ -96,7 +103,11 @@ class _Reader:
 
 
 def stream_values(
-    handle: BinaryIO, name: str, is_message: Callable[[Any], bool], chunk_bytes: int = CHUNK_BYTES
+    handle: BinaryIO,
+    name: str,
+    is_message: Callable[[Any], bool],
+    chunk_bytes: int = CHUNK_BYTES,
+    loosen: Callable[[int], None] | None = None,
 ) -> Iterator[PlacedValue | Problem]:
     """Yield the rows of a JSON document: the elements of its arrays, and the values that stand outside of one.
 
@@ -108,8 +119,9 @@ def stream_values(
         name: how messages call the file.
         is_message: tells from the first element of an array whether the array is one conversation.
         chunk_bytes: how much is read at once.
+        loosen: is told the line of comments and trailing commas, which are read over then; None refuses them.
     """
-    reader = _Reader(handle, chunk_bytes)
+    reader = _Reader(handle, chunk_bytes, loosen)
     try:
         while first := reader.skip_whitespace():
             if first == "[" and _is_array_of_rows(reader, is_message):

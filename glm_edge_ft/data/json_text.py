@@ -13,6 +13,11 @@ from typing import Any
 MAXIMUM_DEPTH = 64
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_LOOSE = re.compile(  # a string, passed over; a comment; a comma that closes; a group is set where more text may follow
+    r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?(\Z))'
+    r"|//[^\n]*(\Z)?|/(\Z)|,(?=(?:\s|//[^\n]*\n)*(?:[\]}]|(?:/|//[^\n]*)?(\Z)))",
+    re.DOTALL,
+)
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -62,6 +67,28 @@ def _finite_float(text: str) -> float:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float)
 _PLAIN_DECODER = json.JSONDecoder()
+
+
+def loosened(text: str, ended: bool = True) -> tuple[str, str, int | None]:
+    """Return JSON with spaces in place of comments (`// ...`) and of commas before a closing bracket; strings stay.
+
+    Args:
+        text: begins outside of a string.
+        ended: whether the text is whole.
+
+    Returns:
+        The text up to what may change when more text comes, the rest, and the place of the first change or None.
+    """
+    pieces: list[str] = []
+    first, done = None, 0
+    for match in _LOOSE.finditer(text):
+        if match.lastindex and not ended:
+            return "".join((*pieces, text[done : match.start()])), text[match.start() :], first
+        if match[0].startswith("//") or (match[0] == "," and not match.lastindex):
+            first = match.start() if first is None else first
+            pieces += [text[done : match.start()], " " * len(match[0])]
+            done = match.end()
+    return "".join((*pieces, text[done:])), "", first
 
 
 def decode_value(text: str, start: int = 0) -> tuple[Any, int]:

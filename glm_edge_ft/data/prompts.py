@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
-from glm_edge_ft.data.budget import Budgets, TooLong, shorten_prompt
+from glm_edge_ft.data.budget import Budgets, ReplySpan, TooLong, shorten_prompt
 from glm_edge_ft.data.conversation import Conversation
-from glm_edge_ft.data.encoding import ConversationEncoder
+from glm_edge_ft.data.encoding import ConversationEncoder, Located
 from glm_edge_ft.data.images import resolve
 from glm_edge_ft.data.template import TemplateRefusal
 from glm_edge_ft.errors import UserError
@@ -25,7 +24,8 @@ class PromptSample:
     Attributes:
         prompt_ids: (length,) int32; the true history up to the generation prompt, nothing of the reference.
         prompt: the text that the ids stand for.
-        reference: the content of the assistant turn as written in the file.
+        reference: text of the tokens that training supervises there: all that the template renders of the reply, tool
+            calls and reasoning too, cut at `max_output_length`, and cleaned as a prediction is (`clean_prediction`).
         file: name of the data file.
         line: 1-based line in it.
         turn: index of the assistant turn among the conversation's messages.
@@ -61,17 +61,21 @@ def encode_prompts(
     Raises:
         UserError: the template cannot render the history, or leaves an image of it out.
     """
+    try:
+        located = encoder.locate(conversation)
+    except TemplateRefusal as refusal:
+        raise UserError.single(conversation.place, f"the chat template refuses this conversation: {refusal}") from None
     return [
-        _sample(encoder, conversation, index, image_folder)
-        for index, message in enumerate(conversation.messages)
-        if message.supervised
+        _sample(encoder, conversation, located, reply, image_folder) for reply in located.replies if reply.supervised
     ]
 
 
-def _sample(encoder: ConversationEncoder, conversation: Conversation, turn: int, image_folder: Path) -> PromptSample:
-    budgets = encoder.budgets
+def _sample(
+    encoder: ConversationEncoder, conversation: Conversation, located: Located, reply: ReplySpan, image_folder: Path
+) -> PromptSample:
+    budgets, turn, full = encoder.budgets, reply.index, located.ids[: reply.start]
+    supervised = located.ids[reply.start : min(reply.end, reply.start + budgets.max_output_length)]
     try:
-        full = _encode(encoder, conversation, turn)
         _check_images(encoder, conversation, turn, full)
         kept, index, ids = conversation, turn, full
         while len(ids) > budgets.max_input_length and (drop := _oldest_turn(kept, index)) is not None:
@@ -91,7 +95,7 @@ def _sample(encoder: ConversationEncoder, conversation: Conversation, turn: int,
     return PromptSample(
         prompt_ids=np.array(ids, dtype=np.int32),
         prompt=prompt,
-        reference=conversation.messages[turn].text,
+        reference=clean_prediction(encoder, supervised),
         file=conversation.file,
         line=conversation.line,
         turn=turn,
@@ -131,17 +135,14 @@ def _shortened(
     return shorter, _encode(encoder, shorter, index)
 
 
-def clean_prediction(encoder: ConversationEncoder, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return the text of a generated reply: up to the first stop token, as the reference would be written.
+def clean_prediction(encoder: ConversationEncoder, ids: Sequence[int]) -> str:
+    """Return the text of a reply, generated or to be generated: up to its first stop token, control tokens included.
 
     Args:
         encoder: knows the stop tokens and what the template writes around a reply.
-        tokenizer: decodes.
-        ids: (length,) the generated ids, without the prompt.
+        ids: (length,) the ids of the reply, without the prompt.
     """
     reply_format = encoder.reply_format
     end = next((position for position, token in enumerate(ids) if int(token) in reply_format.stop_ids), len(ids))
-    kept = [int(token) for token in ids[:end]]
-    text = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    text = text.removeprefix(reply_format.prefix)
+    text = encoder.tokenizer.decode([int(token) for token in ids[:end]]).removeprefix(reply_format.prefix)
     return text if reply_format.closing_stops else text.removesuffix(reply_format.closing)

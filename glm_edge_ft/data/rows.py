@@ -2,20 +2,21 @@
 
 The layout is told by the content, not by the name: one value a line, one array (pretty-printed or on one line), or
 objects one after another all give the same rows. Nothing here infers a schema, so no field is added, none lost, and no
-text changed. (A parquet struct column stores a null for every field that a row lacks; such nulls cannot be told from
+text changed. In a `.json` file comments (`// ...`) and commas before a closing bracket are read over and remarked on.
+(A parquet struct column stores a null for every field that a row lacks; such nulls cannot be told from
 real ones and are left out. A parquet column of JSON strings has no such limit.)
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from glm_edge_ft.data.json_stream import stream_values
-from glm_edge_ft.data.json_text import WHITESPACE, JsonMistake, decode_value
+from glm_edge_ft.data.json_text import WHITESPACE, JsonMistake, decode_value, loosened
 from glm_edge_ft.errors import Problem
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -47,7 +48,9 @@ class RawRow:
         return f"{self.file}:{self.line}"
 
 
-def iter_rows(path: Path, name: str | None = None) -> Iterator[RawRow | Problem]:
+def iter_rows(
+    path: Path, name: str | None = None, remark: Callable[[str], None] = lambda text: None
+) -> Iterator[RawRow | Problem]:
     """Yield the rows of a data file in order, and a `Problem` in the place of each one that cannot be read.
 
     Memory does not grow with the file. A line-oriented file goes on after a bad line. A file without any row yields
@@ -56,13 +59,18 @@ def iter_rows(path: Path, name: str | None = None) -> Iterator[RawRow | Problem]
     Args:
         path: the file.
         name: how messages call it; the file's own name by default.
+        remark: is told what is no JSON and read all the same, once.
     """
     name = name or path.name
     refusal = file_problem(path, name)
     if refusal is not None:
         yield refusal
         return
-    rows = _parquet_rows(path, name) if path.suffix.lower() == ".parquet" else _without_lone_array(_json(path, name))
+    rows = (
+        _parquet_rows(path, name)
+        if path.suffix.lower() == ".parquet"
+        else _without_lone_array(_json(path, name, remark))
+    )
     first = next(rows, None)
     if first is None:
         yield Problem(name, "0 conversations: the file holds no row", "write one conversation a line")
@@ -140,14 +148,22 @@ def _without_lone_array(rows: Iterator[RawRow | Problem]) -> Iterator[RawRow | P
         yield from rows
 
 
-def _json(path: Path, name: str) -> Iterator[RawRow | Problem]:
+def _json(path: Path, name: str, remark: Callable[[str], None]) -> Iterator[RawRow | Problem]:
+    told: list[int] = []
+
+    def tell(line: int) -> None:
+        if not told:
+            told.append(line)
+            remark(f"{name}:{line}: a // comment or a comma before a closing bracket: not JSON, and read all the same")
+
+    loosen = tell if path.suffix.lower() == ".json" else None
     with path.open("rb") as handle:
         sample = handle.read(_SAMPLE_BYTES)
         handle.seek(0)
-        if _is_line_oriented(sample, whole=len(sample) < _SAMPLE_BYTES):
-            yield from _json_lines(handle, name)
+        if _is_line_oriented(sample, len(sample) < _SAMPLE_BYTES, is_loose=loosen is not None):
+            yield from _json_lines(handle, name, loosen)
         else:
-            for value in stream_values(handle, name, is_message):
+            for value in stream_values(handle, name, is_message, loosen=loosen):
                 yield value if isinstance(value, Problem) else RawRow(name, value.line, value.column, value.value)
 
 
@@ -156,8 +172,9 @@ def is_message(value: Any) -> bool:
     return isinstance(value, dict) and "messages" not in value and not _MESSAGE_KEYS.isdisjoint(value)
 
 
-def _is_line_oriented(sample: bytes, whole: bool) -> bool:
-    lines = sample.decode("utf-8-sig", errors="replace").split("\n")
+def _is_line_oriented(sample: bytes, whole: bool, is_loose: bool) -> bool:
+    text = sample.decode("utf-8-sig", errors="replace")
+    lines = (loosened(text)[0] if is_loose else text).split("\n")
     if not whole:
         lines.pop()  # most likely cut
     texts = list(itertools.islice((line.strip() for line in lines if line.strip()), 50))
@@ -183,7 +200,7 @@ def _complete_container(text: str) -> Any | None:
     return value if end == len(text) else None
 
 
-def _json_lines(handle: BinaryIO, name: str) -> Iterator[RawRow | Problem]:
+def _json_lines(handle: BinaryIO, name: str, loosen: Callable[[int], None] | None) -> Iterator[RawRow | Problem]:
     for number, raw in enumerate(handle, start=1):
         data = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
         try:
@@ -191,6 +208,11 @@ def _json_lines(handle: BinaryIO, name: str) -> Iterator[RawRow | Problem]:
         except UnicodeDecodeError as error:
             yield not_utf8(name, number, data, error)
             return
+        if loosen is not None:
+            text, _, first = loosened(text)
+            text = text.rstrip(" \t\r\n")
+            if first is not None:
+                loosen(number)
         start = WHITESPACE.match(text).end()  # type: ignore[union-attr]  # the pattern matches anywhere
         if start == len(text):
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from jinja2 import Template
@@ -190,6 +191,26 @@ class OffsetTokenizer:
             by_lengths(text, encoding.ids, self._byte_lengths) or by_offsets(text, self.encode(text))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    def encode_pieces(self, text: str, cuts: Sequence[int]) -> TokenizedText | None:
+        """Return the tokens of a text so that none reaches over one of the characters `cuts`, which ascend.
+
+        None for a tokenizer that puts something before the text of each piece, such as a space.
+        """
+        encodings = [self.encode(text[start:end]) for start, end in pairwise((0, *cuts, len(text)))]
+        ids = [token_id for encoding in encodings for token_id in encoding.ids]
+        if self.decode(ids) != self.decode(self.encode(text).ids):
+            return None
+        places = [
+            (start + shift, end + shift)
+            for encoding, shift in zip(encodings, (0, *cuts), strict=True)
+            for start, end in encoding.offsets
+        ]
+        return TokenizedText(ids, [start for start, _ in places], [end for _, end in places], text, False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, control tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
 
 
 @dataclass(frozen=True)

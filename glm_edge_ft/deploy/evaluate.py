@@ -21,7 +21,7 @@ from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_file, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.errors import Problem, ProblemList, UserError
-from glm_edge_ft.files import can_be_made, expand_home
+from glm_edge_ft.files import can_be_made, did_you_mean, expand_home
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG
 from glm_edge_ft.preflight import Prepared
 from glm_edge_ft.recipe import build_collator, build_reply_tools, load_evaluations, make_output_dir, quiet_libraries
@@ -103,7 +103,9 @@ def _check_data_file(path: Path) -> list[Problem]:
     if path.is_dir():
         return [Problem(f"DATA_FILE {path}", "is a folder", f"name a file in it, such as {path / 'test.jsonl'}")]
     if not path.is_file():
-        return [Problem(f"DATA_FILE {path}", "there is no such file", "name a file of conversations")]
+        return [
+            Problem(f"DATA_FILE {path}", "there is no such file", did_you_mean(path) + "name a file of conversations")
+        ]
     if path.suffix.lower() not in DATA_SUFFIXES:
         return [Problem(f"DATA_FILE {path}", "has an unknown format", f"use one of {', '.join(DATA_SUFFIXES)}")]
     return []

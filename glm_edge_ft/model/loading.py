@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.files import expand_home
+from glm_edge_ft.files import did_you_mean, expand_home
 from glm_edge_ft.model.hub import read_cached_first
 from glm_edge_ft.model.nano import EMBEDDED_MODELS, resolve_embedded
 from glm_edge_ft.model.weight_files import find_cached_folder, name_first
@@ -94,7 +94,7 @@ def locate_model(name: str) -> ModelLocation:
         raise UserError.single(
             f"MODEL {name}",
             "there is no such folder",
-            f"give a folder, a hub id such as owner/model, or one of: {known}",
+            f"{did_you_mean(folder)}give a folder, a hub id such as owner/model, or one of: {known}",
         )
     return ModelLocation(name=name, source=name, is_local=False)
 
@@ -246,7 +246,8 @@ def _why_unreadable(location: ModelLocation, error: Exception, part: str = "") -
 def _what_to_do(location: ModelLocation) -> str:
     if location.is_local:
         return "the folder needs config.json, tokenizer.json, tokenizer_config.json and the weights as *.safetensors"
-    return "download the model where there is a network and give its folder as MODEL"
+    hint = did_you_mean(expand_home(location.name))
+    return f"{hint}download the model where there is a network and give its folder as MODEL"
 
 
 def _read_stop_ids(

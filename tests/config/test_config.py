@@ -17,7 +17,7 @@ from glm_edge_ft.config import DataConfig, RunConfig, check_data_files, load_con
 from glm_edge_ft.config.names import OLD_TRAINING_NAMES, Renamed
 from glm_edge_ft.config.schema import training_fields
 from glm_edge_ft.errors import Problem, UserError
-from tests.config.files import LORA, NO_EVALUATION, load, notices, refused, write
+from tests.config.files import HEAD, LORA, NO_EVALUATION, load, notices, refused, write
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -196,6 +196,29 @@ def test_warmup_ratio_of_one_is_not_one_step(tmp_path: Path) -> None:
     """C2: warmup_steps reads 1 as one step, so a ratio of 1 cannot be carried over."""
     (problem,) = refused(tmp_path, "warmup_ratio: 1.0")
     assert problem.what == "`1.0` is not a fraction from 0 to below 1"
+
+
+FLAT = "train_file: a.json\nnum_proc: 2\ngeneration_config:\n  do_sample: no\ntraining_args:\n  output_dir: x\n"
+
+
+def test_keys_at_the_top_as_the_guide_lists_them_are_read(tmp_path: Path) -> None:
+    """K32: with one notice for each section; a mistake keeps its line, and `--set` wins under either name."""
+    config = load(tmp_path, head=FLAT)
+    assert config.data_config == DataConfig("a.json", num_proc=2)
+    assert config.generation_config == {"do_sample": False}
+    assert [notice.partition(" ")[0] for notice in notices(config)] == ["run.yaml:1:", "run.yaml:3:"]
+    assert [
+        problem.where for problem in refused(tmp_path, head=FLAT.replace("2", "many").replace("no\n", "maybe\n"))
+    ] == [
+        "run.yaml:2: data_config.num_proc",
+        "run.yaml:4: training_args.generation_config.do_sample",
+    ]
+    for head in (FLAT, HEAD):
+        for name in ("train_file", "data_config.train_file"):
+            assert load(tmp_path, head=head, overrides=(f"{name}=b.json",)).data_config.train_file == "b.json"
+    assert load_config(tmp_path / "run.yaml").resolved() == load(tmp_path).resolved()
+    (twice,) = refused(tmp_path, rest="val_file: other.jsonl")
+    assert twice.where.endswith(": val_file")
 
 
 def test_old_name_only_the_user_can_rewrite_is_refused(tmp_path: Path) -> None:

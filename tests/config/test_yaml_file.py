@@ -59,11 +59,11 @@ def test_aliases_cannot_blow_the_file_up(tmp_path: Path) -> None:
 
 
 def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
-    """C6: a config that is not there."""
+    """C6, K32: a config that is not there."""
     (tmp_path / "lora.yaml").touch()
-    assert refusal(tmp_path / "loar.yaml") == Problem(
-        "loar.yaml", "no such config file", "config files there: lora.yaml"
-    )
+    problem = refusal(tmp_path / "loar.yaml")
+    assert (problem.where, problem.what) == ("loar.yaml", "no such config file")
+    assert problem.fix == f"did you mean {tmp_path / 'lora.yaml'}? config files there: lora.yaml"
 
 
 def test_folder_is_refused(tmp_path: Path) -> None:

@@ -136,11 +136,11 @@ def test_control_tokens_in_the_text_move_nothing(
 def test_white_space_at_the_edges_belongs_to_the_reply(
     make_encoder: EncoderMaker, make_tokenizer: TokenizerMaker
 ) -> None:
-    """M1: trimmed offsets would lose it; a token over both sides of the boundary is supervised."""
+    """M1: trimmed offsets would lose it; no token covers both sides of the boundary, as none does in generation."""
     messages = [{"role": "user", "content": "a\n"}, {"role": "assistant", "content": "\n\n b  \n"}]
     row = encoded(make_encoder("glm-newline"), messages)
     assert marked(row, make_tokenizer("glm-newline")) == [
-        *["<|user|>", "\n", "a", "\n", "<|assistant|>", "*\n\n\n", "* ", "*b", "* ", "* ", "*\n", "*<|user|>"]
+        *["<|user|>", "\n", "a", "\n", "<|assistant|>", "\n", "*\n\n", "* ", "*b", "* ", "* ", "*\n", "*<|user|>"]
     ]
 
 
@@ -161,14 +161,14 @@ def test_a_marker_that_swallows_white_space_is_not_supervised(backend: Tokenizer
 def test_a_token_over_the_end_of_a_reply_is_supervised(
     make_encoder: EncoderMaker, make_tokenizer: TokenizerMaker
 ) -> None:
-    """M1: where plain text surrounds a reply, its first and last tokens may reach out of it."""
+    """M1: where plain text surrounds a reply, its last token may reach out of it, and its first may not."""
     template = (
         "{% for m in messages %}{{ '\\n' if not loop.first }}{{ m.role }}: {{ m.content }}{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
     )
     row = encoded(make_encoder(template), [*TWO_TURNS[:2], {"role": "user", "content": "x"}])
     text = "".join(marked(row, make_tokenizer(template))).replace("\n", "⏎")
-    assert text.endswith("assistant:* my* friend*⏎⏎user: x⏎")
+    assert text.endswith("assistant: *my* friend*⏎⏎user: x⏎")
 
 
 def test_a_user_text_that_begins_with_a_stop_token_ends_no_reply(make_encoder: EncoderMaker) -> None:

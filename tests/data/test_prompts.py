@@ -112,7 +112,7 @@ def test_a_generated_reply_reads_like_its_reference(
         if not encoder.reply_format.closing_stops:
             ids = [*ids, encoder.reply_format.stop_id]
         garbage = tokenizer("hello there", add_special_tokens=False)["input_ids"]
-        assert clean_prediction(encoder, tokenizer, [*ids, *garbage]) == text
+        assert clean_prediction(encoder, [*ids, *garbage]) == text
 
     check()
 
@@ -120,6 +120,6 @@ def test_a_generated_reply_reads_like_its_reference(
 def test_a_reply_without_a_stop_token_is_kept_whole(make_encoder: EncoderMaker, make_tokenizer: TokenizerMaker) -> None:
     """E1: generation that ran into its limit, and none at all."""
     encoder, tokenizer = make_encoder("glm"), make_tokenizer("glm")
-    assert clean_prediction(encoder, tokenizer, tokenizer("\nmy friend")["input_ids"]) == "my friend"
-    assert clean_prediction(encoder, tokenizer, tokenizer("my friend")["input_ids"]) == "my friend"
-    assert clean_prediction(encoder, tokenizer, []) == ""
+    assert clean_prediction(encoder, tokenizer("\nmy friend")["input_ids"]) == "my friend"
+    assert clean_prediction(encoder, tokenizer("my friend")["input_ids"]) == "my friend"
+    assert clean_prediction(encoder, []) == ""

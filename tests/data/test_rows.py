@@ -217,27 +217,85 @@ def test_missing_files_folders_and_other_kinds_are_refused(tmp_path: Path) -> No
 
 
 def test_a_mistake_inside_an_array_is_named_by_line_and_column(tmp_path: Path) -> None:
-    """D2: the guide's own example has comments and trailing commas."""
-    path = tmp_path / "train.json"
+    """D2: in a file of another name than `.json`, JSON is JSON."""
+    path = tmp_path / "train.jsonl"
     path.write_text('[\n  {\n    "messages": [\n      {"role": "user",},\n      // Multi_turns\n    ]\n  }\n]\n')
-    assert problems(path)[0].startswith("train.json:4:2")
+    assert problems(path)[0].startswith("train.jsonl:4:2")
     assert "a comma" in problems(path)[0]
     path.write_text('[\n  {\n    "messages": [\n      {"role": "user"},\n      // Multi_turns\n    ]\n  }\n]\n')
-    assert problems(path)[0].startswith("train.json:5:7: a comment: JSON has no comments")
+    assert problems(path)[0].startswith("train.jsonl:5:7: a comment: JSON has no comments")
+
+
+LOOSE = r"""// the rows
+[ // "one
+  {
+    "messages": [
+      {"role": "system", "content": "see https://a.b//c, ] and \\",}, // and "this", ]
+      // Multi_turns
+      {"role": "user", "content": "// no comment, }\""},
+    ],
+  }, // then
+
+  {"messages": [{"role": "user", "content": "x",},]},
+  // no more ]
+] // the end
+// of it"""
+LOOSE_VALUES = [
+    {
+        "messages": [
+            {"role": "system", "content": "see https://a.b//c, ] and \\"},
+            {"role": "user", "content": '// no comment, }"'},
+        ]
+    },
+    {"messages": [{"role": "user", "content": "x"}]},
+]
+
+
+@pytest.mark.parametrize("chunk", [*range(1, 20), 4096])
+def test_comments_and_trailing_commas_are_read_over(chunk: int) -> None:
+    """K32: wherever the chunks end; each row keeps its place, and texts stay as they are."""
+    told: list[int] = []
+    found = list(stream_values(io.BytesIO(LOOSE.encode()), "x", is_message, chunk, told.append))
+    assert [(value.line, value.column, value.value) for value in found if isinstance(value, PlacedValue)] == [
+        (3, 3, LOOSE_VALUES[0]),
+        (11, 3, LOOSE_VALUES[1]),
+    ]
+    assert len(found) == 2
+    assert told[0] == 1
+
+
+LOOSE_LINES = "\n".join(json.dumps(value)[:-1] + ",} // row" for value in LOOSE_VALUES)
+
+
+@pytest.mark.parametrize("text", [LOOSE, LOOSE_LINES])
+def test_such_a_file_is_remarked_on_once(tmp_path: Path, text: str) -> None:
+    """K32: in a `.json` file of either layout; other mistakes keep their place, and in `.jsonl` all are refused."""
+    path, told = tmp_path / "train.json", list[str]()
+    path.write_text(text)
+    rows = list(iter_rows(path, remark=told.append))
+    assert [row.value for row in rows if isinstance(row, RawRow)] == LOOSE_VALUES
+    assert len(rows) == len(LOOSE_VALUES)
+    assert [line.partition(": ")[0] for line in told] == ["train.json:1"]
+    path.write_text(text.replace('"x"', "x"))
+    line = text[: text.index('"x"')].count("\n") + 1
+    assert problems(path)[0].startswith(f"train.json:{line}:")
+    other = tmp_path / "train.jsonl"
+    other.write_text(text)
+    assert any(word in problems(other)[0] for word in ("a comment", "a comma before"))
 
 
 @pytest.mark.parametrize(
     ("text", "where", "reason"),
     [
-        ('[\n{"a": 1},\n]', "train.json:3:1", "a comma before ']'"),
-        ('[\n{"a": 1}\n{"b": 1}\n]', "train.json:3:1", "expected ',' or ']' after an element of the array, found '{'"),
-        ('[\n{"a": 1},\n', "train.json:3:1", "the file ends inside the array of line 1"),
-        ('[\n{"a": 1}\n', "train.json:3:1", "expected ',' or ']' after an element of the array, found 'the end"),
+        ('[\n{"a": 1},\n]', "train.jsonl:3:1", "a comma before ']'"),
+        ('[\n{"a": 1}\n{"b": 1}\n]', "train.jsonl:3:1", "expected ',' or ']' after an element of the array, found '{'"),
+        ('[\n{"a": 1},\n', "train.jsonl:3:1", "the file ends inside the array of line 1"),
+        ('[\n{"a": 1}\n', "train.jsonl:3:1", "expected ',' or ']' after an element of the array, found 'the end"),
     ],
 )
 def test_a_broken_array_keeps_the_rows_before(tmp_path: Path, text: str, where: str, reason: str) -> None:
     """D2: the end and the joints of an array."""
-    path = tmp_path / "train.json"
+    path = tmp_path / "train.jsonl"
     path.write_text(text)
     row, problem = read(path)[:2]
     assert isinstance(row, RawRow)
@@ -334,9 +392,12 @@ def test_streaming_gives_what_the_json_parser_gives(
 ) -> None:
     """D3: an array and a sequence of objects, cut anywhere by the chunks, with the line of each row."""
     texts = [json.dumps(row, indent=indent, ensure_ascii=ascii_only) for row in rows]
+    told: list[int] = []
     for text in (json.dumps(rows, indent=indent, ensure_ascii=ascii_only), "\n".join(texts)):
-        found = list(stream_values(io.BytesIO(text.encode("utf-8")), "x", is_message, chunk))
-        assert [value.value if isinstance(value, PlacedValue) else value for value in found] == rows
+        for loosen in (told.append, None):
+            found = list(stream_values(io.BytesIO(text.encode("utf-8")), "x", is_message, chunk, loosen))
+            assert [value.value if isinstance(value, PlacedValue) else value for value in found] == rows
+    assert told == []
     lines = [1 + sum(text.count("\n") + 1 for text in texts[:index]) for index in range(len(rows))]
     assert [value.line for value in found if isinstance(value, PlacedValue)] == lines
 
@@ -352,6 +413,7 @@ def test_a_number_at_the_end_of_a_chunk_is_whole(chunk: int) -> None:
 @settings(max_examples=300)
 def test_no_bytes_raise(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     """D2: whatever a file holds, it gives rows and problems, at least one of them, and no exception."""
-    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
-    path.write_bytes(content)
-    assert read(path)
+    for name in ("fuzz.jsonl", "fuzz.json"):
+        path = tmp_path_factory.getbasetemp() / name
+        path.write_bytes(content)
+        assert read(path)

@@ -24,7 +24,7 @@ def test_the_pieces_together_are_the_reply_as_it_was_written(
     if not encoder.reply_format.closing_stops:
         ids.append(tokenizer.get_vocab()[STOP_TOKENS["glm"][1]])
     pieces: list[str] = []
-    streamer = ReplyStreamer(lambda ids: clean_prediction(encoder, tokenizer, ids), encoder.reply_format, pieces.append)
+    streamer = ReplyStreamer(lambda ids: clean_prediction(encoder, ids), encoder.reply_format, pieces.append)
     streamer.put(torch.tensor([[5, 6, 7]]))  # the prompt
     shown = []
     for token in ids:
@@ -35,11 +35,11 @@ def test_the_pieces_together_are_the_reply_as_it_was_written(
     assert all(reply.startswith(text) for text in shown)
 
 
-def test_it_is_shown_before_its_end(make_encoder: EncoderMaker, make_tokenizer: TokenizerMaker) -> None:
+def test_it_is_shown_before_its_end(make_encoder: EncoderMaker) -> None:
     """Each token that settles something is seen at once."""
-    encoder, tokenizer = make_encoder("glm"), make_tokenizer("glm")
+    encoder = make_encoder("glm")
     pieces: list[str] = []
-    streamer = ReplyStreamer(lambda ids: clean_prediction(encoder, tokenizer, ids), encoder.reply_format, pieces.append)
+    streamer = ReplyStreamer(lambda ids: clean_prediction(encoder, ids), encoder.reply_format, pieces.append)
     streamer.put(torch.tensor([[5]]))
     for token in encoder.tokenizer.encode("\nhello my friend").ids:
         streamer.put(torch.tensor([token]))
@@ -51,13 +51,13 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end(
     make_encoder: EncoderMaker, make_tokenizer: TokenizerMaker
 ) -> None:
     """A reply that the length limit cuts inside of a character."""
-    encoder, tokenizer = make_encoder("glm"), make_tokenizer("glm")
+    encoder = make_encoder("glm")
     ids = encoder.tokenizer.encode("😀").ids
     assert len(ids) > 1
     pieces: list[str] = []
-    streamer = ReplyStreamer(lambda ids: clean_prediction(encoder, tokenizer, ids), encoder.reply_format, pieces.append)
+    streamer = ReplyStreamer(lambda ids: clean_prediction(encoder, ids), encoder.reply_format, pieces.append)
     streamer.put(torch.tensor([[5]]))
     streamer.put(torch.tensor(ids[:1]))
     assert pieces == []
     streamer.end()
-    assert pieces == [clean_prediction(encoder, tokenizer, ids[:1])]
+    assert pieces == [clean_prediction(encoder, ids[:1])]
