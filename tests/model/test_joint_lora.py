@@ -71,14 +71,14 @@ def calls_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ],
 )
 def test_a_step_is_that_of_peft(settings: dict[str, Any], groups: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and every gradient within 1e-5 of PEFT's way: with dropout, without, some layers, other ranks and scales."""
+    """Loss and every gradient are those of PEFT's way: with dropout, without, some layers, other ranks and scales."""
     expected = step(adapted(**settings))
     model = adapted(**settings)
     compute_lora_jointly(model)
     with calls_counted(monkeypatch) as calls:
         found = step(model)
     assert calls == groups
-    assert_same_gradients(found, expected, 1e-5)
+    assert_same_gradients(found, expected)
 
 
 @pytest.mark.parametrize("base_format", [torch.float32, torch.bfloat16])
@@ -96,7 +96,7 @@ def test_a_step_under_autocast_is_that_of_peft(base_format: torch.dtype, monkeyp
     with calls_counted(monkeypatch) as calls:
         found = step(model, autocast=True)
     assert calls == [3, 3]
-    assert_same_gradients(found, expected, 0.03)
+    assert_same_gradients(found, expected, 0.1)
 
 
 def test_numbers_are_those_of_the_formula() -> None:
@@ -136,7 +136,7 @@ def test_checkpointed_layers_are_computed_together_again(reentrant: bool, monkey
     with calls_counted(monkeypatch) as calls:
         found = step(again)
     assert calls == [3, 3] if reentrant else [3, 3, 3, 3]
-    assert_same_gradients(found, expected, 1e-5 if reentrant else 0.0)
+    assert_same_gradients(found, expected, 1e-4 if reentrant else 0.0)
 
 
 def watched(model: Any) -> None:
@@ -197,7 +197,7 @@ def test_what_is_not_plain_lora_goes_peft_s_way(change: Any, monkeypatch: pytest
     with calls_counted(monkeypatch) as calls:
         found = step(model)
     assert calls == [0, 0, 0, 3]
-    assert_same_gradients(found, wanted, 1e-5)
+    assert_same_gradients(found, wanted)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
@@ -209,7 +209,7 @@ def test_variants_go_peft_s_way(settings: dict[str, Any], monkeypatch: pytest.Mo
     with calls_counted(monkeypatch) as calls:
         found = step(model)
     assert calls == [0] * 6
-    assert_same_gradients(found, expected, 1e-6)
+    assert_same_gradients(found, expected)
 
 
 def test_two_adapters_at_once_go_peft_s_way() -> None:
