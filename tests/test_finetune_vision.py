@@ -23,7 +23,7 @@ from glm_edge_ft.model.loading import load_image_processor, load_weights, locate
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ("data/demo_vision", "glm-edge-v-nano", "configs/demo_vision.yaml")
-CHANCE = 35.0  # what a wrong picture may score; guessing by the kind of question made 16 to 20
+CHANCE = 35.0  # what a wrong picture may score; guessing by the kind of question made 16
 
 
 def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,7 @@ def test_the_demo_learns(demo: tuple[Path, str]) -> None:
     first, last = evaluations(output)[0], evaluations(output)[-1]
     assert first["step"] == 0
     assert first["eval_exact-match"] <= 5.0
-    assert last["eval_exact-match"] >= 60.0  # 84 to 93 with other processors and orders of summing
+    assert last["eval_exact-match"] >= 60.0  # 86 to 93 were seen, as the order of summing changed
     assert last["eval_loss"] < first["eval_loss"] / 3
     (row,) = (line for line in printed.splitlines() if line.startswith("exact-match"))
     assert row.split()[1:3] == [f"{first['eval_exact-match']:.2f}", f"{last['eval_exact-match']:.2f}"]
