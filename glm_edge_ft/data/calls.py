@@ -19,7 +19,7 @@ def decode_calls(conversation: Conversation, keys: frozenset[str] = CALLS | OBJE
     def walk(value: Any, key: str = "") -> Any:
         if isinstance(value, str) and key in keys and (decoded := _object_in(value)) is not None:
             texts.append(value)
-            return decoded
+            return walk(decoded, key) if key in CALLS else decoded
         if isinstance(value, list):
             return [walk(element, key) for element in value]
         if isinstance(value, dict) and key not in OBJECTS:  # what is in those is the user's

@@ -136,7 +136,7 @@ def _convert(source: Path, out: Any, form: str, images: Path, folder: Path) -> C
         absent = next((path for path in paths.values() if not os.path.isfile(folder / path)), None)  # noqa: PTH113
         if absent is not None:
             fix = "give the folder that the paths start from with --images"
-            missing.append(Problem(row.place, f"no such image: {folder / absent}", fix))
+            missing.append(Problem(row.place, f"no such image: {folder / absent!s:.300}", fix))
         out.write(json.dumps(_written(conversation, paths), ensure_ascii=False) + "\n")
         written += 1
         with_images += bool(paths)

@@ -160,22 +160,30 @@ def _has_images(row: Mapping[str, Any], messages: Messages) -> bool:
 def _inline_images(row: Mapping[str, Any], messages: Messages) -> dict[str, Any]:
     """Put markers in the place of `<img>path</img>`, as Qwen-VL has it, and return the paths as `images` of the row."""
     found: list[str] = []
+
+    def marker(image: re.Match[str]) -> str:
+        found.append(image[1].strip())
+        return IMAGE_MARKER
+
     for message in messages:
-        content = message["content"]
-        if not isinstance(content, str) or not _INLINE_IMAGE.search(content):
-            continue
-        if message["role"] != "user":
+        content, before = message["content"], len(found)
+        if isinstance(content, str):
+            message["content"] = _INLINE_IMAGE.sub(marker, content)
+        else:
+            for part in content:
+                if isinstance(part.get("text"), str):
+                    part["text"] = _INLINE_IMAGE.sub(marker, part["text"])
+        if len(found) > before and message["role"] != "user":
             raise UnconvertibleError(f"a picture in a turn of the {message['role']}", "only a user shows pictures")
-        found += [path.strip() for path in _INLINE_IMAGE.findall(content)]
-        message["content"] = _INLINE_IMAGE.sub(IMAGE_MARKER, content)
     if found and _has_images(row, messages):
         raise UnconvertibleError("pictures both in <img> and under 'image' or 'images'", "keep one of them")
     return {"images": found} if found else {}
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    """Return a part of a content; an image part has its path under `image` then, whoever wrote it."""
-    if part.get("type") not in ("image", "image_url"):
+    """Return a part of a content, with a type; an image part has its path under `image` then, whoever wrote it."""
+    part = {"type": next((kind for kind in ("text", "image") if kind in part), None), **part}
+    if part["type"] not in ("image", "image_url"):
         return part
     key = next((key for key in ("image", "image_url", "path", "url") if part.get(key)), None)
     if key is None:
@@ -238,6 +246,9 @@ def _turn(turn: Any, index: int) -> dict[str, Any]:
     others = {key: value for key, value in turn.items() if value is not None}
     speaker = others.pop("from" if "from" in others else "role", None)
     content = others.pop("value" if "value" in others else "content", None)
+    twice = sorted({"from", "role", "value", "content"} & others.keys())
+    if twice:
+        raise UnconvertibleError(f"{place} has two names for one thing ({twice[0]!r} is one)", "keep one of them")
     if speaker in _SPEAKERS_OF_CALLS:
         raise UnconvertibleError(f"{place} calls a tool ({speaker!r}), which has no common form", "write it by hand")
     if not isinstance(speaker, str) or speaker.lower() not in _ROLES:

@@ -277,6 +277,11 @@ def test_a_share_of_a_reply_or_of_its_weight_is_left_out_with_the_reason(tmp_pat
             },
         ),
         ("alpaca", {"instruction": "<image>Q", "output": "A", "images": ["/p.png"]}),
+        (
+            "qwen-vl",
+            {"messages": [{"role": "user", "content": [{"image": "/p.png"}, {"text": "Q"}]}, USER_AND_REPLY[1]]},
+        ),
+        ("qwen-vl", {"messages": [{"role": "user", "content": [{"text": "<img>/p.png</img>Q"}]}, USER_AND_REPLY[1]]}),
     ],
 )
 def test_a_picture_is_kept_wherever_a_format_names_it(tmp_path: Path, form: str, row: dict[str, Any]) -> None:
@@ -353,6 +358,7 @@ def test_a_picture_is_kept_wherever_a_format_names_it(tmp_path: Path, form: str,
         ("sharegpt", {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]}, "a preference"),
         ("swift", {"messages": USER_AND_REPLY, "rejected_response": "B"}, "a preference"),
         ("openai", {"input": {"messages": []}, "preferred_output": [{}], "non_preferred_output": [{}]}, "a preference"),
+        ("sharegpt", {"conversations": [TURNS[0], {**TURNS[1], "content": "B"}]}, "two names for one thing"),
         ("sharegpt", {"conversations": TURNS, "messages": USER_AND_REPLY}, "both 'conversations' and 'messages'"),
     ],
 )
@@ -417,6 +423,9 @@ def test_calls_of_tools_are_objects_and_their_results_are_of_the_tool(tmp_path: 
         assert rows[0]["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [call({"x": 1})]}
         assert rows[0]["messages"][2] == {"role": "tool", "content": "7", "tool_call_id": "1"}
         assert len(conversion.notes) == (not isinstance(arguments, dict))
+        messages[1]["tool_calls"] = json.dumps(messages[1]["tool_calls"])
+        (tmp_path / f"{number} whole").mkdir()
+        assert convert(tmp_path / f"{number} whole", "openai", row | {"messages": messages})[1] == rows
 
 
 def test_rows_that_are_left_out_are_counted_by_reason(tmp_path: Path) -> None:
