@@ -186,8 +186,8 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] not in ("image", "image_url"):
         return part
     key = next((key for key in ("image", "image_url", "path", "url") if part.get(key)), None)
-    if key is None:
-        return {"type": "image"}  # stands for an image of the row
+    if key is None:  # stands for an image of the row
+        return {name: value for name, value in part.items() if value} | {"type": "image"}
     path = part[key].get("url", part[key].get("path")) if isinstance(part[key], dict) else part[key]
     others = {name: value for name, value in part.items() if name not in ("type", key)}
     return {"type": "image", "image": _local(path), **others}

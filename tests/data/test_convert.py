@@ -357,6 +357,7 @@ def test_a_picture_is_kept_wherever_a_format_names_it(tmp_path: Path, form: str,
         ("alpaca", {"instruction": "Q", "chosen": "A", "rejected": "B"}, "a preference between replies"),
         ("sharegpt", {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]}, "a preference"),
         ("swift", {"messages": USER_AND_REPLY, "rejected_response": "B"}, "a preference"),
+        ("llava", {"image_path": "p.png", "conversations": TURNS}, "a picture under 'image_path'"),
         ("openai", {"input": {"messages": []}, "preferred_output": [{}], "non_preferred_output": [{}]}, "a preference"),
         ("sharegpt", {"conversations": [TURNS[0], {**TURNS[1], "content": "B"}]}, "two names for one thing"),
         ("sharegpt", {"conversations": TURNS, "messages": USER_AND_REPLY}, "both 'conversations' and 'messages'"),
@@ -379,7 +380,7 @@ def test_texts_that_only_look_like_markers_stay_texts(tmp_path: Path) -> None:
     row = {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": reply}], "label": True}
     conversion, rows = convert(tmp_path, "qwen-vl", row)
     assert [message["content"] for message in rows[0]["messages"]] == [question, reply]
-    assert conversion.notes == {"key 'label' has no meaning here": 1}
+    assert conversion.notes["key 'label' has no meaning here"] == 1
 
 
 def test_what_is_no_text_and_no_picture_is_kept_or_named(tmp_path: Path) -> None:
