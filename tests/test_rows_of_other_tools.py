@@ -35,7 +35,7 @@ def write_lines(path: Path, rows: list[Any]) -> None:
 
 def test_json_lines_and_parquet_say_the_same(chat_folder: Path) -> None:
     """K20, K21: what is not learned, dropped, and named is the same in `.jsonl`, `.json` and `.parquet`."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [USER, {**REPLY, "weight": 0}, {**USER, "name": "Bo"}, REPLY], "source": "web"},
         {"messages": [USER, {**REPLY, "weight": 0}]},
         {"messages": [USER, {**REPLY, "reasoning_content": "hm"}], "blob": "x"},
