@@ -24,6 +24,7 @@ from glm_edge_ft.deploy.chat import ChatRequest, chat
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
 from glm_edge_ft.deploy.export_gguf import TYPES, ExportRequest, export_gguf
 from glm_edge_ft.deploy.merge import Format, MergeRequest, merge
+from glm_edge_ft.environment import check_launcher, forget_launcher
 from glm_edge_ft.files import expand_home
 from glm_edge_ft.report import report
 
@@ -65,7 +66,9 @@ def path_argument(metavar: str, text: str) -> Any:
 
 @app.callback()
 def main() -> None:
-    """Let the commands have their names, however many there are."""
+    """Work as one process, also where some of a launcher's variables were left in the environment."""
+    if check_launcher():
+        forget_launcher()
 
 
 @app.command("chat")

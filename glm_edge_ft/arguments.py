@@ -58,10 +58,12 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     if settings.get("use_cpu"):
         join_group_on_cpu(settings.get("ddp_backend"), settings.get("ddp_timeout", 1800))
     try:
-        return Seq2SeqTrainingArguments(**settings)
+        args = Seq2SeqTrainingArguments(**settings)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         what = f"transformers refuses these settings: {error}"
         raise UserError.single("training_args", what, "correct what it names, or leave it out") from error
+    args._n_gpu = min(args.n_gpu, 1)  # with more, the Trainer would share each batch by nn.DataParallel
+    return args
 
 
 def rows_per_step(args: Seq2SeqTrainingArguments) -> int:
@@ -85,15 +87,10 @@ def check_packed_arguments(args: Seq2SeqTrainingArguments) -> None:
 
     Raises UserError where the Trainer would cut a batch by its first dimension, which in a packed one has no rows.
     """
-    problems = ProblemList()
-    if args.n_gpu > 1:
-        what = f"true, but one process would share each batch among {args.n_gpu} GPUs"
-        fix = f"start with torchrun --standalone --nproc_per_node={args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0"
-        problems.add("padding_free", what, fix)
     if getattr(args.accelerator_config, "dispatch_batches", None):
         what = "dispatch_batches would cut batches that padding_free: true has put together"
-        problems.add("training_args.accelerator_config", what, "leave it out, or write padding_free: false")
-    problems.raise_if_any()
+        fix = "leave it out, or write padding_free: false"
+        raise UserError.single("training_args.accelerator_config", what, fix)
 
 
 def check_shared_batches(args: Seq2SeqTrainingArguments) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from glm_edge_ft.environment import launch
 from glm_edge_ft.errors import Problem
 from glm_edge_ft.machines import tell_failure
 from glm_edge_ft.node import is_first_to_say
@@ -70,8 +71,8 @@ def is_unicode(text: str) -> bool:
 
 
 def is_main_process() -> bool:
-    """Return whether this process shows things: rank 0, or the only one (torchrun sets RANK)."""
-    return os.environ.get("RANK", "0") == "0"
+    """Return whether this process shows things: rank 0, or the only one."""
+    return launch().rank == 0
 
 
 def show(text: str) -> None:
@@ -115,6 +116,6 @@ def show_failure(text: str, may_follow_another: bool = False) -> None:
             Nothing is printed then where another has failed before.
     """
     if is_first_to_say(text, of_all=may_follow_another):
-        end = "" if is_main_process() else f"\n(rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')})"
+        end = "" if is_main_process() else f"\n(rank {launch().rank} of {launch().world_size})"
         print(f"{text}{end}", file=sys.stderr, flush=True)
     tell_failure(text)

@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.environment import launch
 from glm_edge_ft.errors import ProcessLost, UserError
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ _over = threading.Event()
 
 def are_several() -> bool:
     """Return whether torchrun started this run on more than one machine."""
-    sizes = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]
-    return "TORCHELASTIC_RUN_ID" in os.environ and sizes[0] != sizes[1]
+    return "TORCHELASTIC_RUN_ID" in os.environ and launch().world_size != launch().local_world_size
 
 
 def meet(place: str) -> None:
@@ -53,8 +53,8 @@ def meet(place: str) -> None:
     if not are_several():
         return
     with _reached() as store:
-        store.set(f"{place}/{_rank()}", "")
-        missing, beats = list(range(_world_size())), _Beats()
+        store.set(f"{place}/{launch().rank}", "")
+        missing, beats = list(range(launch().world_size)), _Beats()
         while missing := [rank for rank in missing if not store.check([f"{place}/{rank}"])]:
             _raise_if_one_failed(store)
             beats.raise_if_silent(store, missing)
@@ -70,13 +70,13 @@ def tell_failure(text: str) -> None:
     """Let the processes that wait at a meeting know that this one ends, and why. Raises nothing."""
     if not are_several() or _over.is_set():
         return
-    told = json.dumps({"rank": _rank(), "machine": socket.gethostname(), "text": text})
+    told = json.dumps({"rank": launch().rank, "machine": socket.gethostname(), "text": text})
     try:
         with _reached() as store:
             is_first = store.compare_set(FAILURE, "", told).decode("utf-8") == told
-            store.set(_heard(_machine()), "")
+            store.set(_heard(launch().machine), "")
             if is_first:  # stay until the other machines know: the store may be gone with this one's launcher
-                machines = [_heard(number) for number in range(int(os.environ["GROUP_WORLD_SIZE"]))]
+                machines = [_heard(number) for number in range(launch().machines)]
                 end = time.monotonic() + SECONDS_TO_BE_HEARD
                 while not store.check(machines) and time.monotonic() < end:
                     time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -100,7 +100,7 @@ def check_shared_folder(folder: Path, resume: str | None) -> None:
     mark = folder / f".seen-by-all-{uuid.uuid4().hex}"
     try:
         with _reached() as store:
-            if _rank() == 0:
+            if launch().rank == 0:
                 mark.touch()
                 told = {"machine": socket.gethostname(), "mark": mark.name, "resume": resume}
                 store.set("output folder of process 0", json.dumps(told))
@@ -108,7 +108,7 @@ def check_shared_folder(folder: Path, resume: str | None) -> None:
                 _compare_folders(folder, resume, _wait_for(store, "output folder of process 0"))
         meet("the same output folder")
     finally:
-        if _rank() == 0:
+        if launch().rank == 0:
             mark.unlink(missing_ok=True)
 
 
@@ -143,7 +143,7 @@ def _wait_for(store: Store, key: str) -> dict[str, Any]:
 def _raise_if_one_failed(store: Store) -> None:
     if store.check([FAILURE]):
         told = json.loads(store.get(FAILURE))
-        store.set(_heard(_machine()), "")
+        store.set(_heard(launch().machine), "")
         raise ProcessLost(f"process {told['rank']}, on machine {told['machine']}, failed:\n{told['text']}")
 
 
@@ -163,8 +163,8 @@ class _Beats:
                 self.seen[rank] = (beat, now)
             elif now - before[1] > SECONDS_OF_SILENCE:
                 raise ProcessLost(
-                    f"process {rank} of {_world_size()} was not heard of for {SECONDS_OF_SILENCE:.0f} seconds: look "
-                    "at its machine; nothing was trained"
+                    f"process {rank} of {launch().world_size} was not heard of for {SECONDS_OF_SILENCE:.0f} seconds: "
+                    "look at its machine; nothing was trained"
                 )
 
 
@@ -198,7 +198,7 @@ def _connect() -> Store:
 def _beat(store: Store) -> None:
     try:
         while not _over.is_set():
-            store.add(f"beat/{_rank()}", 1)
+            store.add(f"beat/{launch().rank}", 1)
             _over.wait(SECONDS_BETWEEN_BEATS)
     except RuntimeError:  # the store is gone, which the next meeting will tell
         return
@@ -211,15 +211,3 @@ def _stop_beating(thread: threading.Thread) -> None:
 
 def _heard(machine: int) -> str:
     return f"heard of the failure/{machine}"
-
-
-def _machine() -> int:
-    return int(os.environ["GROUP_RANK"])
-
-
-def _rank() -> int:
-    return int(os.environ["RANK"])
-
-
-def _world_size() -> int:
-    return int(os.environ["WORLD_SIZE"])

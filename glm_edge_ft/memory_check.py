@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.arguments import tokens_per_pass
+from glm_edge_ft.environment import launch
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
@@ -117,7 +117,7 @@ def look_at_memory(prepared: Prepared) -> RunMemory:
         estimate=_estimate(size, prepared.precision, args, prepared.checkpoint, trace),
         batch=batch,
         on_gpu=on_gpu,
-        processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        processes=launch().local_world_size,
         device_bytes=torch.cuda.get_device_properties(args.device).total_memory if on_gpu else host_bytes,
         host_bytes=host_bytes,
         program_bytes=psutil.Process().memory_info().rss,

@@ -15,14 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from glm_edge_ft.environment import launch
+
 Result = TypeVar("Result")
 SECONDS_BETWEEN_LOOKS = 0.5
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
 
 
 def is_first_of_node() -> bool:
-    """Return whether this process does what is done once a machine (torchrun sets LOCAL_RANK)."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Return whether this process does what is done once a machine."""
+    return launch().local_rank == 0
 
 
 def wait_for(look: Callable[[], Result | None]) -> Result:
@@ -40,7 +42,7 @@ def shared_on_node(name: str, folder: Path, work: Callable[[], Any]) -> Any:
         folder: where the result is laid down; the same for all ranks of a machine.
         work: gives JSON-able data. What it raises is raised in the first process alone.
     """
-    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+    if launch().local_world_size == 1:
         return work()
     path = folder / f"{name}-{_launch_id()}.json"
     if not is_first_of_node():
@@ -62,7 +64,7 @@ def is_first_to_say(text: str, of_all: bool = False) -> bool:
         text: what is to be said.
         of_all: whether anything that was said before counts.
     """
-    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+    if launch().local_world_size == 1:
         return True
     folder = Path(tempfile.gettempdir()) / f"glm_edge_ft-{_launch_id(str(os.getppid()))}"  # torchrun's number, too
     try:

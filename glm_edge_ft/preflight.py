@@ -22,8 +22,9 @@ from glm_edge_ft.arguments import (
     check_shared_batches,
 )
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
-from glm_edge_ft.config.deepspeed import count_processes, read_deepspeed
+from glm_edge_ft.config.deepspeed import read_deepspeed
 from glm_edge_ft.console import is_main_process, show_notice
+from glm_edge_ft.environment import check_launcher, launch
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.files import can_be_made, expand_home
 from glm_edge_ft.memory_check import estimate_states
@@ -113,6 +114,7 @@ class Prepared:
 def check_inputs(request: RunRequest) -> Plan:
     """Check the command line and every file that it names. Raises UserError with all that is wrong."""
     problems = ProblemList()
+    problems.problems += check_launcher()
     location = None
     with _collect(problems):
         location = locate_model(request.model)
@@ -302,7 +304,7 @@ def _check_resume(plan: Plan, train: EncodedDataset, structure: Structure, probl
 def processes_of(plan: Plan) -> Processes:
     """Return how the run shares its work among processes."""
     deepspeed = plan.config.training_args.get("deepspeed")
-    return plan_processes(count_processes(), read_deepspeed(deepspeed) if deepspeed else None)
+    return plan_processes(launch().world_size, read_deepspeed(deepspeed) if deepspeed else None)
 
 
 def _read_data(

@@ -18,7 +18,8 @@ from glm_edge_ft.arguments import tokens_per_pass
 from glm_edge_ft.check_report import show_check
 from glm_edge_ft.console import is_main_process, show, show_notice, show_notice_of_any
 from glm_edge_ft.disk_check import advise_on_disk, look_at_disk
-from glm_edge_ft.distributed import keep_deepspeed_out, start_deepspeed
+from glm_edge_ft.distributed import keep_deepspeed_out, settle_gpus, start_deepspeed
+from glm_edge_ft.environment import drop_settings
 from glm_edge_ft.errors import RunStopped, UserError
 from glm_edge_ft.failures import explain_failures
 from glm_edge_ft.feature_cache import open_image_features
@@ -26,7 +27,15 @@ from glm_edge_ft.machines import check_shared_folder, end_meetings, meet
 from glm_edge_ft.model.quantization import silence_bitsandbytes
 from glm_edge_ft.output_lock import hold_output_dir
 from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
-from glm_edge_ft.run_record import build_run_record, describe_model, run_title, write_json, write_run_record
+from glm_edge_ft.run_record import (
+    build_run_record,
+    computed,
+    describe_computing,
+    describe_model,
+    run_title,
+    write_json,
+    write_run_record,
+)
 from glm_edge_ft.training.checkpoints import (
     CURVE_FILE,
     METRICS_FILE,
@@ -63,6 +72,7 @@ def run(request: RunRequest) -> None:
     with Termination() as termination:
         plan = check_inputs(request)
         quiet_libraries()
+        settle_gpus(plan.config.training_args)
         prepared = prepare(plan)
         meet("the end of the preparations")
         if request.check:
@@ -75,9 +85,11 @@ def run(request: RunRequest) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' advice to developers; their warnings about the user's run stay."""
+    """Silence the libraries' advice to developers and the environment's settings; warnings about the run stay."""
     import warnings
 
+    if dropped := drop_settings():
+        show_notice(f"not used, since the config alone decides how a run computes: {', '.join(dropped)}")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
@@ -120,7 +132,8 @@ def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], t
         show_notice(notice)
     record = build_run_record(prepared)
     trainer = build_trainer(prepared, evaluations, termination, functools.partial(write_run_record, record))
-    show(f"{describe_model(prepared)}\nattention: {attention_of(prepared).said}")
+    record["computed"] = computed(trainer, attention_of(prepared).said)
+    show(f"{describe_model(prepared)}\n{describe_computing(record['computed'])}")
     termination.defer(trainer.args.device)  # from here on SIGTERM may find something worth saving
     make_room(plan)  # not before all that can go wrong has gone right: an earlier run stays where it is until then
     write_run_record(record, plan.output_dir)

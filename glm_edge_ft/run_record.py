@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from glm_edge_ft.versions import read_versions
 
 if TYPE_CHECKING:
     from glm_edge_ft.preflight import Prepared
+    from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
 
 def build_run_record(prepared: Prepared) -> dict[str, Any]:
@@ -32,6 +34,40 @@ def build_run_record(prepared: Prepared) -> dict[str, Any]:
         "data": {split: _data_facts(prepared, split) for split in prepared.datasets},
         "versions": read_versions(),
     }
+
+
+def computed(trainer: GlmEdgeTrainer, attention: str) -> dict[str, Any]:
+    """Return how a run computes, as the objects that do it say, whatever config and environment asked for."""
+    import torch
+
+    accelerator = trainer.accelerator
+    mixed, plugin = accelerator.mixed_precision, accelerator.state.deepspeed_plugin
+    engine = "plain" if accelerator.num_processes == 1 else "DDP"
+    formats = sorted({str(weight.dtype).removeprefix("torch.") for weight in trainer.model.parameters()})
+    if plugin:
+        engine = f"DeepSpeed, ZeRO-{plugin.zero_stage}" if plugin.zero_stage else "DeepSpeed, ZeRO off"
+        formats = [{"bf16": "bfloat16", "fp16": "float16"}.get(mixed, "float32")]  # so it casts all that computes
+    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" or torch.get_float32_matmul_precision() != "highest"
+    return {
+        "precision": "fp32" if mixed == "no" else mixed,
+        "weights": formats,
+        "tf32": accelerator.device.type == "cuda" and is_tf32,
+        "engine": engine,
+        "world_size": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "compile": accelerator.state.dynamo_plugin.backend.value.lower(),
+        "attention": attention,
+    }
+
+
+def describe_computing(facts: Mapping[str, Any]) -> str:
+    """Return the lines that a run shows of `computed`."""
+    tf32 = ", products in tf32" if facts["tf32"] else ""
+    compiled = "" if facts["compile"] == "no" else f", compiled by {facts['compile']}"
+    return (
+        f"computes in {facts['precision']}{tf32}, weights in {' and '.join(facts['weights'])}, on {facts['device']}, "
+        f"world_size {facts['world_size']} ({facts['engine']}){compiled}\nattention: {facts['attention']}"
+    )
 
 
 def write_run_record(record: dict[str, Any], folder: Path) -> None:

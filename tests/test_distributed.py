@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from glm_edge_ft.distributed import check_deepspeed_values, remove_stale_locks
+from glm_edge_ft import distributed
+from glm_edge_ft.distributed import check_deepspeed_values, wait_for_compilations
 from tests.launch import REPOSITORY, start_script
 
 # Rank 1 fails while rank 0 waits for it in a collective; or both fail alike.
@@ -36,20 +40,48 @@ app()
 def test_the_lock_of_a_killed_compilation_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """T7: torch would wait for it without end; the lock of a compilation that is going on stays, and so do others'."""
+    """T7, K6: torch would wait for it without end; locks of other operators stay."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
-    stale, fresh = (tmp_path / "py311_cpu" / name / "lock" for name in ("deepspeed_shm_comm", "cpu_adam"))
-    foreign = tmp_path / "py311_cpu" / "an_operator_of_others" / "lock"
-    for lock, age in ((stale, 3600), (fresh, 5), (foreign, 3600)):
+    stale, foreign = (tmp_path / "py311_cpu" / name / "lock" for name in ("deepspeed_shm_comm", "not_of_deepspeed"))
+    for lock in (stale, foreign):
         lock.parent.mkdir(parents=True)
         lock.touch()
-        os.utime(lock, (time.time() - age, time.time() - age))
-    remove_stale_locks()
+        os.utime(lock, (time.time() - 60, time.time() - 60))
+    wait_for_compilations()
     assert not stale.exists()
-    assert fresh.exists()
     assert foreign.exists()
     assert f"{stale}: removed" in capsys.readouterr().err
+
+
+OWNER = """
+import sys, time
+from torch.utils.file_baton import FileBaton
+baton = FileBaton(sys.argv[1])
+print(baton.try_acquire(), flush=True)
+time.sleep(3600)
+"""
+
+
+def test_a_compilation_that_goes_on_is_waited_for_until_its_process_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """K6: the message names the process; when it is killed, its lock counts as left behind, however new."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(distributed, "SECONDS_TO_SEE_A_LOCK", 0.0)
+    pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(lock)], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"True\n"
+    threading.Timer(3, owner.kill).start()
+    wait_for_compilations()
+    owner.wait()
+    waiting, removed = capsys.readouterr().err.splitlines()
+    assert f"{lock}: waiting for process {owner.pid}" in waiting
+    assert f"{lock}: removed" in removed
+    assert not lock.exists()
 
 
 @pytest.mark.parametrize(
@@ -60,13 +92,20 @@ def test_the_lock_of_a_killed_compilation_is_removed(
             {"zero_optimization": {"stage": 3, "reduce_bucket_size": "big", "offload_param": {"pin_memory": "so"}}},
             ["zero_optimization.reduce_bucket_size is `big`", "zero_optimization.offload_param.pin_memory is `so`"],
         ),
-        ({"communication_data_type": "int3"}, [" DeepSpeed refuses these settings: Invalid communication_data_type"]),
+        (
+            {"communication_data_type": "int3"},
+            [" DeepSpeed refuses these settings: ValueError: Invalid communication_data_type"],
+        ),
+        ({"communication_data_type": 3}, [" DeepSpeed refuses these settings: AttributeError: "]),
+        ({"wall_clock_breakdown": "yes"}, [" DeepSpeed refuses these settings: TypeError: "]),
+        ({"zero_optimization": {"mics_shard_size": 2}}, [" DeepSpeed refuses these settings: DeepSpeedConfigError: "]),
+        ({"fp16": {"enabled": True, "min_loss_scale": 0}}, ["fp16"]),
     ],
 )
 def test_values_that_deepspeed_refuses_are_found_before_the_weights(
     settings: dict[str, Any], expected: list[str]
 ) -> None:
-    """C6: each with its key; DeepSpeed says so only once the model is there."""
+    """C6, K5: each with its key, whatever its parser raises; DeepSpeed says so only once the model is there."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
     found = [f"{key} {reason}" for key, reason in check_deepspeed_values(settings)]
     assert [text[: len(start)] for text, start in zip(found, expected, strict=True)] == expected

@@ -10,11 +10,8 @@ YAML is silent and a default would apply. Reads no more than the standard librar
 from __future__ import annotations
 
 import ast
-import copy
-import difflib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,47 +45,49 @@ SCHEDULES: Mapping[str, str] = {
     "WarmupDecayLR": "linear",
     "WarmupCosineLR": "cosine",
 }
-SECTIONS = ("zero_optimization", "optimizer", "optimizer.params", "scheduler", "scheduler.params", "bf16", "fp16")
 
-# The fields of DeepSpeed 0.19.8's `DeepSpeedZeroConfig`, which forbids others, under the names that a JSON uses.
-ZERO_KEYS = (
-    *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
-    *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights"),
-    *("elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size", "cpu_offload_param"),
-    *("cpu_offload_use_pin_memory", "cpu_offload", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
-    *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
-    *("stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold"),
-    *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
-    *("stage3_gather_fp16_weights_on_model_save", "ignore_unused_parameters", "legacy_stage1"),
-    *("round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights"),
-    *("zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear"),
-    *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
-    *("save_muon_momentum_buffer_in_memory", "leaf_module", "mics_shard_size", "mics_hierarchical_params_gather"),
-)
+# What of the JSON reaches DeepSpeed: sections → keys under which runs were tried, with LoRA and all weights. Others may
+# stand in the file as long as they switch nothing on.
+USED: Mapping[str, tuple[str, ...]] = {
+    "": (
+        *(*BATCH_KEYS, "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "communication_data_type"),
+        *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown"),
+    ),
+    "zero_optimization": (
+        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
+        *("allgather_bucket_size", "overlap_comm", "round_robin_gradients", "offload_optimizer", "offload_param"),
+        *("sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+        *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+        *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"),
+        *("ignore_unused_parameters", "memory_efficient_linear", "log_trace_cache_warnings"),
+    ),
+    "zero_optimization.offload_optimizer": ("device", "pin_memory", "nvme_path", "buffer_count"),
+    "zero_optimization.offload_param": (
+        *("device", "pin_memory", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
+    ),
+    "bf16": ("enabled",),
+    "fp16": (
+        *("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
+        "consecutive_hysteresis",
+    ),
+    "optimizer": ("type", "params"),
+    "optimizer.params": ("lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam"),
+    "scheduler": ("type", "params"),
+    "scheduler.params": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type"),
+}
 
-# What people most often write at the top of such a file. DeepSpeed passes over a mistyped one in silence.
-TOP_KEYS = (
-    *(*BATCH_KEYS, "optimizer", "scheduler", "bf16", "fp16", "zero_optimization", "steps_per_print"),
-    *("wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients"),
-    *("gradient_predivide_factor", "communication_data_type", "activation_checkpointing", "flops_profiler"),
-    *("comms_logger", "data_types", "checkpoint", "dump_state", "tensorboard", "csv_monitor", "wandb", "aio"),
-)
+# Where transformers puts a number in the place of "auto"; elsewhere it means DeepSpeed's default, as nothing does.
+_BY_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+FILLED = (*BATCH_KEYS, *(f"zero_optimization.{key}" for key in _BY_SIZE))
 
-# Sections that take over what the Trainer does, or need a model that was built for them.
-_TAKES_OVER = "leave it out"
-UNUSABLE: Mapping[str, str] = {
-    "amp": "is mixed precision by apex; this toolkit uses bf16 or fp16",
-    "autotuning": "starts runs of its own with other batch sizes",
-    "compression_training": "changes the layers of the model, which could not be saved as released",
-    "curriculum_learning": "changes the batches, which this toolkit makes",
-    "data_efficiency": "changes the batches, which this toolkit makes",
-    "elasticity": "changes the batch size, which the YAML decides",
-    "hybrid_engine": "belongs to training with rewards",
-    "pipeline": "needs a model that is cut into stages",
-    "progressive_layer_drop": "needs a model that can drop its layers",
-    "sparse_attention": "needs a model with another attention",
-    "tensor_parallel": "splits layers in a way that this toolkit cannot save",
-    "torch_autocast": "is mixed precision of its own; this toolkit uses bf16 or fp16",
+_CPU = '{"device": "cpu"}'
+INSTEAD: Mapping[str, str] = {
+    "zero_optimization.cpu_offload": f'write "offload_optimizer": {_CPU} there',
+    "zero_optimization.cpu_offload_param": f'write "offload_param": {_CPU} there',
+    "activation_checkpointing": "leave it out, and write gradient_checkpointing: true in the YAML",
+    "amp": "leave it out, and write bf16: true or fp16: true in the YAML",
+    "torch_autocast": "leave it out, and write bf16: true or fp16: true in the YAML",
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "leave it out; report_to in the YAML does it"),
 }
 
 
@@ -116,15 +115,15 @@ def check_deepspeed(draft: Draft, settings: Mapping[str, Any], name: str, world_
         name: the JSON file as messages name it.
         world_size: number of processes of the run.
     """
-    sections = {section: find(settings, section) for section in SECTIONS}
-    for section, value in sections.items():
-        if value is not None and not isinstance(value, dict):
-            draft.refuse(PATH, f"{name}: {section} is {shown(value)}, no JSON object", 'write {"key": value} there')
-    for key in settings:
-        _check_top_key(draft, key, name)
-    zero = sections["zero_optimization"]
+    _check_keys(draft, settings, "", name)
+    zero = find(settings, "zero_optimization")
     if isinstance(zero, dict):
         _check_zero(draft, zero, name)
+    if draft.top.get("on_nonfinite_loss") == "warn":
+        what = (
+            "`warn` leaves out steps whose gradient is not finite, but DeepSpeed has taken a step before that is seen"
+        )
+        draft.refuse(("on_nonfinite_loss",), what, "write stop, or leave training_args.deepspeed out")
     _check_offloaded_optimizer(draft, settings, name)
     for key, expected in expected_values(draft, settings, world_size).items():
         stated = find(settings, key)
@@ -157,13 +156,32 @@ def _is_text_for_number(stated: Any, expected: Any) -> bool:
     return isinstance(stated, str) and type(expected) in (int, float)
 
 
-def _check_top_key(draft: Draft, key: str, name: str) -> None:
-    if key in UNUSABLE:
-        draft.refuse(PATH, f"{name}: {key} {UNUSABLE[key]}", _TAKES_OVER)
-    elif key not in TOP_KEYS:
-        close = difflib.get_close_matches(key, TOP_KEYS, n=1, cutoff=0.85)
-        if close:
-            draft.refuse(PATH, f"{name}: unknown key `{key}`", f"did you mean {close[0]}?")
+def _check_keys(draft: Draft, content: Mapping[str, Any], section: str, name: str) -> None:
+    for key, value in content.items():
+        dotted = f"{section}.{key}" if section else key
+        if key not in USED[section]:
+            if not _is_off(key, value):
+                close = nearest(key, USED[section])
+                fix = INSTEAD.get(dotted) or (f"did you mean {close}?" if close else "leave it out")
+                draft.refuse(PATH, f"{name}: `{dotted}` is not supported", fix)
+        elif dotted in USED and isinstance(value, dict):
+            _check_keys(draft, value, dotted, name)
+        elif dotted in USED and value is not None:
+            draft.refuse(PATH, f"{name}: {dotted} is {shown(value)}, no JSON object", 'write {"key": value} there')
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """Return whether a key that does not reach DeepSpeed would switch nothing on there."""
+    if isinstance(value, dict):
+        return not value.get("enabled", True) or all(_is_off(inner, content) for inner, content in value.items())
+    return value is None or value is False or value == AUTO or (key, value) in _NEUTRAL
+
+
+_NEUTRAL = (
+    *(("zero_hpz_partition_size", 1), ("gradient_predivide_factor", 1), ("mics_shard_size", -1)),
+    *(("compute_grad_norm", True), ("load_from_fp32_weights", True), ("override_module_apply", True)),
+    *(("use_multi_rank_bucket_allreduce", True), ("check_grad_overflow", True)),
+)
 
 
 def _check_zero(draft: Draft, zero: Mapping[str, Any], name: str) -> None:
@@ -172,22 +190,14 @@ def _check_zero(draft: Draft, zero: Mapping[str, Any], name: str) -> None:
     if type(stage) is not int or not 0 <= stage <= 3:
         draft.refuse(PATH, f"{where}.stage is {shown(stage)}", "write 0 (off), 1, 2 or 3")
         stage = None
-    for key in zero:
-        if key not in ZERO_KEYS:
-            close = nearest(key, ZERO_KEYS)
-            fix = f"did you mean {close}?" if close else "leave it out"
-            draft.refuse(PATH, f"{name}: unknown key `zero_optimization.{key}`", fix)
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         offload = zero.get(key)
-        if offload is None:
-            continue
         if not isinstance(offload, dict):
-            draft.refuse(PATH, f"{where}.{key} is {shown(offload)}, no JSON object", 'write {"device": "cpu"} there')
             continue
         device = offload.get("device", "none")
         if device not in ("none", "cpu", "nvme"):
             draft.refuse(PATH, f"{where}.{key}.device is {shown(device)}", "write cpu, nvme or none")
-        elif device == "nvme" and not offload.get("nvme_path"):
+        elif device == "nvme" and not isinstance(offload.get("nvme_path"), str):
             draft.refuse(PATH, f"{where}.{key}.nvme_path: missing", "name a folder of a local disk there")
         elif device != "none" and stage is not None and stage < lowest:
             what = f"{where}.{key} has no meaning at stage {stage}"
@@ -255,8 +265,9 @@ def _expected_optimizer(draft: Draft) -> dict[str, Expected]:
 
 
 def _expected_schedule(draft: Draft, settings: Mapping[str, Any]) -> dict[str, Expected]:
-    why = "warmup_steps rises along a line"
-    expected = {"scheduler.params.warmup_type": Expected("linear", why, "warmup_steps")}
+    why = "warmup_steps rises from 0 along a line"
+    values = {"warmup_type": "linear", "warmup_min_lr": 0}
+    expected = {f"scheduler.params.{key}": Expected(value, why, "warmup_steps") for key, value in values.items()}
     if _is_known(draft, "lr_scheduler_type"):
         schedule, stated = _value(draft, "lr_scheduler_type"), find(settings, "scheduler.type")
         allowed = stated if isinstance(stated, str) and SCHEDULES.get(stated) == schedule else None
@@ -301,12 +312,6 @@ def _said(draft: Draft, name: str) -> str:
     return f"{name} is {value} ({where})"
 
 
-def count_processes() -> int:
-    """Return the number of processes that torchrun started, 1 without it."""
-    text = os.environ.get("WORLD_SIZE", "")
-    return int(text) if text.isdecimal() and int(text) > 0 else 1
-
-
 def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings behind a checked `training_args.deepspeed`: the JSON file's, or the mapping itself."""
     if isinstance(value, str):
@@ -317,6 +322,7 @@ def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
 def complete_deepspeed(settings: Mapping[str, Any], *, has_gpu: bool, bf16: bool, fp16: bool) -> dict[str, Any]:
     """Return a copy of a checked JSON's content with what the YAML, the machine and whole checkpoints need.
 
+    - What was not tried (`USED`) and switches nothing on, is left out.
     - Batch sizes, accumulation and clipping become "auto" where they are missing: without them DeepSpeed would use
       defaults of its own.
     - `optimizer` and `scheduler` go: they say what the YAML says, and its own do just that, while DeepSpeed's schedule
@@ -331,15 +337,12 @@ def complete_deepspeed(settings: Mapping[str, Any], *, has_gpu: bool, bf16: bool
         has_gpu: whether the run is on GPUs.
         bf16, fp16: the precision of the run; at most one is true.
     """
-    completed = copy.deepcopy(dict(settings))
-    for key in BATCH_KEYS:
-        if completed.get(key) is None:
-            completed[key] = AUTO
+    completed = dict.fromkeys(BATCH_KEYS, AUTO) | _used(settings, "")
     for key in ("optimizer", "scheduler"):
         completed.pop(key, None)
-    completed["bf16"] = {**(completed.get("bf16") or {}), "enabled": bf16}
-    completed["fp16"] = {**(completed.get("fp16") or {}), "enabled": fp16}
-    completed["zero_optimization"] = zero = dict(completed.get("zero_optimization") or {})
+    completed["bf16"] = {**completed.get("bf16", {}), "enabled": bf16}
+    completed["fp16"] = {**completed.get("fp16", {}), "enabled": fp16}
+    completed["zero_optimization"] = zero = {"stage": 0} | completed.get("zero_optimization", {})
     if zero.get("stage") == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         zero.pop("stage3_gather_fp16_weights_on_model_save", None)  # the old name of the same switch
@@ -349,3 +352,13 @@ def complete_deepspeed(settings: Mapping[str, Any], *, has_gpu: bool, bf16: bool
             if zero.get(key):
                 zero[key]["pin_memory"] = False
     return completed
+
+
+def _used(content: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return a copy of a checked section without what DeepSpeed is not to see."""
+    found: dict[str, Any] = {}
+    for key in USED[section]:
+        dotted, value = f"{section}.{key}" if section else key, content.get(key)
+        if value is not None and (value != AUTO or dotted in FILLED):
+            found[key] = _used(value, dotted) if dotted in USED else value
+    return found

@@ -9,12 +9,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from glm_edge_ft.config.deepspeed import check_deepspeed, count_processes
+from glm_edge_ft.config.deepspeed import check_deepspeed
 from glm_edge_ft.config.document import nearest
 from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config.schema import PEFT_TYPES, reporting_integrations
 from glm_edge_ft.config.unsupported import check_generation, check_unsupported_training
 from glm_edge_ft.config.values import shown
+from glm_edge_ft.environment import launch
 from glm_edge_ft.files import did_you_mean, expand_home
 
 # Where the file is silent, this toolkit chooses otherwise than transformers:
@@ -265,7 +266,7 @@ def _resolve_json_file(draft: Draft, name: str) -> None:
     """Replace the path of a JSON file by its absolute path: the config's own folder first, then the working folder."""
     value, path = draft.training.get(name), (*TRAINING, name)
     if name == "deepspeed" and isinstance(value, dict):
-        check_deepspeed(draft, value, "deepspeed", count_processes())
+        check_deepspeed(draft, value, "deepspeed", launch().world_size)
     if not isinstance(value, str):
         return
     try:
@@ -294,7 +295,7 @@ def _resolve_json_file(draft: Draft, name: str) -> None:
         return
     draft.training[name] = str(found.resolve())
     if name == "deepspeed":
-        check_deepspeed(draft, content, found.name, count_processes())
+        check_deepspeed(draft, content, found.name, launch().world_size)
 
 
 class _RepeatedKeyError(Exception):

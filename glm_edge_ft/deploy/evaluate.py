@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from glm_edge_ft.console import show, show_notice
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_file, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
+from glm_edge_ft.environment import launch
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.files import can_be_made, did_you_mean, expand_home
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG
@@ -80,7 +80,7 @@ def evaluate(request: EvaluateRequest) -> None:
 def _check(request: EvaluateRequest) -> tuple[list[Source], RunConfig]:
     problems = ProblemList()
     problems.problems += [*_check_data_file(request.data_file), *_check_out(request.out)]
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if launch().world_size != 1:
         problems.add("torchrun", "starts several processes, and models are measured in one", "start it with python")
     sources: list[Source] = []
     for name in request.models:

@@ -1,0 +1,150 @@
+"""What a run takes from its environment: a launcher's variables whole or not at all, one GPU, no hidden settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm_edge_ft.__main__ import main
+from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
+from glm_edge_ft.environment import Launch, check_launcher, drop_settings, launch
+from tests.launch import REPOSITORY
+from tests.runs import write_config
+
+WHOLE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+OF_TORCHRUN = {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2"}
+
+
+def set_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """Set these variables of a launcher, and no other."""
+    for name in (*WHOLE, *OF_TORCHRUN, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("variables", [{}, WHOLE, WHOLE | OF_TORCHRUN, WHOLE | {"PMI_SIZE": "4"}, {"PMI_SIZE": "1"}])
+def test_a_whole_set_of_variables_is_honoured(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """K4: of torchrun, and of launchers that set less than it, on MPI too."""
+    set_variables(monkeypatch, variables)
+    assert check_launcher() == []
+    assert (launch().rank, launch().world_size) == ((1, 4) if "RANK" in variables else (0, 1))
+    assert launch().local_world_size == int(variables.get("LOCAL_WORLD_SIZE", launch().world_size))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        *({name: value} for name, value in (WHOLE | OF_TORCHRUN).items()),
+        *({other: value for other, value in WHOLE.items() if other != name} for name in WHOLE),
+        *(WHOLE | {name: value} for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") for value in ("x", "-1", "", "1.0")),
+        WHOLE | {"RANK": "4"},
+        WHOLE | {"WORLD_SIZE": "0"},
+        WHOLE | {"LOCAL_RANK": "4"},
+        WHOLE | {"LOCAL_WORLD_SIZE": "1"},
+        WHOLE | {"LOCAL_WORLD_SIZE": "8"},
+        WHOLE | OF_TORCHRUN | {"GROUP_RANK": "2"},
+        WHOLE | {"MASTER_PORT": "0"},
+        WHOLE | {"MASTER_PORT": "295000"},
+        WHOLE | {"MASTER_ADDR": " "},
+        WHOLE | {"WORLD_SIZE": "9" * 5000},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+)
+def test_variables_that_no_launcher_sets_so_are_refused(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K4: some without the others, and values that cannot be; libraries would wait for processes that do not exist."""
+    set_variables(monkeypatch, variables)
+    (problem,) = check_launcher()
+    assert next(iter(variables)) in problem.where
+    assert "torchrun" in problem.fix
+
+
+def test_a_command_of_one_process_works_with_what_was_left_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K4: in a pod that has WORLD_SIZE set, a model can still be talked to; nothing is waited for."""
+    set_variables(monkeypatch, {"WORLD_SIZE": "4", "RANK": "3"})
+    main()
+    assert launch() == Launch()
+
+
+def run_script(folder: Path, script: Path, arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
+    """Run a script on a small model and return its exit code and what it printed on stderr."""
+    config = write_config(folder / "output", max_steps=2)
+    command = [sys.executable, str(script), str(folder / "data"), str(folder / "model"), str(config), *arguments]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=600)
+    return done.returncode, done.stderr
+
+
+def test_a_variable_without_the_others_ends_the_run_at_once(chat_folder: Path) -> None:
+    """K4: with the other mistakes of the run, before anything heavy is imported."""
+    arguments = ["--set", "training_args.learning_rate=fast"]
+    code, said = run_script(chat_folder, REPOSITORY / "finetune.py", arguments, {"WORLD_SIZE": "4"})
+    assert code == 2
+    assert said.startswith("error: 2 problems in the input; nothing was trained\nWORLD_SIZE=4: ")
+    assert "unset WORLD_SIZE" in said
+
+
+# As on a machine with two GPUs; transformers then wants to share each batch between them.
+TWO_GPUS = """
+import runpy, sys, torch
+torch.cuda.device_count = lambda: 2
+class Forbidden(torch.nn.DataParallel):
+    def __init__(self, *_):
+        raise AssertionError("DataParallel")
+torch.nn.DataParallel = Forbidden
+sys.path.insert(0, REPOSITORY)
+runpy.run_path(REPOSITORY + "/finetune.py", run_name="__main__")
+"""
+
+SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "FSDP_OFFLOAD_PARAMS": "true",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",
+    "NVIDIA_TF32_OVERRIDE": "1",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "BF16",
+}
+
+
+def test_a_plain_start_uses_one_gpu_and_the_config_alone(chat_folder: Path) -> None:
+    """K3: a notice names the line for all GPUs; variables that would change how the run computes are named as well."""
+    script = chat_folder / "two_gpus.py"
+    script.write_text(TWO_GPUS.replace("REPOSITORY", repr(str(REPOSITORY))), encoding="utf-8")
+    code, said = run_script(chat_folder, script, ["--set", "training_args.use_cpu=false"], SETTINGS)
+    assert code == 0, said
+    assert f"torchrun --standalone --nnodes=1 --nproc_per_node=2 {REPOSITORY / 'finetune.py'} " in said
+    assert all(f"{name}={value}" in said for name, value in SETTINGS.items())
+    computed = json.loads((chat_folder / "output" / "run.json").read_text(encoding="utf-8"))["computed"]
+    expected = {"precision": "fp32", "weights": ["float32"], "engine": "plain", "world_size": 1, "compile": "no"}
+    assert computed.items() >= expected.items()
+
+
+def test_an_evaluation_uses_one_gpu_too(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K3: transformers would share its batches as well."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.nn.DataParallel, "__init__", lambda *_: pytest.fail("DataParallel"))
+    data, settings = chat_folder / "data" / "test.jsonl", ("training_args.use_cpu=false",)
+    evaluate(EvaluateRequest(data, (str(chat_folder / "model"),), chat_folder / "out", overrides=settings))
+    assert (chat_folder / "out" / "metrics.jsonl").is_file()
+
+
+def test_variables_that_only_name_the_machine_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K3: which GPU, how many threads, where caches are."""
+    kept = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    assert not set(kept) & {text.partition("=")[0] for text in drop_settings()}
