@@ -36,7 +36,8 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     settings |= {"bf16": precision.bf16, "fp16": precision.fp16, "output_dir": str(plan.output_dir)}
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+    on_gpu = torch.cuda.is_available() and not settings.get("use_cpu")
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"  # read when DeepSpeed is imported
     settings.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     settings.setdefault("logging_nan_inf_filter", False)  # a NaN must show as what it is
     # Every trained weight takes part in every step: a batch without image runs the vision part on a blank one.
@@ -47,7 +48,7 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
         be_group_of_one()
         settings["deepspeed"] = complete_deepspeed(
             read_deepspeed(settings["deepspeed"]),
-            has_gpu=torch.cuda.is_available(),
+            has_gpu=on_gpu,
             bf16=precision.bf16,
             fp16=precision.fp16,
         )

@@ -29,7 +29,7 @@ def be_group_of_one() -> None:
 
     Without it DeepSpeed looks for an MPI launcher, and ends the run where there is none.
     """
-    if "RANK" in os.environ:
+    if launch().launcher != "none":
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,7 +51,7 @@ def settle_gpus(training_args: Mapping[str, Any]) -> None:
     count, here, visible = torch.cuda.device_count(), launch(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if count == 0 or training_args.get("use_cpu"):
         return
-    if "RANK" in os.environ:
+    if here.launcher != "none":
         shows_all = count > 1 or visible is None  # some launchers show each process its own GPU alone
         if here.local_world_size > count and shows_all and not training_args.get("ddp_backend"):
             what = f"{here.local_world_size} processes were started on a machine with {count} GPU" + "s" * (count > 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from glm_edge_ft.errors import Problem
 
@@ -36,6 +37,8 @@ class Launch:
         rank, world_size: its number among all processes, and how many they are.
         local_rank, local_world_size: the same of this machine's.
         machine, machines: the number of this machine, and how many there are; known of torchrun alone.
+        launcher: none, torchrun, or another one.
+        attempt: how often torchrun has started all processes again.
     """
 
     rank: int = 0
@@ -44,6 +47,8 @@ class Launch:
     local_world_size: int = 1
     machine: int = 0
     machines: int = 1
+    launcher: Literal["none", "torchrun", "other"] = "none"
+    attempt: int = 0
 
 
 def launch() -> Launch:
@@ -56,7 +61,15 @@ def launch() -> Launch:
         _number("LOCAL_WORLD_SIZE", world_size),
         machine,
         _number("GROUP_WORLD_SIZE", machine + 1),
+        "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "other" if "RANK" in os.environ else "none",
+        _number("TORCHELASTIC_RESTART_COUNT", 0),
     )
+
+
+def launch_name() -> str:
+    """Return what the processes of one launch have in common, and those of no other."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    return "-".join(os.environ.get(name, "") for name in names)
 
 
 def _number(name: str, default: int) -> int:

@@ -41,7 +41,8 @@ _over = threading.Event()
 
 def are_several() -> bool:
     """Return whether torchrun started this run on more than one machine."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and launch().world_size != launch().local_world_size
+    here = launch()
+    return here.launcher == "torchrun" and here.world_size != here.local_world_size
 
 
 def meet(place: str) -> None:
@@ -188,7 +189,7 @@ def _connect() -> Store:
     from torch.distributed.rendezvous import rendezvous
 
     found, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=60)))
-    store = PrefixStore(f"glm_edge_ft-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+    store = PrefixStore(f"glm_edge_ft-{launch().attempt}", found)
     thread = threading.Thread(target=_beat, args=(store,), daemon=True)
     thread.start()
     atexit.register(_stop_beating, thread)  # a thread that the interpreter's end finds inside the store aborts it

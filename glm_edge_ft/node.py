@@ -15,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from glm_edge_ft.environment import launch
+from glm_edge_ft.environment import launch, launch_name
 
 Result = TypeVar("Result")
 SECONDS_BETWEEN_LOOKS = 0.5
-_LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
 
 
 def is_first_of_node() -> bool:
@@ -80,5 +79,4 @@ def is_first_to_say(text: str, of_all: bool = False) -> bool:
 
 
 def _launch_id(*more: str) -> str:
-    launch = "-".join([*(os.environ.get(variable, "") for variable in _LAUNCH_VARIABLES), *more])
-    return uuid.uuid5(uuid.NAMESPACE_OID, launch).hex
+    return uuid.uuid5(uuid.NAMESPACE_OID, "-".join([launch_name(), *more])).hex

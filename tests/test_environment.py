@@ -72,6 +72,7 @@ def test_a_command_of_one_process_works_with_what_was_left_in_the_environment(mo
     set_variables(monkeypatch, {"WORLD_SIZE": "4", "RANK": "3"})
     main()
     assert launch() == Launch()
+    assert launch().launcher == "none"
 
 
 def run_script(folder: Path, script: Path, arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
