@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from glm_edge_ft.preflight import Plan
 
 CPU_TOKENS_PER_PASS = 2048
+_AGREE = "change one of the two; bf16_full_eval and fp16_full_eval count as bf16 and fp16"
 
 
 def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainingArguments:
@@ -63,6 +64,10 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         what = f"transformers refuses these settings: {error}"
         raise UserError.single("training_args", what, "correct what it names, or leave it out") from error
+    if args.deepspeed and (differing := args.hf_deepspeed_config.mismatches):  # it would say so after the weights
+        raise UserError.single(
+            "training_args.deepspeed", f"differs from other settings: {'; '.join(differing)}", _AGREE
+        )
     args._n_gpu = min(args.n_gpu, 1)  # with more, the Trainer would share each batch by nn.DataParallel
     return args
 

@@ -198,8 +198,11 @@ def test_check_gives_the_json_to_deepspeeds_own_parser(chat_folder: Path) -> Non
     path = chat_folder / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 3, "sub_group_size": -1}}', encoding="utf-8")
     where = r"training_args.deepspeed: ds.json: zero_optimization.sub_group_size is `-1`"
+    folders = chat_folder / "out", chat_folder / "data", chat_folder / "model"
     with pytest.raises(UserError, match=where):
-        do_run(chat_folder / "out", chat_folder / "data", chat_folder / "model", check=True, deepspeed=str(path))
+        do_run(*folders, check=True, deepspeed=str(path))
+    with pytest.raises(UserError, match=r"training_args.deepspeed: differs from other settings: .*bf16_full_eval"):
+        do_run(*folders, check=True, deepspeed={"zero_optimization": {"stage": 2}}, bf16_full_eval=True)
 
 
 # Values other than DeepSpeed's defaults for the keys that reach it; offloading has tests of its own.
