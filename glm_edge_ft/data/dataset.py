@@ -152,7 +152,7 @@ def build_dataset(
     num_proc: int = 1,
     cache_dir: Path | None = None,
     progress: bool = True,
-    find_bad_images: Callable[[EncodedDataset], list[Problem]] | None = None,
+    find_bad_images: Callable[[EncodedDataset, list[tuple[str, str]]], list[Problem]] | None = None,
 ) -> tuple[EncodedDataset, list[str]]:
     """Encode data files, or open what an earlier run encoded, and return it with notices for the user.
 
@@ -162,7 +162,8 @@ def build_dataset(
         num_proc: most processes to encode with.
         cache_dir: where encoded data is kept; `cache.default_cache_dir()` by default.
         progress: whether a bar on stderr shows how far it is.
-        find_bad_images: opens the images of the good rows where others are wrong, so that both are said at once.
+        find_bad_images: opens the images of the rows where some are wrong, so that both are said at once; it gets the
+            good rows, and place and path of the images of the others.
 
     Raises:
         UserError: rows that cannot be read or are no conversations, up to 20 of each file; or no row is left.
@@ -180,7 +181,7 @@ def build_dataset(
         meta = {**findings.to_meta(), "image_folders": _image_folders(paths, encoder)}
         if any(findings.problems.values()) and find_bad_images is not None:
             writer.close(meta)
-            findings.add_problems(find_bad_images(EncodedDataset(writer.part)))
+            findings.add_problems(find_bad_images(EncodedDataset(writer.part), findings.claimed))
         findings.raise_if_unusable(writer.rows)
         writer.finish(meta)
     return EncodedDataset(folder), notices
@@ -270,14 +271,17 @@ class _Findings:
 
     names: Sequence[str]
     problems: dict[str, list[Problem]] = field(default_factory=dict)
+    claimed: list[tuple[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     dropped: list[str] = field(default_factory=list)
     control_text: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
 
-    def add(self, file: int, chunk: EncodedChunk) -> None:
-        """Take over what was noted in a chunk of a file."""
+    def add(self, file: int, chunk: EncodedChunk, folder: Path) -> None:
+        """Take over what was noted in a chunk of a file, which lies in `folder`."""
+        claimed = [(place, resolve(path, folder)) for place, path in chunk.claimed]
+        self.claimed += claimed[: MAXIMUM_PROBLEMS_SHOWN * len(self.names) - len(self.claimed)]
         self._add_problems(self.names[file], chunk.problems)
         self.dropped += chunk.dropped[: MAXIMUM_PROBLEMS_SHOWN - len(self.dropped)]
         self.control_text += chunk.control_text[: _PLACES_SHOWN - len(self.control_text)]
@@ -345,7 +349,7 @@ def _encode_files(
     jobs = ((file, chunk) for file, rows_of_file in enumerate(rows) for chunk in chunks_of(rows_of_file))
     with tqdm(desc=f"encoding {', '.join(names)}", unit=" rows", mininterval=0.5, disable=not progress) as bar:
         for file, chunk in encode_in_order(jobs, encoder, processes):
-            findings.add(file, chunk)
+            findings.add(file, chunk, paths[file].absolute().parent)
             chunk.records["file"] = file
             writer.append(chunk.ids, chunk.mask, chunk.records, chunk.images)
             bar.update(chunk.rows)

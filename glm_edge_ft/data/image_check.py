@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -58,13 +59,17 @@ class ImageCheck:
             notices.append(f"{split}: {len(reasons)} rows with bad images are left out (on_bad_image: skip)")
         return checked, notices
 
-    def problems_of(self, dataset: EncodedDataset) -> list[Problem]:
-        """Return a problem for each bad image of each row, in their order; none where such rows are left out."""
+    def problems_of(self, dataset: EncodedDataset, others: Sequence[tuple[str, str]] = ()) -> list[Problem]:
+        """Return a problem for each bad image of each row; none where such rows are left out.
+
+        `others` are images of rows that are wrong themselves: `file:line` and path.
+        """
         if self.on_bad_image == "skip":
             return []
-        self._open(_paths({"": dataset}))
-        rows = self._bad_rows(dataset)
-        return [bad_image(dataset.place(index), path, self._reasons[path] or "") for index, path in rows]
+        self._open(itertools.chain(_paths({"": dataset}), (path for _, path in others)))
+        places = [(dataset.place(index), path) for index, path in self._bad_rows(dataset)]
+        places += [(place, path) for place, path in others if self._reasons[path] is not None]
+        return [bad_image(place, path, self._reasons[path] or "") for place, path in places]
 
     def of_prompts(self, samples: Sequence[PromptSample]) -> tuple[list[PromptSample], list[str]]:
         """Return the evaluation samples without those that have bad images, and notices for the user.

@@ -188,6 +188,18 @@ def named_pictures(
     return found[0] if found else ()
 
 
+def claimed_pictures(value: Any, key: str = "") -> Iterator[str]:
+    """Yield what stands as the path of a picture anywhere in a row, which may be wrong in other ways."""
+    if isinstance(value, dict):
+        for name, element in value.items():
+            yield from claimed_pictures(element, name)
+    elif isinstance(value, list):
+        for element in value:
+            yield from claimed_pictures(element, key)
+    elif key in PICTURE_KEYS and _is_path("", key, value, ProblemList()):
+        yield value
+
+
 def place_pictures(
     where: str, turns: Sequence[tuple[str, list[Part]]], pictures: Sequence[str], problems: ProblemList
 ) -> None:

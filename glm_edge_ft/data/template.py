@@ -23,7 +23,6 @@ from glm_edge_ft.errors import UserError
 
 _REASONING_KEYS = frozenset({"reasoning_content", "thinking", "reasoning"})  # transformers fills in their aliases
 _USER, _REPLY, _NEXT, _LAST, _OTHER = "Kestrel", "Marigold", "Periwinkle", "Tamarind", "Juniper"
-_TOOL = {"type": "function", "function": {"name": _OTHER, "description": _OTHER, "parameters": {}}}
 _SHOWN = 40
 _FORMS = {
     "string": ("a string", "is it a vision model? Then use finetune_vision.py"),
@@ -227,7 +226,6 @@ class ReplyFormat:
         stop_ids: every token that ends generation.
         rendered_roles: the roles whose content the template renders.
         headers: text before the content of a message of each role, where it follows a reply.
-        renders_tools: whether `tools` change what is rendered.
     """
 
     prefix: str
@@ -238,7 +236,6 @@ class ReplyFormat:
     stop_ids: frozenset[int]
     rendered_roles: frozenset[str]
     headers: Mapping[str, str]
-    renders_tools: bool
 
 
 def probe_reply_format(
@@ -274,7 +271,7 @@ def probe_reply_format(
     next_header = following[len(reply) : following.index(_NEXT, len(reply))]
     headers = {"user": next_header, **_other_headers(template, turns[:2], reply)}
     headers = {role: text for role, text in headers.items() if role == "user" or _is_own(text, next_header, tokenizer)}
-    renders_system = _renders(template, [_turn("system", _OTHER), *turns[:2]], None)
+    renders_system = _renders(template, [_turn("system", _OTHER), *turns[:2]])
     if closing_stop is not None:
         stop_id, closing_supervised = closing_stop
     else:
@@ -290,7 +287,6 @@ def probe_reply_format(
         stop_ids=stop_ids,
         rendered_roles=frozenset(headers) | {"assistant"} | ({"system"} if renders_system else set()),
         headers=headers,
-        renders_tools=_renders(template, turns[:2], [_TOOL]),
     )
 
 
@@ -368,8 +364,8 @@ def _header(template: ChatTemplate, turns: list[dict[str, str]], reply: str, rol
     return text[len(reply) : text.index(_OTHER)] if text.startswith(reply) and _OTHER in text else None
 
 
-def _renders(template: ChatTemplate, messages: Messages, tools: list[dict[str, Any]] | None) -> bool:
+def _renders(template: ChatTemplate, messages: Messages) -> bool:
     try:
-        return _OTHER in template.render(messages, tools)
+        return _OTHER in template.render(messages)
     except TemplateRefusal:
         return False

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from glm_edge_ft.data.cache import ROW_RECORD
 from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.encoding import ConversationEncoder, DroppedRow, EncodedRow
-from glm_edge_ft.data.parts import cut
+from glm_edge_ft.data.parts import claimed_pictures, cut
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import Problem, RunStopped, UserError
 
@@ -41,6 +41,7 @@ class EncodedChunk:
         records: (encoded rows,) of `ROW_RECORD`; `start` and `file` are not filled in yet.
         images: (encoded rows,) paths of each row's images as written.
         problems: rows that are wrong.
+        claimed: place and path of pictures in them.
         dropped: rows left out, `file:line: reason`.
         control_text: rows whose text holds control tokens, `file:line`.
         notes: remarks, and how many rows each concerns.
@@ -52,6 +53,7 @@ class EncodedChunk:
     records: NDArray[Any]
     images: list[tuple[str, ...]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    claimed: list[tuple[str, str]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     control_text: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
@@ -143,6 +145,7 @@ def _encode_in_pool(
 def encode_chunk(rows: Sequence[RawRow | Problem], encoder: ConversationEncoder) -> EncodedChunk:
     """Check and encode rows; what is wrong with one of them is noted, and the others go on."""
     problems: list[tuple[int, Problem]] = []  # with the number of the row
+    claimed: list[tuple[str, str]] = []
     numbers: list[int] = []
     conversations: list[Conversation] = []
     for number, row in enumerate(rows):
@@ -154,9 +157,12 @@ def encode_chunk(rows: Sequence[RawRow | Problem], encoder: ConversationEncoder)
             numbers.append(number)
         except UserError as error:
             problems += [(number, problem) for problem in error.problems]
+            claimed += [(row.place, path) for path in claimed_pictures(row.value) if encoder.takes_images]
     results = encoder.encode_batch(conversations)
-    found = zip(numbers, results, strict=True)
-    problems += [(number, result) for number, result in found if isinstance(result, Problem)]
+    for number, conversation, result in zip(numbers, conversations, results, strict=True):
+        if isinstance(result, Problem):
+            problems.append((number, result))
+            claimed += [(conversation.place, path) for path in conversation.images]
     encoded = [result for result in results if isinstance(result, EncodedRow)]
     return EncodedChunk(
         rows=len(rows),
@@ -164,6 +170,7 @@ def encode_chunk(rows: Sequence[RawRow | Problem], encoder: ConversationEncoder)
         mask=_joined([row.loss_mask for row in encoded], np.bool_),
         records=np.array([_record(row) for row in encoded], dtype=ROW_RECORD),
         images=[row.images for row in encoded],
+        claimed=claimed,
         problems=[problem for _, problem in sorted(problems, key=lambda pair: pair[0])],
         dropped=[f"{row.file}:{row.line}: {row.reason}" for row in results if isinstance(row, DroppedRow)],
         control_text=[f"{row.file}:{row.line}" for row in encoded if row.has_control_text],

@@ -486,7 +486,8 @@ def test_bad_rows_and_bad_pictures_are_listed_together(
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     good = {"messages": [USER, REPLY], "image": "a.png"}
     gone = {"messages": [USER, REPLY], "image": "gone.png"}
-    path = write_rows([good, gone, {"messages": []}, gone, good, {"message": 1}, *[gone] * 30])
+    both = {"message": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}]}
+    path = write_rows([good, gone, {"messages": []}, gone, good, both, *[gone] * 30])
 
     def found(on_bad_image: Any) -> list[Problem]:
         check = ImageCheck(on_bad_image, progress=False).problems_of
@@ -496,11 +497,11 @@ def test_bad_rows_and_bad_pictures_are_listed_together(
 
     problems = found("error")
     assert [problem.where for problem in problems] == [
-        *(f"train.jsonl:{line}" for line in (2, 3, 4, *range(6, 23))),
+        *(f"train.jsonl:{line}" for line in (2, 3, 4, 6, *range(6, 22))),
         "train.jsonl",
     ]
-    assert problems[-1].what == "... and 14 more"
-    assert [("image" in problem.what) for problem in problems[:4]] == [True, False, True, False]
+    assert problems[-1].what == "... and 15 more"
+    assert [("gone.png" in problem.what) for problem in problems[:5]] == [True, False, True, False, True]
     assert [problem.where for problem in found("skip")] == ["train.jsonl:3", "train.jsonl:6"]
     assert list((tmp_path / "c").iterdir()) == []
 

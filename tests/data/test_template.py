@@ -75,12 +75,6 @@ def test_rendered_roles(make_encoder: EncoderMaker, template: str, roles: set[st
     assert make_encoder(template).reply_format.rendered_roles == roles
 
 
-def test_tools_are_told_from_the_template(make_encoder: EncoderMaker) -> None:
-    """D3: a template that ignores `tools` is known to."""
-    assert not make_encoder("glm").reply_format.renders_tools
-    assert make_encoder("{{ tools | tojson if tools }}" + TEMPLATES["glm"]).reply_format.renders_tools
-
-
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
