@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import TokenizerMaker
+from tokenizers import Tokenizer
+
 from tests.launch import REPOSITORY
-from tests.model_folders import save_model_folder
-from tests.runs import write_chat_data, write_config
-from tests.vision_folders import draw
+from tests.runs import write_config
+from tests.vision_folders import draw, save_vision_folder
 
 
 def command(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,19 +27,6 @@ def command(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=600,
     )
-
-
-def test_every_argument_of_a_run_may_begin_with_the_home_folder(tmp_path: Path, make_tokenizer: TokenizerMaker) -> None:
-    """K24: DATA_DIR, MODEL, CONFIG, `--json`, `output_dir`, and a data file of the config."""
-    save_model_folder(tmp_path / "model", make_tokenizer("glm"))
-    data = write_chat_data(tmp_path / "data")
-    (data / "dev.jsonl").rename(tmp_path / "dev.jsonl")
-    config = write_config(tmp_path / "c", val="~/dev.jsonl", output_dir="~/output")
-    script = str(REPOSITORY / "finetune.py")
-    done = command(tmp_path, script, "~/data", "~/model", f"~/{config.name}", "--check", "--json", "~/report.json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_user_who_is_not_there_is_named_in_every_argument(tmp_path: Path) -> None:
@@ -86,3 +73,40 @@ def test_converted_images_open_from_a_folder_behind_a_link(tmp_path: Path) -> No
     for line in new.read_text(encoding="utf-8").splitlines():
         path = json.loads(line)["messages"][0]["content"][0]["image"]
         assert (new.parent / path).samefile(picture)
+
+
+def test_what_a_row_of_another_tool_means_reaches_the_run(tmp_path: Path, backend: Tokenizer) -> None:
+    """K20, K23, K24: `weight: 0` and pictures, behind a link, and `~` in every argument, in the config and in a row."""
+    save_vision_folder(tmp_path / "model", backend)
+    draw(tmp_path / "disk" / "pictures" / "1.png", 1)
+    (tmp_path / "disk" / "data").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "disk" / "data")
+    turns = [
+        {"role": "user", "content": "Picture 1: <img>1.png</img>\nhello"},
+        {"role": "assistant", "content": "I am fine"},
+    ]
+    rows = [
+        {"messages": [turns[0], {**turns[1], "weight": 0}, {"role": "user", "content": "hello"}, turns[1]]},
+        {"messages": turns, "label": False},
+        {"messages": turns},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    convert = ("-m", "glm_edge_ft", "convert", "~/rows.jsonl", "~/linked/train.jsonl", "--from", "qwen-vl")
+    done = command(tmp_path, *convert, "--images", "~/disk/pictures")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "linked" / "train.jsonl").open("a", encoding="utf-8") as file:
+        parts = [{"type": "image", "image": "~/disk/pictures/1.png"}, {"type": "text", "text": "hello"}]
+        file.write(json.dumps({"messages": [{"role": "user", "content": parts}, turns[1]]}) + "\n")
+    (tmp_path / "dev.jsonl").write_text(json.dumps({"messages": turns[1:]}) + "\n", encoding="utf-8")
+    write_config(tmp_path / "c", output_dir="~/output", val="~/dev.jsonl")
+    script = str(REPOSITORY / "finetune_vision.py")
+    done = command(tmp_path, script, "~/linked", "~/model", "~/c.yaml", "--preview", "3", "--json", "~/preview.json")
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "elsewhere").iterdir())
+    shown = json.loads((tmp_path / "preview.json").read_text(encoding="utf-8"))
+    assert [row["line"] for row in shown] == [1, 2, 3]
+    learned = [
+        "".join(text for text, label in zip(row["tokens"], row["labels"], strict=True) if label != -100)
+        for row in shown
+    ]
+    assert [text.count("I am fine") for text in learned] == [1, 1, 1]

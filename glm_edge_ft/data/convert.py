@@ -17,7 +17,7 @@ from glm_edge_ft.data.calls import decode_calls
 from glm_edge_ft.data.conversation import ROLES_ALWAYS, ROLES_IF_RENDERED, Conversation, parse_conversation
 from glm_edge_ft.data.convert_formats import READERS, UnconvertibleError, translate
 from glm_edge_ft.data.parts import template_content
-from glm_edge_ft.data.rows import RawRow, file_problem, iter_rows, limit_problems
+from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, RawRow, file_problem, iter_rows, limit_problems
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.files import can_be_made, expand_home
 
@@ -42,7 +42,7 @@ class Conversion:
     with_images: int
     left_out: tuple[Problem, ...]
     missing_images: tuple[Problem, ...]
-    notes: dict[str, int]
+    notes: Counter[str]
 
     def lines(self, target: Path) -> list[str]:
         """Return the report as text."""
@@ -55,7 +55,9 @@ class Conversion:
             if problems:
                 lines.append(f"{len(problems)} rows {title}:")
                 lines += [str(problem) for problem in limit_problems(_by_reason(problems), "and so on")]
-        return [*lines, *(f"{note}: {count} rows" for note, count in self.notes.items())]
+        lines += [f"{note}: {count} rows" for note, count in self.notes.most_common(MAXIMUM_PROBLEMS_SHOWN)]
+        more = len(self.notes) - MAXIMUM_PROBLEMS_SHOWN
+        return [*lines, f"... and {more} more remarks"] if more > 0 else lines
 
 
 def convert_file(source: Path, target: Path, form: str, images: Path | None = None) -> Conversion:
@@ -140,7 +142,7 @@ def _convert(source: Path, out: Any, form: str, images: Path, folder: Path) -> C
         out.write(json.dumps(_written(conversation, paths), ensure_ascii=False) + "\n")
         written += 1
         with_images += bool(paths)
-    return Conversion(written, with_images, tuple(left_out), tuple(missing), dict(notes))
+    return Conversion(written, with_images, tuple(left_out), tuple(missing), notes)
 
 
 def _path_maker(images: Path, folder: Path) -> Callable[[str], str]:

@@ -439,3 +439,7 @@ def test_rows_that_are_left_out_are_counted_by_reason(tmp_path: Path) -> None:
     assert "(9 rows, also source.jsonl:3, " in lines[2] and "and 3 more)" in lines[2]
     assert "(2 rows, also source.jsonl:12)" in lines[3]
     assert len(lines) == 4
+    (tmp_path / "keys").mkdir()
+    many = [{"instruction": "Q", "output": "A", f"key {number}": 1, "id": 1} for number in range(100)]
+    lines = convert(tmp_path / "keys", "alpaca", *many)[0].lines(tmp_path / "new.jsonl")
+    assert (lines[1], lines[-1]) == ("key 'id' has no meaning here: 100 rows", "... and 81 more remarks")

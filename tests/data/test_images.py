@@ -94,6 +94,14 @@ def test_every_mode_becomes_rgb(image: Image.Image, expected: list[list[int]]) -
     assert pixels_of(to_rgb(image)) == expected
 
 
+def test_a_path_from_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K24: as in every argument; a user who is not there leaves the path as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/a.png", Path("data")) == str(tmp_path / "a.png")
+    assert resolve("~nosuchuser/a.png", Path("data")) == str(Path("data", "~nosuchuser", "a.png"))
+    assert resolve("b/~/a.png", Path("data")) == str(Path("data", "b", "~", "a.png"))
+
+
 def test_a_16_bit_grey_png_is_not_white(tmp_path: Path) -> None:
     """I3: the values are scaled, not clipped, as Pillow's own conversion would."""
     values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
