@@ -16,14 +16,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.environment import launch
-from glm_edge_ft.errors import ProcessLost, UserError
+from glm_edge_ft.errors import ProblemList, ProcessLost, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -85,15 +85,18 @@ def tell_failure(text: str) -> None:
         return
 
 
-def check_shared_folder(folder: Path, resume: str | None) -> None:
+def check_shared_folder(folder: Path, resume: str | None, rows: Mapping[str, Sequence[int]]) -> None:
     """Make sure that an output folder is one and the same on all machines, and that all go on from one checkpoint.
+
+    So with the data: processes that have other numbers of rows would wait for one another without end.
 
     Args:
         folder: the output folder; it is there.
         resume: name of the checkpoint that this process goes on from, or None.
+        rows: number of rows of each split, and what else has to be the same of them.
 
     Raises:
-        UserError: this machine has another folder of that name, or found another checkpoint in it.
+        UserError: this machine has another folder of that name, found another checkpoint in it, or has other rows.
         ProcessLost: see `meet`.
     """
     if not are_several():
@@ -103,10 +106,12 @@ def check_shared_folder(folder: Path, resume: str | None) -> None:
         with _reached() as store:
             if launch().rank == 0:
                 mark.touch()
-                told = {"machine": socket.gethostname(), "mark": mark.name, "resume": resume}
+                told = {"machine": socket.gethostname(), "mark": mark.name, "resume": resume, "rows": rows}
                 store.set("output folder of process 0", json.dumps(told))
             else:
-                _compare_folders(folder, resume, _wait_for(store, "output folder of process 0"))
+                first = _wait_for(store, "output folder of process 0")
+                _compare_folders(folder, resume, first)
+                _compare_rows(rows, first)
         meet("the same output folder")
     finally:
         if launch().rank == 0:
@@ -131,6 +136,17 @@ def _compare_folders(folder: Path, resume: str | None, first: dict[str, Any]) ->
             f"{first['machine']} {first['resume'] or 'no checkpoint'}",
             "start again with the same RESUME on all machines, when all of them see the same checkpoints",
         )
+
+
+def _compare_rows(rows: Mapping[str, Sequence[int]], first: dict[str, Any]) -> None:
+    problems = ProblemList()
+    for split, mine in rows.items():
+        if list(mine) != (theirs := first["rows"][split]):
+            seen = f"{mine[0]:,} rows on machine {socket.gethostname()}, {theirs[0]:,} on machine {first['machine']}"
+            problems.add(
+                f"DATA_DIR: {split}", f"{seen}, or rows of other lengths", "copy the same files to all machines"
+            )
+    problems.raise_if_any()
 
 
 def _wait_for(store: Store, key: str) -> dict[str, Any]:

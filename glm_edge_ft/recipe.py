@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,7 +120,9 @@ def train(prepared: Prepared, termination: Termination) -> None:
             show_notice(f"{split}: {remark}")
     make_output_dir(plan.output_dir)
     with hold_output_dir(plan.output_dir):
-        check_shared_folder(plan.output_dir, plan.resume.path.name if plan.resume.path else None)
+        rows = {split: [len(data), zlib.crc32(data.lengths.tobytes())] for split, data in prepared.datasets.items()}
+        rows |= {f"prompts of {split}": [len(data.prompts)] for split, data in evaluations.items()}
+        check_shared_folder(plan.output_dir, plan.resume.path.name if plan.resume.path else None, rows)
         end_meetings()
         with explain_lost_process(plan.output_dir):
             train_together(prepared, evaluations, termination)

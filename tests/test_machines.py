@@ -31,7 +31,7 @@ def act():
     if sys.argv[1] == "input" and os.environ["RANK"] == "1":
         raise UserError.single("MODEL glm", "there is no such folder", "copy it there")
     machines.meet("the end of the preparations")
-    machines.check_shared_folder(Path(sys.argv[2]), None)
+    machines.check_shared_folder(Path(sys.argv[2]), None, {})
     print("all are here")
 
 app = typer.Typer()
@@ -76,13 +76,24 @@ def test_another_checkpoint_than_that_of_the_first_process_is_refused(tmp_path: 
         machines._compare_folders(tmp_path, None, first)
 
 
+def test_other_rows_than_those_of_the_first_process_are_refused() -> None:
+    """K1, T3: machines with other numbers of rows would take other numbers of steps, and wait without end."""
+    first = {"machine": "one", "rows": {"train": [1204, 7], "val": [5, 3]}}
+    machines._compare_rows({"train": [1204, 7], "val": [5, 3]}, first)
+    with pytest.raises(UserError) as caught:
+        machines._compare_rows({"train": [1203, 8], "val": [5, 4]}, first)
+    assert [problem.where for problem in caught.value.problems] == ["DATA_DIR: train", "DATA_DIR: val"]
+    assert "1,203 rows on machine " in caught.value.problems[0].what
+    assert ", 1,204 on machine one" in caught.value.problems[0].what
+
+
 def test_one_machine_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """T7: torchrun itself ends all its processes; no connection is made."""
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     machines.meet("nowhere")
     machines.tell_failure("nothing")
-    machines.check_shared_folder(tmp_path, None)
+    machines.check_shared_folder(tmp_path, None, {})
     assert list(tmp_path.iterdir()) == []
 
 
