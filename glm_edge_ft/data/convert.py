@@ -126,7 +126,7 @@ def _convert(source: Path, out: Any, form: str, images: Path, folder: Path) -> C
             if not any(message.supervised for message in conversation.messages):
                 raise UnconvertibleError("the row says that no reply of it is learned")
         except UnconvertibleError as error:
-            left_out.append(Problem(row.place, error.what, error.fix))
+            left_out.append(Problem(row.place, *error.args))
             continue
         except UserError as error:
             left_out += error.problems[:1]

@@ -38,17 +38,7 @@ _GROUNDING = re.compile(r"<(?:bbox|ref-object|ref|box)>")
 
 
 class UnconvertibleError(Exception):
-    """A row cannot be converted.
-
-    Attributes:
-        what: why not, with the value that was seen.
-        fix: what to do about it.
-    """
-
-    def __init__(self, what: str, fix: str = "") -> None:
-        super().__init__(what)
-        self.what = what
-        self.fix = fix
+    """A row cannot be converted; the arguments are why not, with the value that was seen, and what to do about it."""
 
 
 Messages = list[dict[str, Any]]
@@ -64,23 +54,18 @@ def read_alpaca(row: Mapping[str, Any]) -> tuple[Messages, set[str]]:
 
 
 def read_turns(row: Mapping[str, Any]) -> tuple[Messages, set[str]]:
-    """`conversations` or `messages`, with `from` and `value` or role and content; perhaps `system`, `tools`, `images`.
+    """`conversations` or `messages` of `from` and `value`, or of role and content, or else `query` and `response`.
 
-    `tool_calls` stay as they are.
+    Perhaps with `system`, `history` beside a query, `tools`, `images`. `tool_calls` stay as they are.
     """
+    if "query" in row and not {"conversations", "messages"} & row.keys():
+        messages = [*_system(row), *_history(row), *_pair(_text(row, "query"), _text(row, "response"))]
+        return messages, {"query", "response", "history", "system"}
     key = "conversations" if "conversations" in row else "messages"
     messages = [_turn(turn, index) for index, turn in enumerate(_list(row, key))]
     if any("tool_calls" in message for message in messages):  # a template that renders calls calls the results so
         messages = [{**one, "role": "tool"} if one["role"] == "observation" else one for one in messages]
     return [*_system(row), *messages], {key, "system"}
-
-
-def read_swift(row: Mapping[str, Any]) -> tuple[Messages, set[str]]:
-    """`messages` with role and content, or `query`, `response` and `history`; perhaps `system`, `tools`, `images`."""
-    if "messages" in row:
-        return read_turns({key: value for key, value in row.items() if key != "conversations"})
-    messages = [*_system(row), *_history(row), *_pair(_text(row, "query"), _text(row, "response"))]
-    return messages, {"query", "response", "history", "system"}
 
 
 def read_advertisegen(row: Mapping[str, Any]) -> tuple[Messages, set[str]]:
@@ -91,7 +76,7 @@ def read_advertisegen(row: Mapping[str, Any]) -> tuple[Messages, set[str]]:
 READERS: dict[str, Reader] = {
     "alpaca": read_alpaca,
     "sharegpt": read_turns,
-    "swift": read_swift,
+    "swift": read_turns,
     "advertisegen": read_advertisegen,
     "llava": read_turns,
     "qwen-vl": read_turns,

@@ -31,11 +31,6 @@ _log = logging.getLogger(__name__)
 Points = tuple[list[float], list[float]]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the log lines of a run, all at once; see `iter_metrics`."""
-    return list(iter_metrics(path))
-
-
 def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the log lines of a run in the order of the file; none where the file does not exist yet.
 

@@ -410,7 +410,7 @@ def test_calls_of_tools_are_objects_and_their_results_are_of_the_tool(tmp_path: 
 
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     for number, arguments in enumerate(('{"x": 1}', json.dumps('{"x": 1}'), {"x": 1})):
-        messages = [
+        messages: list[dict[str, Any]] = [
             USER_AND_REPLY[0],
             {"role": "assistant", "content": None, "tool_calls": [call(arguments)]},
             {"role": "tool", "tool_call_id": "1", "content": "7"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from glm_edge_ft.training.curves import EVAL_COLOR, TRAIN_COLOR, read_metrics, write_loss_curve
+from glm_edge_ft.training.curves import EVAL_COLOR, TRAIN_COLOR, iter_metrics, write_loss_curve
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -122,7 +122,7 @@ def test_log_lines_are_read_in_order(tmp_path: Path) -> None:
     path.write_text(
         '{"step": 1, "loss": 2.5}\n\n{"step": 2, "eval_loss": 1.5, "eval_rouge-l": 30.25}\n', encoding="utf-8"
     )
-    assert read_metrics(path) == [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": 1.5, "eval_rouge-l": 30.25}]
+    assert list(iter_metrics(path)) == [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": 1.5, "eval_rouge-l": 30.25}]
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b'{"step": 2, "note": "\xe4\xbd', b"{", b'"ste'])
@@ -130,7 +130,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     """R1: the run was killed while it wrote a line, within a character too."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.5}\n' + torn)
-    assert read_metrics(path) == [{"step": 1, "loss": 2.5}]
+    assert list(iter_metrics(path)) == [{"step": 1, "loss": 2.5}]
     assert caplog.text == ""
 
 
@@ -140,10 +140,10 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, caplog: pytest.Log
     path.write_text(
         '{"step": 1, "loss": 2.5}\n{"step": 2, "l{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n', encoding="utf-8"
     )
-    assert read_metrics(path) == [{"step": 1, "loss": 2.5}, {"step": 3, "loss": 1.0}]
+    assert list(iter_metrics(path)) == [{"step": 1, "loss": 2.5}, {"step": 3, "loss": 1.0}]
     assert f"{path}:2: not a JSON object" in caplog.text
 
 
 def test_a_log_that_does_not_exist_yet_is_empty(tmp_path: Path) -> None:
     """A run that was stopped before its first log line."""
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert list(iter_metrics(tmp_path / "metrics.jsonl")) == []

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from glm_edge_ft.training.curves import read_metrics
+from glm_edge_ft.training.curves import iter_metrics
 from glm_edge_ft.training.logs import RunLog, cut_back, format_comparison, peak_memory
 from tests.runs import files_of_at_most
 
@@ -105,10 +105,10 @@ def test_a_log_that_cannot_be_written_is_kept_for_later(tmp_path: Path) -> None:
     with files_of_at_most(file.stat().st_size + 10):
         log_step(2)
         log_step(3)
-    assert [line["step"] for line in read_metrics(file)] == [1]
+    assert [line["step"] for line in iter_metrics(file)] == [1]
     assert file.read_bytes().endswith(b"}\n")
     log_step(4)
-    assert [line["step"] for line in read_metrics(file)] == [1, 2, 3, 4]
+    assert [line["step"] for line in iter_metrics(file)] == [1, 2, 3, 4]
     assert said == [
         f"{file} cannot be written (File too large): its lines are kept for later",
         f"{file}: 2 lines that had to wait are written now",
