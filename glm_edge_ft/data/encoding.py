@@ -38,7 +38,7 @@ from glm_edge_ft.data.template import (
     probe_reply_format,
 )
 from glm_edge_ft.data.token_places import TokenizedText
-from glm_edge_ft.data.unrendered import unrendered_keys, with_objects
+from glm_edge_ft.data.unrendered import as_template_expects, unrendered_keys
 from glm_edge_ft.errors import Problem, UserError
 
 
@@ -155,7 +155,7 @@ class ConversationEncoder:
         """Check a raw row and return its conversation. Raises UserError with every mistake of the row."""
         max_images = self.images.max_images if self.images is not None and self.takes_images else None
         conversation = parse_conversation(row, self.reply_format.rendered_roles, max_images)
-        conversation = with_objects(conversation, self._render)
+        conversation = as_template_expects(conversation, self._render)
         if self.placeholders is not None:
             self.placeholders.check_text(conversation)
         return conversation

@@ -172,14 +172,14 @@ def named_pictures(
     found: list[tuple[str, ...]] = []
     for key in PICTURE_KEYS if not holder.keys().isdisjoint(PICTURE_KEYS) else ():
         value = holder.get(key)
-        values = [element for element in (value if isinstance(value, list) else [value]) if element is not None]
+        values = value if isinstance(value, list) else [value]
+        values = [element for element in map(_without_nulls, values) if element is not None and element != {}]
         if values and not takes_images:
             problems.add(where, f"{key!r} in chat fine-tuning: {shown(value)}", _CHAT_FIX)
             return ()
         paths: list[str] = []
         for element in values:
-            is_object = isinstance(element, dict) and _without_nulls(element).keys() == {"path"}
-            path = element["path"] if is_object else element
+            path: Any = element["path"] if isinstance(element, dict) and element.keys() == {"path"} else element
             if _is_path(where, key, path, problems):
                 paths.append(path)
         found += [tuple(paths)] if paths else []
@@ -222,7 +222,8 @@ def place_pictures(
     if there == list(pictures):
         return
     if not users or sum(markers) != sum(map(_markers, itertools.chain(*users))):
-        problems.add(where, f"a picture in a turn that is not the user's: {shown(pictures[0])}", _PLACE_FIX)
+        what = f"a picture in a turn that is not the user's, or {IMAGE_MARKER} for one"
+        problems.add(where, f"{what}: {shown(pictures[0])}", _PLACE_FIX)
     elif there or sum(markers) not in (0, len(pictures)):
         what = (
             f"{len(pictures)} pictures under 'image' or 'images', {sum(markers)} {IMAGE_MARKER} for them in the texts"

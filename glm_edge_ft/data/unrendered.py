@@ -37,10 +37,7 @@ def unrendered_keys(conversation: Conversation, text: str, render: Render) -> tu
         return ()
 
     def is_unrendered(other: Conversation) -> bool:
-        try:
-            return render(other) == text
-        except TemplateRefusal:
-            return False
+        return _rendered(other, render) == text
 
     def is_unrendered_with(index: int, key: str, value: Any) -> bool:
         return is_unrendered(_with(conversation, index, key, value))
@@ -111,23 +108,51 @@ def _at(value: Any, path: tuple[str, ...]) -> list[dict[str, Any]]:
     return _at(value.get(path[0]), path[1:]) if path else [value]
 
 
-def with_objects(conversation: Conversation, render: Render) -> Conversation:
-    """Return the conversation with lists and objects where another tool wrote them as JSON text.
+def as_template_expects(conversation: Conversation, render: Render) -> Conversation:
+    """Return the conversation with what other tools write in two ways in the one that the chat template takes.
 
-    `tool_calls` and `function_call` are always taken so. `arguments` of a call, and `parameters` of a tool, are texts
-    in OpenAI's format, and some templates expect that: they become objects where the template fails on the text, or
-    writes it as a JSON string, quotes and backslashes before each quote of it.
+    - A reply that is all in other keys has no content, as null is given to a template. Where that fails, it is empty.
+    - `tool_calls` and `function_call` as JSON text become what the text holds. So do `arguments` of a call and
+      `parameters` of a tool where the template fails on the text, or writes it as a JSON string, quotes and backslashes
+      before each quote of it. OpenAI's format has texts there, and some templates expect that.
     """
-    if conversation.tools is None and not any(CALLS & message.fields.keys() for message in conversation.messages):
+    messages = conversation.messages
+    if not all("content" in message.fields for message in messages) and _rendered(conversation, render) is None:
+        messages = tuple(replace(one, fields={"content": "", **one.fields}) for one in messages)
+    conversation = replace(conversation, messages=messages)
+    if conversation.tools is None and not any(CALLS & message.fields.keys() for message in messages):
         return conversation
-    whole, notes = decode_calls(conversation, CALLS)
+    whole, found = decode_calls(conversation, CALLS)
     objects, texts = decode_calls(whole, OBJECTS)
-    if texts:
-        try:
-            text = render(whole)
-            as_objects = any(json.dumps(written, ensure_ascii=False) in text for written in texts)
-        except TemplateRefusal:
-            as_objects = True
-        whole, notes = (objects, notes + texts) if as_objects else (whole, notes)
-    note = "JSON text in a tool or a call of one is given to the chat template as an object"
-    return replace(whole, notes=(*whole.notes, note)) if notes else whole
+    text = _rendered(whole, render)
+    is_json_in_json = text is None or any(map(text.__contains__, map(_json_text, texts)))
+    if texts and is_json_in_json and _rendered(objects, render) is not None:
+        whole, found = objects, found + texts
+    notes = ["JSON text in a tool or a call of one is given to the chat template as an object"] if found else []
+    if text is not None and any(_json_text(written) in text for written in _argument_texts(whole) if written):
+        notes.append("the arguments of a call are a text that is no JSON object, which is rendered as a JSON string")
+    return replace(whole, notes=(*whole.notes, *notes))
+
+
+def _rendered(conversation: Conversation, render: Render) -> str | None:
+    try:
+        return render(conversation)
+    except TemplateRefusal:
+        return None
+
+
+def _json_text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _argument_texts(conversation: Conversation) -> list[str]:
+    values: list[Any] = [message.fields.get(key) for message in conversation.messages for key in CALLS]
+    found: list[str] = []
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            found += [value["arguments"]] if isinstance(value.get("arguments"), str) else []
+            values += [element for key, element in value.items() if key != "arguments"]
+        elif isinstance(value, list):
+            values += value
+    return found

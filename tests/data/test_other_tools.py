@@ -294,6 +294,16 @@ def test_a_call_may_be_the_whole_reply(make_encoder: EncoderMaker, content: dict
     assert "messages[1]: the chat template renders nothing of this reply" in refusal(make_encoder("chatml"), turns)
 
 
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_a_template_that_adds_to_the_content_gets_an_empty_one(
+    make_encoder: EncoderMaker, content: dict[str, Any]
+) -> None:
+    """K22: it would fail on null."""
+    encoder = make_encoder(CALLING.replace("{{ m.role }}\n{{ m.content }}", "{{ m.role + '\\n' + m.content }}"))
+    turns = [USER, {"role": "assistant", **content, "tool_calls": [CALL]}]
+    assert learned(encoder, turns) == learned(make_encoder(CALLING), turns)
+
+
 def test_a_call_in_the_history_needs_no_rendering(make_encoder: EncoderMaker) -> None:
     """K22: a turn that is not learned may render as nothing, and is named."""
     turns = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL], "loss": False}, USER, REPLY]
@@ -335,6 +345,14 @@ def test_arguments_stay_text_where_the_template_expects_text(make_encoder: Encod
     """K25: OpenAI's own form, as other templates want it."""
     turns = [USER, {"role": "assistant", "content": "", "tool_calls": TEXTS[0]}]
     assert learned(make_encoder(AS_TEXT), turns) == '<call>weather {"city": "Beijing"}</call><|im_end|>'
+    assert remarks(make_encoder(AS_TEXT), turns) == []
+
+
+def test_arguments_that_are_no_object_are_named(make_encoder: EncoderMaker) -> None:
+    """K25: they cannot be converted; a template that takes texts has nothing wrong with them."""
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]
+    note = "the arguments of a call are a text that is no JSON object, which is rendered as a JSON string"
+    assert note in remarks(make_encoder(CALLING), turns)
     assert remarks(make_encoder(AS_TEXT), turns) == []
 
 
@@ -412,6 +430,7 @@ HELLO = words_of("hello there")
         ({"messages": [asks([{"type": "image"}, HELLO]), REPLY], "images": ["a.png"]}, [[A, HELLO]]),
         ({"messages": [asks([A, HELLO]), REPLY], "images": ["a.png"]}, [[A, HELLO]]),
         ({"messages": [{**USER, "image": None}, {**REPLY, "images": []}], "images": None}, [[HELLO]]),
+        ({"messages": [USER, REPLY], "images": [{"path": None, "bytes": None}]}, [[HELLO]]),
         ({"messages": [USER, REPLY], "image": "a.png", "images": None}, [[A, HELLO]]),
         ({"messages": [asks([{"type": "image", "text": None}, HELLO]), REPLY], "image": "a.png"}, [[A, HELLO]]),
         ([asks(json.dumps([A, HELLO])), REPLY], [[A, HELLO]]),
