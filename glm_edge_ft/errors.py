@@ -29,8 +29,21 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.what}"
-        return f"{text}\n    -> {self.fix}" if self.fix else text
+        """Return it for the user; whatever its texts quote, it stays short."""
+        text = f"{elide(self.where, 300)}: {elide(self.what, 1000)}"
+        return f"{text}\n    -> {elide(self.fix, 3000)}" if self.fix else text
+
+
+def elide(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters: of a longer one the middle is left out."""
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[: limit - 3 - half]}...{text[-half:]}"
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """Return a text that the user wrote, such as a path, for a message: on one line, of at most `limit` characters."""
+    text = elide(text, limit)
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class UserError(Exception):

@@ -9,6 +9,9 @@ import os
 import sys
 from pathlib import Path
 
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS left in the place of the real one."""
+
 
 def expand_home(path: str | Path) -> Path:
     """Return a path that a user wrote, with `~` or `~user` at its start replaced as a shell does.

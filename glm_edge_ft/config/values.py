@@ -9,6 +9,7 @@ from typing import Any
 
 from glm_edge_ft.config.document import Document, KeyPath, nearest
 from glm_edge_ft.config.schema import Field, Kind, TypeOption
+from glm_edge_ft.errors import shorten
 
 LARGEST_INTEGER = 2**63 - 1
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -54,8 +55,7 @@ def shown(value: Any, text: str | None = None) -> str:
     """Write a value as the user sees it, at most 60 characters, in backquotes."""
     if text is None:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = text.replace("\n", "\\n")
-    return f"`{text[:57]}...`" if len(text) > 60 else f"`{text}`" if text else "an empty text"
+    return f"`{shorten(text, 60)}`" if text else "an empty text"
 
 
 def expected(options: tuple[TypeOption, ...]) -> str:

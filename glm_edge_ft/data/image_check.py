@@ -9,7 +9,7 @@ from typing import Literal
 from glm_edge_ft.data.dataset import EncodedDataset
 from glm_edge_ft.data.images import bad_image, find_bad_images, raise_bad_images
 from glm_edge_ft.data.prompts import PromptSample
-from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.errors import Problem, UserError, shorten
 
 
 class ImageCheck:
@@ -50,7 +50,7 @@ class ImageCheck:
         for split, rows in bad_rows.items():
             if not rows:
                 continue
-            reasons = {index: f"image {path}: {self._reasons[path]}" for index, path in reversed(rows)}
+            reasons = {index: f"image {shorten(path)}: {self._reasons[path]}" for index, path in reversed(rows)}
             if len(reasons) == len(vision[split]):
                 what = f"all {len(reasons)} rows have bad images: none is left"
                 places = [f"{vision[split].place(index)}: {reasons[index]}" for index in sorted(reasons)[:3]]

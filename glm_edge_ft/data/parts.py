@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm_edge_ft.data.json_text import JsonMistake, decode_value
-from glm_edge_ft.errors import ProblemList
+from glm_edge_ft.errors import ProblemList, shorten
 
 IMAGE_MARKER = "<image>"
 _TYPES = ("text", "image", "image_url")
 PICTURE_KEYS = ("image", "images")
-
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+_LONGEST_PATH = 4096  # of Linux, in bytes
 _TEXT_FIX = '{"type": "text", "text": "..."}'
 _IMAGE_FIX = '{"type": "image", "image": "path/to/image.jpg"}'
 _CHAT_FIX = "use finetune_vision.py with a GLM-Edge-V model for images"
@@ -154,9 +155,10 @@ def _image_part(where: str, part: dict[str, Any], role: str | None, problems: Pr
 def _is_path(where: str, key: str, path: Any, problems: ProblemList) -> bool:
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         problems.add(where, f"{key!r} must be the path of a file, it is {shown(path)}", f"write {_IMAGE_FIX}")
-    elif path.lower().startswith(("http://", "https://", "data:", "ftp://", "file://")):
+    elif len(path) > _LONGEST_PATH or _URL.match(path):
         fix = "save the image as a file and write its path, relative to the folder of the data file"
-        problems.add(where, f"{key!r} must be the path of a file, not a URL, it is {shown(path)}", fix)
+        what = "the content of one" if len(path) > _LONGEST_PATH else "a URL"
+        problems.add(where, f"{key!r} must be the path of a file, not {what}, it is {shown(path)}", fix)
     else:
         return True
     return False
@@ -303,5 +305,5 @@ def shown(value: Any) -> str:
         return "null"
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     kind = kinds.get(type(value), type(value).__name__)
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{kind}: {text if len(text) <= 60 else text[:57] + '...'}"
+    size = f" ({len(value):,} characters)" if isinstance(value, str) and len(value) > 60 else ""
+    return f"{kind}: {shorten(json.dumps(value, ensure_ascii=False, default=str), 60)}{size}"

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from glm_edge_ft.console import show_notice
-from glm_edge_ft.errors import UserError
+from glm_edge_ft.errors import UserError, shorten
 from glm_edge_ft.files import expand_home
 from glm_edge_ft.preflight import Prepared
 from glm_edge_ft.recipe import build_reply_tools
@@ -50,7 +50,7 @@ def find_picture(prepared: Prepared, path: str) -> str:
     """
     from glm_edge_ft.data.images import load_image
 
-    where, file = f"image {path}", dropped_path(path)
+    where, file = f"image {shorten(path)}", dropped_path(path)
     if not prepared.encoder.takes_images:
         what = f"{prepared.plan.request.model} is a chat model and sees no images"
         raise UserError.single(where, what, "use a GLM-Edge-V model")
@@ -92,7 +92,7 @@ class Talk:
         assert images is not None  # of a chat model the line above says so
         if self._image_count() >= images.max_images:
             what = f"the talk has {self._image_count()} image already, and the model takes {images.max_images}"
-            raise UserError.single(f"image {path}", what, "/clear begins a new talk")
+            raise UserError.single(f"image {shorten(path)}", what, "/clear begins a new talk")
         self.image = found
 
     def _image_count(self) -> int:

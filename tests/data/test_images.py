@@ -6,6 +6,8 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +30,7 @@ from glm_edge_ft.data.images import (
     to_rgb,
 )
 from glm_edge_ft.data.pixels import pixel_scale
-from glm_edge_ft.errors import UserError
+from glm_edge_ft.errors import UserError, shorten
 from glm_edge_ft.model.loading import ModelLocation, load_image_processor
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -81,9 +83,9 @@ def two_pixels(mode: str, first: Any, second: Any) -> Image.Image:
         (two_pixels("La", (0, 0), (9, 255)), [[255, 255, 255], [9, 9, 9]]),
         (two_pixels("RGBa", (0, 0, 0, 0), (0, 0, 255, 255)), [[255, 255, 255], [0, 0, 255]]),
         (two_pixels("I;16", 0, 65535), [[0, 0, 0], [255, 255, 255]]),
-        (two_pixels("I", 257 * 100, 70000), [[100, 100, 100], [255, 255, 255]]),
+        (two_pixels("I", 257 * 100, 65535), [[100, 100, 100], [255, 255, 255]]),
         (two_pixels("F", 0.2, 1.0), [[51, 51, 51], [255, 255, 255]]),
-        (two_pixels("F", float("nan"), 2.0), [[0, 0, 0], [255, 255, 255]]),
+        (two_pixels("YCbCr", (76, 85, 255), (255, 128, 128)), [[254, 0, 0], [255, 255, 255]]),
         (two_pixels("HSV", (0, 255, 255), (0, 0, 0)), [[255, 0, 0], [0, 0, 0]]),
         (two_pixels("LAB", (255, 128, 128), (128, 128, 128)), [[254, 255, 254], [119, 119, 119]]),
     ],
@@ -107,6 +109,141 @@ def test_a_16_bit_grey_png_is_not_white(tmp_path: Path) -> None:
     values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     assert pixels_of(load_image(tmp_path / "deep.png")) == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
+
+
+def save_array(path: Path, values: Any, dtype: Any, **options: Any) -> Path:
+    """Save numbers as a picture of one row, in the kind that Pillow has for their type."""
+    Image.fromarray(np.array([values], dtype=dtype)).save(path, **options)
+    return path
+
+
+PEAK_OF_OPENING = """
+import os, sys
+from glm_edge_ft.data.images import find_bad_images
+os.sched_getaffinity = lambda _: set(range(16))
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+before = peak()
+assert find_bad_images(sys.argv[1:], progress=False) == {}
+print(peak() - before)
+"""
+
+
+def tiff(path: Path, pixels: bytes, bits: int, channels: int, sample_format: int, photometric: int) -> Path:
+    """Write a TIFF of two pixels by hand, of a kind that Pillow reads and does not write."""
+    tags = [
+        (256, 4, 1, 2),
+        (257, 4, 1, 1),
+        (259, 3, 1, 1),
+        (262, 3, 1, photometric),
+        (273, 4, 1, 8),
+        (277, 3, 1, channels),
+    ]
+    tags += [(278, 4, 1, 1), (279, 4, 1, len(pixels)), (339, 3, 1, sample_format)]
+    after = 8 + len(pixels) + len(pixels) % 2
+    tags.append((258, 3, 1, bits) if channels == 1 else (258, 3, channels, after))
+    shared = b"" if channels == 1 else struct.pack(f"<{channels}H", *[bits] * channels)
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
+    directory = struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
+    head = b"II*\0" + struct.pack("<I", after + len(shared))
+    path.write_bytes(head + pixels.ljust(after - 8, b"\0") + shared + directory)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "seen"),
+    [
+        ([0.0, 255.0], np.float32, "floating point numbers go from 0 to 255, those of a picture from 0 to 1"),
+        ([-1000.0, 2000.0], np.float32, "floating point numbers go from -1000 to 2000"),
+        ([0.5, np.nan], np.float32, "numbers are not a number (NaN)"),
+        ([np.nan, 0.5], np.float32, "numbers are not a number (NaN)"),
+        ([0.5, np.inf], np.float32, "floating point numbers go from 0.5 to inf"),
+        ([0.0, 0.003], np.float32, "numbers reach 0.003 of 1, and it would be nearly black"),
+        ([0, 255], np.int32, "numbers reach 255 of 65535, and it would be nearly black"),
+        ([-1000, 2000], np.int32, "whole numbers go from -1000 to 2000, those of a picture from 0 to 65535"),
+        ([0, 70000], np.int32, "whole numbers go from 0 to 70000, those of a picture from 0 to 65535"),
+        ([0, 4095], np.uint16, "numbers reach 4095 of 65535, and it would be nearly black"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_numbers_without_a_place_in_8_bits_are_refused(
+    tmp_path: Path, values: Any, dtype: Any, seen: str, compression: str | None
+) -> None:
+    """K26: neither clipped to white nor left nearly black."""
+    path = save_array(tmp_path / "a.tiff", values, dtype, compression=compression)
+    (reason,) = find_bad_images([str(path)], progress=False).values()
+    assert f"its {seen}" in reason
+    assert reason.endswith("save it as an 8-bit PNG")
+
+
+def test_12_bits_in_a_16_bit_png_are_refused(tmp_path: Path) -> None:
+    """K26: grey and colour, of which Pillow keeps the upper byte alone, 15 of 255."""
+    save_array(tmp_path / "grey.png", [0, 4095], np.uint16)
+    tiff(tmp_path / "colour.tiff", struct.pack("<6H", *[4095] * 6), bits=16, channels=3, sample_format=1, photometric=2)
+    for name in ("grey.png", "colour.tiff"):
+        with pytest.raises(UserError, match="nearly black"):
+            load_image(tmp_path / name)
+
+
+def test_what_keeps_its_content_is_kept(tmp_path: Path) -> None:
+    """K26: 16 bits are divided by 257, floating point numbers multiplied by 255, what is black stays so."""
+    thirds = [[0] * 3, [85] * 3, [170] * 3, [255] * 3]
+    save_array(tmp_path / "16.png", [0, 21845, 43690, 65535], np.uint16)
+    save_array(tmp_path / "16.tiff", [0, 21845, 43690, 65535], np.uint16)
+    save_array(tmp_path / "16.jp2", [0, 21845, 43690, 65535], np.uint16, irreversible=False)
+    save_array(tmp_path / "16.pgm", [0, 21845, 43690, 65535], np.uint16)
+    save_array(tmp_path / "32.tiff", [0, 21845, 43690, 65535], np.int32)
+    save_array(tmp_path / "float.tiff", [0, 1 / 3, 2 / 3, 1], np.float32)
+    for path in tmp_path.iterdir():
+        assert pixels_of(load_image(path)) == thirds, path.name
+    save_array(tmp_path / "black.png", [0, 0], np.uint16)
+    assert pixels_of(load_image(tmp_path / "black.png")) == [[0] * 3] * 2
+
+
+def test_kinds_of_tiff_that_pillow_reads_wrongly(tmp_path: Path) -> None:
+    """K26: 16 bits that count from white, colour of 16 bits, signed bytes, and floating point colour."""
+    deep = struct.pack("<2H", 0, 65535)
+    path = tiff(tmp_path / "white_is_zero.tiff", deep, bits=16, channels=1, sample_format=1, photometric=0)
+    assert pixels_of(load_image(path)) == [[255] * 3, [0] * 3]
+    colour = struct.pack("<6H", 65535, 0, 0, 0, 0, 32896)
+    path = tiff(tmp_path / "colour.tiff", colour, bits=16, channels=3, sample_format=1, photometric=2)
+    assert pixels_of(load_image(path)) == [[255, 0, 0], [0, 0, 128]]
+    path = tiff(tmp_path / "signed.tiff", b"\xff\1", bits=8, channels=1, sample_format=2, photometric=1)
+    with pytest.raises(UserError, match="signed numbers of 8 bits"):
+        load_image(path)
+    floats = struct.pack("<6f", *[0.5] * 6)
+    path = tiff(tmp_path / "float.tiff", floats, bits=32, channels=3, sample_format=3, photometric=2)
+    with pytest.raises(UserError, match=r"a TIFF of a kind that is not read .*save it as an 8-bit PNG"):
+        load_image(path)
+
+
+def test_a_transparent_grey_of_16_bits(tmp_path: Path) -> None:
+    """K26: a PNG may name one grey transparent."""
+    save_array(tmp_path / "key.png", [0, 30000, 65535], np.uint16, transparency=0)
+    assert pixels_of(load_image(tmp_path / "key.png")) == [[255] * 3, [117] * 3, [255] * 3]
+
+
+def test_strips_are_seamless(tmp_path: Path) -> None:
+    """K28: a picture of more than one strip is, bit for bit, what it is in one go."""
+    values = np.random.default_rng(3).integers(0, 256, (1400, 1600, 4), dtype=np.uint8)
+    background = Image.new("RGBA", (1600, 1400), (255, 255, 255, 255))
+    whole = Image.alpha_composite(background, Image.fromarray(values)).convert("RGB")
+    assert to_rgb(Image.fromarray(values)).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize(("mode", "most"), [("P", 8), pytest.param("RGBA", 13, marks=pytest.mark.slow)])
+def test_memory_for_large_pictures_does_not_grow_with_the_threads(tmp_path: Path, mode: str, most: int) -> None:
+    """K28: two transparent pictures of 13,000 x 13,000 in 16 threads take what one takes: 5 or 8 bytes a pixel."""
+    image = Image.new(mode, (13_000, 13_000), 7 if mode == "P" else (10, 20, 30, 128))
+    if mode == "P":
+        image.putpalette([10, 20, 30] * 8)
+    image.save(tmp_path / "0.png", compress_level=1, transparency=6 if mode == "P" else None)
+    del image
+    (tmp_path / "1.png").hardlink_to(tmp_path / "0.png")
+    process = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_OPENING, *map(str, tmp_path.glob("*.png"))], capture_output=True, check=True
+    )
+    assert float(process.stdout) / 13_000**2 < most
 
 
 def test_a_palette_with_a_transparent_colour(tmp_path: Path) -> None:
@@ -169,6 +306,16 @@ def half_of_a_jpeg() -> bytes:
     return buffer.getvalue()[: len(buffer.getvalue()) // 2]
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713\nsize 132735\n"
+
+
+def fits() -> bytes:
+    """Return a FITS file of two numbers of 16 bits, which are signed there and unsigned for Pillow."""
+    cards = ["SIMPLE  =                    T", "BITPIX  =                   16", "NAXIS   =                    2"]
+    cards += ["NAXIS1  =                    2", "NAXIS2  =                    1", "END"]
+    return "".join(card.ljust(80) for card in cards).ljust(2880).encode() + struct.pack(">2h", -1000, 2000).ljust(2880)
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing.jpg": (lambda path: None, "there is no such file"),
     "empty.jpg": (lambda path: path.write_bytes(b""), "the file is empty (0 bytes)"),
@@ -182,6 +329,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "words.jpg": (lambda path: path.write_text("not a picture"), "this is no picture of a known format"),
     "bomb.png": (lambda path: path.write_bytes(png_header(20_000, 20_000)), "the picture has too many pixels: "),
     "loop.jpg": (lambda path: path.symlink_to(path), "the file cannot be read: Too many levels of symbolic links"),
+    "photo.heic": (
+        lambda path: path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        "this is a HEIC picture or a video",
+    ),
+    "pointer.jpg": (
+        lambda path: path.write_text(LFS),
+        "this is a pointer of Git LFS, not the picture: run git lfs pull",
+    ),
+    "sky.fits": (lambda path: path.write_bytes(fits()), "this is a FITS file, whose numbers have no fixed range"),
+    "iVBORw0KGgoAAAANSUhEUgAA": (lambda path: None, "this is no path: a picture is read from a file, not from text"),
+    "/9j/4AAQSkZJRgABAQAAAQABAAD" + "A" * 3000: (lambda path: None, "this is no path: a picture is read from a file"),
     "n" * 300: (lambda path: None, "the file cannot be read: File name too long"),
 }
 
@@ -194,7 +352,8 @@ def test_bad_files_are_told_apart(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as caught:
         load_image(tmp_path / name)
     (problem,) = caught.value.problems
-    assert problem.where == str(tmp_path / name)
+    assert problem.where == shorten(str(tmp_path / name))
+    assert len(str(problem)) < 600
     assert problem.what.startswith(expected)
     assert problem.fix == "replace the file, correct the path, or set on_bad_image: skip"
 
