@@ -130,21 +130,9 @@ def parse_conversation(row: RawRow, rendered_roles: frozenset[str], max_images: 
         UserError: every mistake of the row, each with `file:line` and the message's index.
     """
     problems, notes = ProblemList(), list[str]()
-    place, value = row.place, row.value
-    keys: dict[str, Any] = value if isinstance(value, dict) else {"messages": value}
-    if not isinstance(value, dict | list):
-        problems.add(place, f"a row must be an object or a list, this one is {shown(value)}", f"write {_SHAPE}")
-        problems.raise_if_any()
-    tools = keys.get("tools")
-    _check_tools(place, tools, problems)
-    raw_messages = _messages_of(place, keys, problems)
-    problems.raise_if_any()
-    if not isinstance(raw_messages, list):
-        problems.add(place, f"'messages' must be a list, it is {shown(raw_messages)}", f"write {_SHAPE}")
-    elif not raw_messages:
-        problems.add(place, "'messages' is empty", "write at least a user and an assistant message, or remove the row")
-    problems.raise_if_any()
-    takes_images = max_images is not None
+    place, takes_images = row.place, max_images is not None
+    keys: dict[str, Any] = row.value if isinstance(row.value, dict) else {"messages": row.value}
+    raw_messages = _raw_messages(place, row.value, keys)
     learned, honoured = _row_learned(place, keys, problems)
     pictures = named_pictures(place, keys, problems, takes_images=takes_images)
     drafts = [
@@ -158,20 +146,31 @@ def parse_conversation(row: RawRow, rendered_roles: frozenset[str], max_images: 
     messages = tuple(_message(draft, learned=learned, takes_images=takes_images) for draft in whole)
     if not any(message.role == "assistant" for message in messages):
         problems.add(place, "no assistant turn: there is nothing to learn", "add the reply, or remove the row")
-    _check_image_count(place, messages, max_images, problems)
-    if takes_images and not any(message.images for message in messages):
-        elsewhere = [key for holder in (keys, *raw_messages) if (key := picture_elsewhere(holder)) is not None]
-        if elsewhere:
-            what = f"a picture under {elsewhere[0]!r}, which is not read, and no other picture in the row"
-            problems.add(place, what, "write it under 'image'")
-    problems.raise_if_any()
-    if takes_images:
+    if max_images is not None:
+        _check_images(place, messages, [keys, *raw_messages], max_images, problems)
         notes += [note for draft in whole if draft.role == "user" for note in leftover_markers(draft.parts)]
+    problems.raise_if_any()
     used = {"messages", "tools", *honoured, *PICTURE_KEYS}
     ignored = tuple(key for key, element in keys.items() if key not in used and element is not None)
-    return Conversation(
-        messages, tuple(tools) if tools is not None else None, row.file, row.line, ignored, tuple(dict.fromkeys(notes))
-    )
+    tools = None if keys.get("tools") is None else tuple(keys["tools"])
+    return Conversation(messages, tools, row.file, row.line, ignored, tuple(dict.fromkeys(notes)))
+
+
+def _raw_messages(place: str, value: Any, keys: dict[str, Any]) -> list[Any]:
+    """Return the list of messages of a row, whose `tools` are right. Raises UserError."""
+    problems = ProblemList()
+    if not isinstance(value, dict | list):
+        problems.add(place, f"a row must be an object or a list, this one is {shown(value)}", f"write {_SHAPE}")
+        problems.raise_if_any()
+    _check_tools(place, keys.get("tools"), problems)
+    messages = _messages_of(place, keys, problems)
+    problems.raise_if_any()
+    if not isinstance(messages, list):
+        problems.add(place, f"'messages' must be a list, it is {shown(messages)}", f"write {_SHAPE}")
+    elif not messages:
+        problems.add(place, "'messages' is empty", "write at least a user and an assistant message, or remove the row")
+    problems.raise_if_any()
+    return list(messages)
 
 
 def _messages_of(place: str, value: dict[str, Any], problems: ProblemList) -> Any:
@@ -251,7 +250,7 @@ def _draft(
     )
     learned = read_learned(where, raw, role, problems)
     if learned is None and role == "assistant":
-        notes += [f"key {key!r} is null: the turn is learned" for key in sorted(DECISION_KEYS & raw.keys())]
+        notes += [f"key {key!r} says nothing: the turn is learned" for key in sorted(DECISION_KEYS & raw.keys())]
     for index, part in enumerate(raw["content"] if isinstance(raw.get("content"), list) else ()):
         if isinstance(part, dict) and not DECISION_KEYS.isdisjoint(part):
             what = f"{sorted(DECISION_KEYS & part.keys())[0]!r} in a part of the content"
@@ -299,11 +298,9 @@ def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], probl
     return None
 
 
-def _check_image_count(
-    place: str, messages: tuple[Message, ...], max_images: int | None, problems: ProblemList
+def _check_images(
+    place: str, messages: tuple[Message, ...], raw: list[dict[str, Any]], max_images: int, problems: ProblemList
 ) -> None:
-    if max_images is None:
-        return
     count = sum(len(message.images) for message in messages)
     if count > max_images:
         problems.add(
@@ -311,3 +308,7 @@ def _check_image_count(
             f"the conversation has {count} images, max_images is {max_images}",
             "split the conversation, or raise max_images if the model takes several (the released ones take one)",
         )
+    elsewhere = [key for holder in raw if (key := picture_elsewhere(holder)) is not None]
+    if elsewhere and not count:
+        what = f"a picture under {elsewhere[0]!r}, which is not read, and no other picture in the row"
+        problems.add(place, what, "write it under 'image'")

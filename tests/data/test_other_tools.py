@@ -161,7 +161,7 @@ def test_a_null_says_nothing_and_is_named(make_encoder: EncoderMaker) -> None:
     encoder = make_encoder("chatml")
     turns = [{**USER, "weight": None}, {**REPLY, "weight": None}]
     assert learned(encoder, turns) == "my friend<|im_end|>"
-    assert remarks(encoder, turns) == ["key 'weight' is null: the turn is learned"]
+    assert remarks(encoder, turns) == ["key 'weight' says nothing: the turn is learned"]
 
 
 # ---- keys that the template does not render --------------------------------------------------------------------------
