@@ -196,8 +196,8 @@ def test_check_gives_the_json_to_deepspeeds_own_parser(chat_folder: Path) -> Non
     """K5: what it refuses is a mistake in the input, with the key where it names one."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
     path = chat_folder / "ds.json"
-    path.write_text('{"zero_optimization": {"stage": 3, "sub_group_size": -1}}', encoding="utf-8")
-    where = r"training_args.deepspeed: ds.json: zero_optimization.sub_group_size is `-1`"
+    path.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 0}}', encoding="utf-8")
+    where = r"training_args.deepspeed: ds.json: zero_optimization.reduce_bucket_size is `0`"
     folders = chat_folder / "out", chat_folder / "data", chat_folder / "model"
     with pytest.raises(UserError, match=where):
         do_run(*folders, check=True, deepspeed=str(path))

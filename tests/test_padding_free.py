@@ -133,13 +133,10 @@ def test_a_model_whose_rows_would_mix_is_refused_before_the_weights(
 
 
 def test_what_would_cut_a_packed_batch_is_refused(tmp_path: Path) -> None:
-    """T3: several GPUs in one process (made up: there is none here), and batches dispatched by one process."""
+    """T3: batches dispatched by one process."""
     args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), accelerator_config={"dispatch_batches": True})
-    args._n_gpu = 2
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"training_args\.accelerator_config: dispatch_batches"):
         check_packed_arguments(args)
-    assert [problem.where for problem in caught.value.problems] == ["padding_free", "training_args.accelerator_config"]
-    assert "torchrun --standalone --nproc_per_node=2" in caught.value.problems[0].fix
     check_packed_arguments(Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 

@@ -46,34 +46,53 @@ SCHEDULES: Mapping[str, str] = {
     "WarmupCosineLR": "cosine",
 }
 
+# What a value is that is not of its kind; values of `OTHER` are looked at one by one.
+SECTION, BOOL, COUNT = "no JSON object", "neither true nor false", "no whole number from 0 on"
+NUMBER, TEXT, OTHER = "no number", "no text", ""
+
 # What of the JSON reaches DeepSpeed: sections → keys under which runs were tried, with LoRA and all weights. Others may
 # stand in the file as long as they switch nothing on.
-USED: Mapping[str, tuple[str, ...]] = {
-    "": (
-        *(*BATCH_KEYS, "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "communication_data_type"),
-        *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown"),
+USED: Mapping[str, Mapping[str, str]] = {
+    "": {
+        **dict.fromkeys(BATCH_KEYS, OTHER),
+        **dict.fromkeys(("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"), SECTION),
+        **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown"), BOOL),
+        "communication_data_type": TEXT,
+        "steps_per_print": NUMBER,
+    },
+    "zero_optimization": {
+        "stage": OTHER,
+        **dict.fromkeys(("offload_optimizer", "offload_param"), SECTION),
+        **dict.fromkeys(("contiguous_gradients", "reduce_scatter", "allgather_partitions", "overlap_comm"), BOOL),
+        **dict.fromkeys(("round_robin_gradients", "ignore_unused_parameters", "memory_efficient_linear"), BOOL),
+        "log_trace_cache_warnings": BOOL,
+        **dict.fromkeys((f"stage3_gather_{kind}_weights_on_model_save" for kind in ("16bit", "fp16")), BOOL),
+        **dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "sub_group_size"), COUNT),
+        **dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), COUNT),
+        **dict.fromkeys(("stage3_model_persistence_threshold", "stage3_max_live_parameters"), COUNT),
+        "stage3_max_reuse_distance": COUNT,
+    },
+    "zero_optimization.offload_optimizer": {
+        **{"device": OTHER, "nvme_path": OTHER, "pin_memory": BOOL, "buffer_count": COUNT},
+    },
+    "zero_optimization.offload_param": {
+        **{"device": OTHER, "nvme_path": OTHER, "pin_memory": BOOL, "buffer_count": COUNT, "buffer_size": COUNT},
+        "max_in_cpu": COUNT,
+    },
+    "bf16": {"enabled": OTHER},
+    "fp16": {
+        **{"enabled": OTHER, "loss_scale": NUMBER, "consecutive_hysteresis": BOOL},
+        **dict.fromkeys(("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"), COUNT),
+    },
+    "optimizer": {"type": OTHER, "params": SECTION},
+    "optimizer.params": {
+        **dict.fromkeys(("lr", "betas", "eps", "weight_decay", "adam_w_mode"), OTHER),
+        "torch_adam": BOOL,
+    },
+    "scheduler": {"type": OTHER, "params": SECTION},
+    "scheduler.params": dict.fromkeys(
+        ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type"), OTHER
     ),
-    "zero_optimization": (
-        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
-        *("allgather_bucket_size", "overlap_comm", "round_robin_gradients", "offload_optimizer", "offload_param"),
-        *("sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
-        *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
-        *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"),
-        *("ignore_unused_parameters", "memory_efficient_linear", "log_trace_cache_warnings"),
-    ),
-    "zero_optimization.offload_optimizer": ("device", "pin_memory", "nvme_path", "buffer_count"),
-    "zero_optimization.offload_param": (
-        *("device", "pin_memory", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
-    ),
-    "bf16": ("enabled",),
-    "fp16": (
-        *("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
-        "consecutive_hysteresis",
-    ),
-    "optimizer": ("type", "params"),
-    "optimizer.params": ("lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam"),
-    "scheduler": ("type", "params"),
-    "scheduler.params": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type"),
 }
 
 # Where transformers puts a number in the place of "auto"; elsewhere it means DeepSpeed's default, as nothing does.
@@ -149,6 +168,8 @@ def find(settings: Mapping[str, Any], key: str) -> Any:
 def _same(stated: Any, expected: Any) -> bool:
     if isinstance(expected, tuple):  # names that mean the same
         return isinstance(stated, str) and stated.lower() in expected
+    if isinstance(stated, bool) != isinstance(expected, bool):
+        return False
     return type(stated) in (int, float, bool, str, list) and bool(stated == expected)
 
 
@@ -164,10 +185,22 @@ def _check_keys(draft: Draft, content: Mapping[str, Any], section: str, name: st
                 close = nearest(key, USED[section])
                 fix = INSTEAD.get(dotted) or (f"did you mean {close}?" if close else "leave it out")
                 draft.refuse(PATH, f"{name}: `{dotted}` is not supported", fix)
-        elif dotted in USED and isinstance(value, dict):
+        elif value not in (None, AUTO) and not _is_of_kind(value, kind := USED[section][key]):
+            fix = 'write {"key": value} there' if kind == SECTION else "correct it, or leave it out"
+            draft.refuse(PATH, f"{name}: {dotted} is {shown(value)}, {kind}", fix)
+        elif isinstance(value, dict) and dotted in USED:
             _check_keys(draft, value, dotted, name)
-        elif dotted in USED and value is not None:
-            draft.refuse(PATH, f"{name}: {dotted} is {shown(value)}, no JSON object", 'write {"key": value} there')
+
+
+def _is_of_kind(value: Any, kind: str) -> bool:
+    if kind in (SECTION, TEXT):
+        return isinstance(value, dict if kind == SECTION else str)
+    if kind == OTHER:
+        return True
+    if kind == BOOL:
+        return isinstance(value, int) and value in (0, 1)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (kind == NUMBER or (0 <= value < 2**62 and value == int(value)))
 
 
 def _is_off(key: str, value: Any) -> bool:
