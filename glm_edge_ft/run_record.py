@@ -54,7 +54,7 @@ def computed(trainer: GlmEdgeTrainer, attention: str) -> dict[str, Any]:
         "tf32": accelerator.device.type == "cuda" and is_tf32,
         "engine": engine,
         "world_size": accelerator.num_processes,
-        "device": str(accelerator.device),
+        "device": "cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
         "compile": accelerator.state.dynamo_plugin.backend.value.lower(),
         "attention": attention,
     }
