@@ -98,7 +98,7 @@ def translate(row: Mapping[str, Any], form: str) -> dict[str, Any]:
     messages, used = READERS[form](row)
     others = {key: value for key, value in row.items() if key not in used}
     if others.pop("messages", None):
-        raise UnconvertibleError("both 'conversations' and 'messages'", "keep one of them")
+        raise UnconvertibleError(f"'messages' beside what {form} has", "keep one of them; is --from right?")
     texts = [text for message in messages if message["role"] == "user" for text in _texts(message)]
     others |= _inline_images(row, messages)
     marked = next((mark for text in texts if (mark := _MARKER.search(text))), None)
@@ -234,7 +234,7 @@ def _turn(turn: Any, index: int) -> dict[str, Any]:
     twice = sorted({"from", "role", "value", "content"} & others.keys())
     if twice:
         raise UnconvertibleError(f"{place} has two names for one thing ({twice[0]!r} is one)", "keep one of them")
-    if speaker in _SPEAKERS_OF_CALLS:
+    if isinstance(speaker, str) and speaker in _SPEAKERS_OF_CALLS:
         raise UnconvertibleError(f"{place} calls a tool ({speaker!r}), which has no common form", "write it by hand")
     if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
         raise UnconvertibleError(f"{place}: unknown speaker {shown(speaker)}", f"known ones: {', '.join(_ROLES)}")

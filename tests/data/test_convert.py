@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from glm_edge_ft.data.conversation import parse_conversation
 from glm_edge_ft.data.convert import Conversion, convert_file
+from glm_edge_ft.data.convert_formats import READERS
+from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import UserError
 
 USER_AND_REPLY = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -360,7 +364,7 @@ def test_a_picture_is_kept_wherever_a_format_names_it(tmp_path: Path, form: str,
         ("llava", {"image_path": "p.png", "conversations": TURNS}, "a picture under 'image_path'"),
         ("openai", {"input": {"messages": []}, "preferred_output": [{}], "non_preferred_output": [{}]}, "a preference"),
         ("sharegpt", {"conversations": [TURNS[0], {**TURNS[1], "content": "B"}]}, "two names for one thing"),
-        ("sharegpt", {"conversations": TURNS, "messages": USER_AND_REPLY}, "both 'conversations' and 'messages'"),
+        ("sharegpt", {"conversations": TURNS, "messages": USER_AND_REPLY}, "'messages' beside what"),
     ],
 )
 def test_another_meaning_is_left_out_with_its_reason(tmp_path: Path, form: str, row: Any, reason: str) -> None:
@@ -443,3 +447,64 @@ def test_rows_that_are_left_out_are_counted_by_reason(tmp_path: Path) -> None:
     many = [{"instruction": "Q", "output": "A", f"key {number}": 1, "id": 1} for number in range(100)]
     lines = convert(tmp_path / "keys", "alpaca", *many)[0].lines(tmp_path / "new.jsonl")
     assert (lines[1], lines[-1]) == ("key 'id' has no meaning here: 100 rows", "... and 81 more remarks")
+
+
+KINDS: tuple[Any, ...] = (None, True, False, 0, 1, 0.5, 10**30, "", "x", "<image>", "<img>a</img>", '{"a": 1}', [], {})
+KEYS = (
+    "messages",
+    "conversations",
+    "images",
+    "videos",
+    "tools",
+    "label",
+    "weight",
+    "train_detail",
+    "history",
+    "objects",
+)
+TURN_KEYS = ("from", "role", "value", "content", "weight", "image", "images", "tool_calls", "function_call", "name")
+
+
+def anything(random: Random, depth: int = 0) -> Any:
+    """Return any JSON value."""
+    if depth < 3 and random.random() < 0.4:
+        part = anything(random, depth + 1)
+        return [part] if random.random() < 0.5 else {random.choice(("type", "text", "image", "path", "name")): part}
+    return random.choice(KINDS)
+
+
+def test_whatever_a_row_holds_is_a_row_or_a_reason(tmp_path: Path) -> None:
+    """K23: no exception; what is written is read without a remark on a row's keys, and has a reply to learn."""
+    random = Random(0)
+    rows = []
+    for number in range(1500):
+        turns = [dict(random.choice((*USER_AND_REPLY, *TURNS))) for _ in range(random.randint(1, 3))]
+        random.choice(turns)[random.choice(TURN_KEYS)] = anything(random)
+        row = {"messages": turns} if number % 2 else {"instruction": "Q", "output": "A", "query": "Q", "response": "A"}
+        rows.append(row | {random.choice(KEYS): anything(random) for _ in range(random.randint(0, 2))})
+    good = {"alpaca": {"instruction": "Q", "output": "A"}, "openai": {"messages": USER_AND_REPLY}}
+    for form, row in (*good.items(), ("advertisegen", {"content": "Q", "summary": "A"})):
+        (tmp_path / form).mkdir()
+        conversion, written = convert(tmp_path / form, form, *rows, row)
+        assert conversion.written + len(conversion.left_out) == len(rows) + 1
+        for number, new in enumerate(written):
+            read = parse_conversation(RawRow("new.jsonl", number, 1, new), frozenset(("tool", "observation")), 10**6)
+            assert not read.ignored_keys
+            assert any(message.supervised for message in read.messages)
+
+
+@pytest.mark.parametrize("form", list(READERS))
+def test_no_key_is_lost_without_a_word(tmp_path: Path, form: str) -> None:
+    """K23: a value that stands under an unknown key of a row, a turn or a part is written, or its key is named."""
+    part = {"type": "text", "text": "Q", "zz_part": "zz part value"}
+    question = {"role": "user", "content": [part], "zz_turn": "zz turn value"}
+    row: dict[str, Any] = {"messages": [question, {**USER_AND_REPLY[1], "zz_reply": {"a": ["zz reply value"]}}]}
+    if form == "alpaca":
+        row = {"instruction": "Q", "output": "A", "input": None, "system": "zz system value"}
+    elif form == "advertisegen":
+        row = {"content": "Q", "summary": "A"}
+    conversion, _ = convert(tmp_path, form, row | {"zz_row": "zz row value"})
+    text = (tmp_path / "out" / "new.jsonl").read_text(encoding="utf-8")
+    named = "\n".join(conversion.lines(tmp_path / "new.jsonl"))
+    for kind in ("row", *(("part", "turn", "reply") if "messages" in row else ())):
+        assert (f"zz {kind} value" in text) != (f"'zz_{kind}'" in named), kind
