@@ -90,7 +90,7 @@ def quiet_libraries() -> None:
     import warnings
 
     if dropped := drop_settings():
-        show_notice(f"not used, since the config alone decides how a run computes: {', '.join(dropped)}")
+        show_notice(f"not used, since the config alone decides how a run computes and reports: {', '.join(dropped)}")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")

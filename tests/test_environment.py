@@ -13,7 +13,9 @@ import torch
 
 from glm_edge_ft.__main__ import main
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
+from glm_edge_ft.distributed import settle_gpus
 from glm_edge_ft.environment import Launch, check_launcher, drop_settings, launch
+from glm_edge_ft.errors import UserError
 from tests.launch import REPOSITORY
 from tests.runs import write_config
 
@@ -136,6 +138,40 @@ def test_an_evaluation_uses_one_gpu_too(chat_folder: Path, monkeypatch: pytest.M
     data, settings = chat_folder / "data" / "test.jsonl", ("training_args.use_cpu=false",)
     evaluate(EvaluateRequest(data, (str(chat_folder / "model"),), chat_folder / "out", overrides=settings))
     assert (chat_folder / "out" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("variables", "count", "visible", "left"),
+    [
+        ({}, 2, None, "0"),
+        ({}, 2, "3,1", "3"),
+        ({}, 1, "3", "3"),
+        ({}, 1, None, None),
+        (WHOLE | OF_TORCHRUN, 2, "3,1", "3,1"),
+        (WHOLE | OF_TORCHRUN, 1, "3", "3"),  # a launcher that shows each process its own GPU
+    ],
+)
+def test_which_gpus_a_process_sees(
+    variables: dict[str, str], count: int, visible: str | None, left: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K3: the first of those that the user names; what a launcher set up stays."""
+    set_variables(monkeypatch, variables)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    settle_gpus({})
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K3: NCCL would refuse two processes on one GPU, after the weights were read; CPUs take any number."""
+    set_variables(monkeypatch, WHOLE | {"LOCAL_WORLD_SIZE": "4"})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    settle_gpus({"use_cpu": True})
+    with pytest.raises(UserError, match="4 processes were started on a machine with 2 GPUs"):
+        settle_gpus({})
 
 
 def test_variables_that_only_name_the_machine_stay(monkeypatch: pytest.MonkeyPatch) -> None:
