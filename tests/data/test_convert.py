@@ -482,7 +482,7 @@ def test_whatever_a_row_holds_is_a_row_or_a_reason(tmp_path: Path) -> None:
         random.choice(turns)[random.choice(TURN_KEYS)] = anything(random)
         row = {"messages": turns} if number % 2 else {"instruction": "Q", "output": "A", "query": "Q", "response": "A"}
         rows.append(row | {random.choice(KEYS): anything(random) for _ in range(random.randint(0, 2))})
-    good = {"alpaca": {"instruction": "Q", "output": "A"}, "openai": {"messages": USER_AND_REPLY}}
+    good: dict[str, Any] = {"alpaca": {"instruction": "Q", "output": "A"}, "openai": {"messages": USER_AND_REPLY}}
     for form, row in (*good.items(), ("advertisegen", {"content": "Q", "summary": "A"})):
         (tmp_path / form).mkdir()
         conversion, written = convert(tmp_path / form, form, *rows, row)
