@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from glm_edge_ft.data.dataset import EncodedDataset
     from glm_edge_ft.model.loading import Checkpoint
 
-_OTHER_PART = "choose another, install what it names, or give it the settings it asks for"
+_OTHER_PART = "choose another, install what it names, correct its settings, or give those it asks for"
 _TRIED_STEPS = 1000
 # texts for an argument of an optimizer, of which at least one gives another optimizer than a known argument's value
 _TRIED_VALUES = ("0.123", "7", "true", "false", "std", "bfloat16")
@@ -77,6 +77,8 @@ def check_training_parts(args: Seq2SeqTrainingArguments, written: Mapping[str, A
         "training_args.lr_scheduler_type": lambda: _check_schedule(args, written, steps, problems),
         "training_args.report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(args.report_to)],
     }
+    if args.activation_checkpointing_kwargs:
+        parts["training_args.activation_checkpointing_kwargs"] = lambda: _check_checkpointing(args)
     if args.push_to_hub and is_main_process():
         parts["training_args.push_to_hub"] = lambda: _check_hub(args)
     for key, build in parts.items():
@@ -100,6 +102,17 @@ def _check_hub(args: Seq2SeqTrainingArguments) -> None:
     HfApi().whoami(token=args.hub_token)
 
 
+def _check_checkpointing(args: Seq2SeqTrainingArguments) -> None:
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    settings: dict[str, Any] = {"use_reentrant": False, **args.activation_checkpointing_kwargs}  # type: ignore[dict-item]
+    for name in ("use_reentrant", "preserve_rng_state"):
+        if not isinstance(settings.get(name, False), bool):
+            raise ValueError(f"{name} takes true or false")
+    checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **settings).backward()
+
+
 def _optimizer_of(args: Seq2SeqTrainingArguments, **changes: Any) -> tuple[Any, Any]:
     from transformers import Trainer
 
@@ -119,7 +132,7 @@ def _check_optimizer(args: Seq2SeqTrainingArguments, written: Mapping[str, Any],
     for key, other in _ADAM_KEYS.items():
         if key in written and _optimizer_of(args, **{key: other}) == (kind, settings):
             show_notice(f"training_args.{key} has no effect: {name} does not read it")
-    if args.optim_target_modules and "galore" not in name and "apollo" not in name:
+    if args.optim_target_modules and _optimizer_of(args, optim_target_modules=None) == (kind, settings):
         show_notice(f"training_args.optim_target_modules has no effect: {name} does not read it")
     for argument in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
         key = argument.partition("=")[0]

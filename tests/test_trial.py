@@ -155,6 +155,25 @@ def test_arguments_of_an_optimizer_are_those_that_it_reads(
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("activation_checkpointing_kwargs", {"use_reentrant": False}, None),
+        ("activation_checkpointing_kwargs", {"reentrant": False}, "activation_checkpointing_kwargs"),
+        ("activation_checkpointing_kwargs", {"use_reentrant": "maybe"}, "activation_checkpointing_kwargs"),
+        ("accelerator_config", {"split_batches": True}, None),
+        ("accelerator_config", {"split_batch": True}, "accelerator_config.split_batch"),
+        ("accelerator_config", {"split_batches": "maybe"}, "accelerator_config.split_batches"),
+        ("lr_scheduler_kwargs", "fast", "lr_scheduler_kwargs"),
+        ("activation_checkpointing_kwargs", 3, "activation_checkpointing_kwargs"),
+    ],
+)
+def test_settings_inside_a_key_are_checked_too(chat_folder: Path, key: str, value: Any, place: str | None) -> None:
+    """K13: unknown names and values of another kind are refused, each with what to write."""
+    settings = {"activation_checkpointing": True, key: value}
+    assert where(check(chat_folder, **settings)) == ([place] if place else [])
+
+
+@pytest.mark.parametrize(
     ("key", "value", "fits"),
     [
         ("bad_words_ids", [[5], [6, 7]], True),

@@ -13,7 +13,7 @@ from glm_edge_ft.config.deepspeed import check_deepspeed
 from glm_edge_ft.config.document import nearest
 from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config.schema import PEFT_TYPES, reporting_integrations
-from glm_edge_ft.config.unsupported import check_generation, check_unsupported_training
+from glm_edge_ft.config.unsupported import check_generation, check_unsupported_peft, check_unsupported_training
 from glm_edge_ft.config.values import shown
 from glm_edge_ft.environment import launch
 from glm_edge_ft.files import did_you_mean, expand_home
@@ -36,6 +36,7 @@ def check_peft(draft: Draft) -> None:
     peft, training = draft.peft, draft.training
     if peft is None:
         return
+    check_unsupported_peft(draft)
     kind = peft.get("peft_type")
     if kind is None and not draft.wrote("peft_config", "peft_type"):
         draft.refuse((*PEFT, "peft_type"), "missing", "write peft_type: LORA or PREFIX_TUNING, or drop peft_config")
@@ -220,6 +221,8 @@ def _check_best_model(draft: Draft, evaluates: bool | None) -> None:
     metric = training.get("metric_for_best_model")
     if metric is None:
         if not loads_best and training.get("save_strategy") != "best":
+            if training.get("greater_is_better") is not None:
+                draft.notice((*TRAINING, "greater_is_better"), "has no effect here; no model is chosen by a metric")
             return
         metric = "loss"
     metric = metric.removeprefix("eval_")

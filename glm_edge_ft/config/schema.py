@@ -11,7 +11,7 @@ import ast
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -106,11 +106,15 @@ def training_fields() -> dict[str, Field]:
     """
     modules = ("training_args.py", "training_args_seq2seq.py", "trainer_utils.py", "debug_utils.py")
     classes = _classes("transformers", modules)
-    return {
+    fields = {
         field.name: field
         for name in ("TrainingArguments", "Seq2SeqTrainingArguments")
         for field in _class_fields(classes[name], classes)
     }
+    of_accelerate = _classes("transformers", ("trainer_pt_utils.py",))["AcceleratorConfig"]
+    section = TypeOption("section", fields=tuple(_class_fields(of_accelerate, classes)))
+    options = (section, *(option for option in fields["accelerator_config"].options if option.kind != "mapping"))
+    return {**fields, "accelerator_config": replace(fields["accelerator_config"], options=options)}
 
 
 @cache

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from glm_edge_ft.config.draft import TRAINING, Draft
+from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
+from glm_edge_ft.config.schema import training_fields
 from glm_edge_ft.config.values import shown
 
 GENERATION = (*TRAINING, "generation_config")
@@ -49,6 +50,7 @@ _REFUSED_GENERATION: Mapping[str, tuple[str, str]] = {
     "cache_config": _OTHER_CACHE,
     "max_cache_len": _OTHER_CACHE,
     "compile_config": ("cannot be written in YAML: generate takes an object of Python", _LEAVE_OUT),
+    "disable_compile": ("has no effect here: nothing of generation is compiled", _LEAVE_OUT),
     "continuous_batching_config": ("has no effect here: evaluation makes its own batches", _LEAVE_OUT),
     "num_beam_groups": _GROUPED,
     "diversity_penalty": _GROUPED,
@@ -80,13 +82,31 @@ _REFUSED_TRAINING: Mapping[str, tuple[str, str]] = {
     "fsdp": ("is not supported by this toolkit", "leave it out; use deepspeed to share a model between GPUs"),
     "fsdp_config": ("is not supported by this toolkit", "leave it out; use deepspeed to share a model between GPUs"),
 }
+_NOT_THERE = "has no effect here; "
 _WITHOUT_EFFECT: Mapping[str, str] = {
-    "sortish_sampler": "has no effect here; train_sampling_strategy orders the rows",
-    "batch_eval_metrics": "has no effect here; scores are taken over all replies",
-    "include_for_metrics": "has no effect here; scores are taken from the replies",
-    "eval_accumulation_steps": "has no effect here; evaluation keeps no logits",
-    "prediction_loss_only": "has no effect here; predict_with_generate: false evaluates by the loss alone",
+    "sortish_sampler": _NOT_THERE + "train_sampling_strategy orders the rows",
+    "length_column_name": _NOT_THERE + "rows are as long as their tokens",
+    "label_names": _NOT_THERE + "labels are made of the conversations",
+    "batch_eval_metrics": _NOT_THERE + "scores are taken over all replies",
+    "include_for_metrics": _NOT_THERE + "scores are taken from the replies",
+    "eval_accumulation_steps": _NOT_THERE + "evaluation keeps no logits",
+    "eval_do_concat_batches": _NOT_THERE + "evaluation keeps no logits",
+    "eval_use_gather_object": _NOT_THERE + "evaluation keeps no logits",
+    "prediction_loss_only": _NOT_THERE + "predict_with_generate: false evaluates by the loss alone",
+    "use_cache": _NOT_THERE + "training needs no cache, and generation_config.use_cache is for replies",
+    "liger_kernel_config": _NOT_THERE + "use_liger_kernel is not supported",
+    "local_rank": _NOT_THERE + "torchrun says it",
+    "enable_jit_checkpoint": _NOT_THERE + "SIGTERM ends any run with a checkpoint",
 }
+# keys that another one must switch on
+_ONLY_WITH: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "push_to_hub",
+    ),
+    "activation_checkpointing_kwargs": "activation_checkpointing",
+}
+_WRITTEN_BY_PEFT = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision")
 
 
 def check_unsupported_training(draft: Draft) -> None:
@@ -102,8 +122,18 @@ def check_unsupported_training(draft: Draft) -> None:
             draft.refuse((*TRAINING, name), what, fix)
         del training[name]
     for name, text in _WITHOUT_EFFECT.items():
-        if training.get(name):
+        if _is_set(training, name):
             draft.notice((*TRAINING, name), text)
+            del training[name]
+    for name, switch in _ONLY_WITH.items():
+        if _is_set(training, name) and not training.get(switch) and not draft.refused(training, *TRAINING, switch):
+            draft.notice((*TRAINING, name), f"{_NOT_THERE}it belongs to {switch}, which is not set")
+
+
+def _is_set(training: Mapping[str, Any], name: str) -> bool:
+    """Whether a key has another value than its default."""
+    value, default = training.get(name), training_fields()[name].default
+    return value not in (None, [], {}, "") and repr(value) != default
 
 
 def check_generation(draft: Draft) -> None:
@@ -123,3 +153,10 @@ def check_generation(draft: Draft) -> None:
         else:
             fix = "write max_new_tokens instead: the largest number of tokens of a reply"
             draft.refuse(path, "counts the prompt too, so that a long prompt leaves no room for a reply", fix)
+
+
+def check_unsupported_peft(draft: Draft) -> None:
+    """Refuse keys of an adapter that its own file gets from PEFT."""
+    for name in _WRITTEN_BY_PEFT:
+        if (draft.peft or {}).get(name) is not None:
+            draft.refuse((*PEFT, name), "is what PEFT itself writes there, about MODEL", _LEAVE_OUT)

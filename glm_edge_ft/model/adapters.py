@@ -44,25 +44,36 @@ def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel, keep_
             arguments["runtime_config"] = LoraRuntimeConfig(**arguments["runtime_config"])
         return (LoraConfig if is_lora else PrefixTuningConfig)(task_type="CAUSAL_LM", **arguments)
     except _REFUSALS as error:
-        raise UserError.single("peft_config", f"PEFT refuses these settings: {error}") from error
+        what = f"PEFT refuses these settings: {error}"
+        raise UserError.single("peft_config", what, "correct what it names, or leave it out") from error
 
 
 def names_vision(targets: Sequence[str] | str | None, model: torch.nn.Module) -> list[str]:
     """Return those of `target_modules` that mean the vision part.
 
-    Such an entry, or pattern, has the word `vision` in it, or is a name that modules of the vision part alone have,
-    such as `fc1` or `dense_4h_to_h`.
+    Such an entry, or pattern, matches modules of the vision part and names it, or matches no others, as `fc1` or
+    `dense_4h_to_h` do.
     """
-    if targets is None:
+    if targets is None or targets == "all-linear":
         return []
-    if isinstance(targets, str):
-        return [targets] if "vision" in targets else []
     vision, text = _module_names(model)
-    return [
-        entry
-        for entry in targets
-        if "vision" in entry or (any(map(_ends_in(entry), vision)) and not any(map(_ends_in(entry), text)))
-    ]
+    is_pattern = isinstance(targets, str)
+
+    def is_meant(entry: str) -> bool:
+        matches = _matcher(entry) if is_pattern else _ends_in(entry)
+        return any(map(matches, vision)) and ("vision" in entry or not any(map(matches, text)))
+
+    return [entry for entry in ([targets] if isinstance(targets, str) else targets) if is_meant(entry)]
+
+
+def _matcher(pattern: str) -> Any:
+    """Return what matches the whole of a module's name. Raises UserError where the pattern is none."""
+    try:
+        return re.compile(pattern).fullmatch
+    except re.error as error:
+        what = f"is no regular expression: {pattern!r} ({error})"
+        fix = "write a list of names, such as [q_proj, v_proj]"
+        raise UserError.single("peft_config.target_modules", what, fix) from error
 
 
 def _spare_vision(arguments: dict[str, Any], model: PreTrainedModel, keep_vision: bool) -> None:
@@ -76,11 +87,7 @@ def _spare_vision(arguments: dict[str, Any], model: PreTrainedModel, keep_vision
     if named or targets is None:
         return
     if isinstance(targets, str) and targets != "all-linear":
-        try:
-            matches: Any = re.compile(targets).fullmatch
-        except re.error as error:
-            what = f"is no regular expression: {targets!r} ({error})"
-            raise UserError.single(key, what, "write a list of names, such as [q_proj, v_proj]") from error
+        matches = _matcher(targets)
     else:
         matches = _ends_in(*([""] if targets == "all-linear" else targets))
     if any(map(matches, vision)):  # PEFT warns of an exclusion that excludes nothing
@@ -168,7 +175,8 @@ def wrap_meta_model(
     try:
         wrapped = get_peft_model(meta_model, config, low_cpu_mem_usage=True)
     except _REFUSALS as error:
-        raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
+        what = f"this adapter does not fit the model: {error}"
+        raise UserError.single("peft_config", what, "correct what it names, or leave it out") from error
     share_dropout(wrapped)
     if keep_vision:
         _check_vision_is_frozen(settings, wrapped)
@@ -299,7 +307,8 @@ def apply_adapter(
     try:
         wrapped = get_peft_model(model, build_peft_config(settings, model, keep_vision))
     except _REFUSALS as error:
-        raise UserError.single("peft_config", f"this adapter does not fit the model: {error}") from error
+        what = f"this adapter does not fit the model: {error}"
+        raise UserError.single("peft_config", what, "correct what it names, or leave it out") from error
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -385,6 +385,13 @@ def test_lora_names_of_a_vision_part_that_stays_as_it_is_are_refused(model: Any,
     ]
 
 
+def test_a_lora_pattern_is_judged_by_the_modules_that_it_matches(model: Any) -> None:
+    """K13: one that speaks of the vision part to leave it out trains nothing of it, and is taken."""
+    settings = {**LORA, "target_modules": r"(?!.*vision).*q_proj"}
+    check_adapter(settings, model, keep_vision=True)
+    assert not [name for name in adapted_parts(apply_adapter(model, settings, True)) if "vision" in name]
+
+
 def test_modules_saved_whole_do_not_thaw_a_vision_part_that_stays_as_it_is(model: Any) -> None:
     """I6: a name that tower and language model share would make a trained copy of the tower's modules."""
     settings = {**LORA, "target_modules": ["o_proj"], "modules_to_save": ["k_proj"]}

@@ -1,0 +1,1 @@
+"""Every key of the libraries' settings, tried one by one."""
