@@ -96,6 +96,7 @@ _WITHOUT_EFFECT: Mapping[str, str] = {
     "use_cache": _NOT_THERE + "training needs no cache, and generation_config.use_cache is for replies",
     "liger_kernel_config": _NOT_THERE + "use_liger_kernel is not supported",
     "local_rank": _NOT_THERE + "torchrun says it",
+    "restore_callback_states_from_checkpoint": _NOT_THERE + "what keeps a state is always restored",
     "enable_jit_checkpoint": _NOT_THERE + "SIGTERM ends any run with a checkpoint",
 }
 # keys that another one must switch on

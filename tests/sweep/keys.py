@@ -168,7 +168,7 @@ TRAINING: Mapping[str, Try] = {
 }
 
 GENERATION: Mapping[str, Try] = {
-    "max_length": Try(64, "refused"),
+    "max_length": Try(64, "notice"),
     "max_new_tokens": Try(3),
     "min_length": Try(5, "refused"),
     "min_new_tokens": Try(7),
