@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -80,7 +81,6 @@ def check_deepspeed_values(settings: Mapping[str, Any]) -> list[tuple[str, str]]
 
     It would say so when it gets the model, after the weights were read. Batch sizes and "auto" are left to the YAML.
     """
-    from deepspeed.ops.op_builder import AsyncIOBuilder
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
@@ -98,12 +98,28 @@ def check_deepspeed_values(settings: Mapping[str, Any]) -> list[tuple[str, str]]
         ]
     except Exception as error:  # whatever its parser raises, the file is what the user can change
         return [("", f"DeepSpeed refuses these settings: {type(error).__name__}: {error}")]
-    zero = settings.get("zero_optimization", {})
-    return [
+    return _missing_tools(settings.get("zero_optimization", {}))
+
+
+def _missing_tools(zero: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what this machine lacks for the operators that DeepSpeed compiles at first use."""
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
+
+    devices = {key: zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    missing = [
         (f"zero_optimization.{key}.device", "is `nvme`, for which DeepSpeed needs the library libaio (libaio-dev)")
-        for key in ("offload_optimizer", "offload_param")
-        if zero.get(key, {}).get("device") == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False)
+        for key, device in devices.items()
+        if device == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False)
     ]
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    needed = {"deepspeed_shm_comm": on_cpu, "cpu_adam": devices["offload_optimizer"] != "none"}
+    compiles = [name for name, is_needed in needed.items() if is_needed and not installed_ops.get(name)]
+    if compiles and not (shutil.which(get_cxx_compiler()) and is_ninja_available()):
+        what = f"DeepSpeed compiles {' and '.join(compiles)} for this run: install ninja and a C++ compiler (g++)"
+        missing.append(("", what))
+    return missing
 
 
 def _without_auto(value: Any) -> Any:

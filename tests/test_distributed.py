@@ -115,6 +115,30 @@ def test_values_that_deepspeed_refuses_are_found_before_the_weights(
     assert [text[: len(start)] for text, start in zip(found, expected, strict=True)] == expected
 
 
+@pytest.mark.parametrize(
+    ("compiler", "device", "expected"),
+    [
+        ("c++", "nvme", ["zero_optimization.offload_optimizer.device"]),
+        ("no-such-compiler", "none", []),
+        ("no-such-compiler", "cpu", [""]),
+    ],
+)
+def test_what_deepspeed_lacks_to_compile_is_found_before_the_weights(
+    compiler: str, device: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K5: DeepSpeed says so with a trace of the build, once the model is there."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setitem(installed_ops, "cpu_adam", compiler == "c++")
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)  # as without libaio
+    zero = {"stage": 2, "offload_optimizer": {"device": device, "nvme_path": "/tmp"}}
+    assert [key for key, _ in check_deepspeed_values({"zero_optimization": zero})] == expected
+
+
 def fail(folder: Path, kind: str, who: str) -> str:
     """Let one rank of two fail, or both, and return what was printed."""
     script = folder / "failing.py"
