@@ -469,6 +469,37 @@ def test_a_picture_whose_place_is_not_clear_is_refused(backend: Tokenizer, value
     assert refusal(vision_encoder(backend, max_images=3), value)
 
 
+picture_keys = st.sampled_from(["image", "images", "image_path", "img", "picture", "image_url", "file", "media", "url"])
+wrapped = st.sampled_from(
+    [
+        lambda path: path,
+        lambda path: [path],
+        lambda path: {"path": path},
+        lambda path: [{"url": path}],
+        lambda path: [{"bytes": None, "path": path}],
+        lambda path: {"image": [path]},
+    ]
+)
+contents = st.sampled_from(
+    ["what?", "<image>what?", "what?\n<image>", "<image><image>", [HELLO], [{"type": "image"}, HELLO], [A, HELLO]]
+)
+
+
+@given(key=picture_keys, wrap=wrapped, level=st.integers(-1, 3), first=contents, second=contents)
+@settings(max_examples=300)
+def test_a_picture_never_vanishes(backend: Tokenizer, key: str, wrap: Any, level: int, first: Any, second: Any) -> None:
+    """K19: it is shown, its key is named in the report, or the row is refused; and what is shown is in the ids."""
+    row: dict[str, Any] = {"messages": [asks(first), dict(REPLY), asks(second), dict(REPLY)]}
+    holder = row if level < 0 else row["messages"][level]
+    holder[key] = wrap("new.png")
+    encoder = vision_encoder(backend, max_images=3)
+    chunk = encode_chunk([raw(row)], encoder)
+    if not chunk.problems:
+        count = 3 * len(chunk.images[0])
+        assert chunk.ids.tolist().count(encoder.images.placeholder_id if encoder.images else -1) == count
+        assert "new.png" in chunk.images[0] or any(repr(key) in note for note in chunk.notes)
+
+
 @pytest.mark.parametrize("holder", ["row", "message"])
 def test_chat_fine_tuning_refuses_pictures_in_any_key(make_encoder: EncoderMaker, holder: str) -> None:
     """K19: it shows the model none; null and an empty list are none."""
