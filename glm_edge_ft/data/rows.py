@@ -22,7 +22,7 @@ from glm_edge_ft.errors import Problem
 SUFFIXES = (".jsonl", ".json", ".parquet")
 MAXIMUM_PROBLEMS_SHOWN = 20
 _SAMPLE_BYTES = 1 << 20
-_JSON_KEYS = ("messages", "conversations", "tools")
+_JSON_KEYS = frozenset({"messages", "conversations", "tools"})
 _MESSAGE_KEYS = frozenset({"role", "content", "from"})
 
 
@@ -82,18 +82,28 @@ def _decoded(row: RawRow | Problem) -> RawRow | Problem:
     """Return the row with lists and objects where `messages` or `tools` hold them as JSON text, as tables often do."""
     if isinstance(row, Problem) or not isinstance(row.value, dict):
         return row
-    for key in _JSON_KEYS:
-        text = row.value.get(key)
-        if not isinstance(text, str) or (text.strip() and text.strip()[0] not in "[{"):
-            continue
+    decoded = {}
+    for key in _JSON_KEYS & row.value.keys():
+        value = row.value[key]
         try:
-            value, end = decode_value(text.strip()) if text.strip() else (None, 0)
-            if end != len(text.strip()):
-                raise _extra_data(text.strip(), end)
+            if isinstance(value, str):
+                decoded[key] = _from_text(value)
+            elif isinstance(value, list) and any(isinstance(element, str) for element in value):
+                decoded[key] = [_from_text(element) if isinstance(element, str) else element for element in value]
         except JsonMistake as mistake:
             return Problem(row.place, f"{key!r}, character {mistake.position + 1}: {mistake.reason}", mistake.fix)
-        row = replace(row, value={**row.value, key: value})
-    return row
+    return replace(row, value=row.value | decoded) if decoded else row
+
+
+def _from_text(text: str) -> Any:
+    """Return the list or object that a text holds, None of an empty text, and any other text as it is."""
+    text = text.strip()
+    if not text or text[0] not in "[{":
+        return text or None
+    value, end = decode_value(text)
+    if end != len(text):
+        raise _extra_data(text, end)
+    return value
 
 
 def limit_problems(problems: Iterable[Problem], name: str, limit: int = MAXIMUM_PROBLEMS_SHOWN) -> list[Problem]:

@@ -372,11 +372,12 @@ def test_what_only_looks_like_json_stays_text(make_encoder: EncoderMaker) -> Non
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet"])
-def test_columns_of_json_text_are_read(make_encoder: EncoderMaker, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("is_text", [True, False], ids=["text", "list-of-texts"])
+def test_columns_of_json_text_are_read(make_encoder: EncoderMaker, tmp_path: Path, name: str, is_text: bool) -> None:
     """K25: messages and tools as a table has them, an empty text among them, whatever the file's format."""
     rows = [
-        {"messages": json.dumps([USER, REPLY]), "tools": json.dumps([CALL])},
-        {"messages": json.dumps([USER, REPLY]), "tools": ""},
+        {"messages": json.dumps([USER, REPLY]), "tools": json.dumps([CALL]) if is_text else [json.dumps(CALL)]},
+        {"messages": json.dumps([USER, REPLY]), "tools": "" if is_text else []},
     ]
     path = tmp_path / name
     if path.suffix == ".parquet":
@@ -385,7 +386,7 @@ def test_columns_of_json_text_are_read(make_encoder: EncoderMaker, tmp_path: Pat
         path.write_text(json.dumps(rows) if name == "train.json" else "\n".join(map(json.dumps, rows)))
     encoder = make_encoder(CALLING)
     found = [encoder.parse(row) for row in iter_rows(path) if isinstance(row, RawRow)]
-    assert [conversation.tools for conversation in found] == [(CALL,), None]
+    assert [conversation.tools for conversation in found] == [(CALL,), None if is_text else ()]
     assert [message.text for message in found[1].messages] == ["hello there", "my friend"]
 
 
