@@ -369,17 +369,18 @@ class Structure:
 
 
 def look_at_structure(config: RunConfig, meta_model: PreTrainedModel, keep_vision: bool) -> Structure:
-    """Put the adapter on the model's twin on the meta device. Raises UserError if it does not fit."""
-    from glm_edge_ft.model.adapters import build_peft_config, wrap_meta_model
+    """Put the adapter on the model's twin on the meta device. Raises UserError if it does not fit, or is not kept."""
+    from glm_edge_ft.model.adapters import check_is_kept, wrap_meta_model
     from glm_edge_ft.model.memory import measure_size
     from glm_edge_ft.model.quantized_twin import quantize_twin
 
     twin = copy.deepcopy(meta_model)
     quantize_twin(twin, config.quantization)
-    size = measure_size(wrap_meta_model(config.peft_config, twin, keep_vision))
+    wrapped: Any = wrap_meta_model(config.peft_config, twin, keep_vision)
     if config.peft_config is None:
-        return Structure(size, None)
-    return Structure(size, build_peft_config(config.peft_config, meta_model, keep_vision).to_dict())
+        return Structure(measure_size(wrapped), None)
+    check_is_kept(config.peft_config, wrapped)
+    return Structure(measure_size(wrapped), wrapped.peft_config["default"].to_dict())
 
 
 @contextmanager

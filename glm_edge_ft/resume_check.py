@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import Problem
 from glm_edge_ft.model.weight_files import weights_fingerprint
-from glm_edge_ft.training.checkpoints import RUN_RECORD
+from glm_edge_ft.training.checkpoints import ENCODER_FILE, RUN_RECORD
 from glm_edge_ft.training.pickles import check_pickles
 from glm_edge_ft.training.processes import Processes, read_processes
 from glm_edge_ft.versions import PACKAGES, read_versions
@@ -82,6 +82,9 @@ def compare_with_checkpoint(
     before = read_processes(checkpoint)
     problems += compare_processes(checkpoint, before, processes, is_adapter=adapter is not None)
     problems += check_pickles(checkpoint)
+    if adapter and adapter.get("prefix_projection") and not (checkpoint / ENCODER_FILE).is_file():
+        what = f"{checkpoint} holds the computed prefix alone, without the projection ({ENCODER_FILE})"
+        problems.append(Problem("peft_config.prefix_projection", what, "start afresh (RESUME no)"))
     record = _read(checkpoint / RUN_RECORD) or _read(checkpoint.parent / RUN_RECORD)  # of then, else of the last start
     if record is None:
         return problems, []

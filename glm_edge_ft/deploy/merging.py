@@ -13,17 +13,25 @@ from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.quantization import REQUIREMENT, is_installed, not_installed
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    import torch
     from transformers import PreTrainedModel
 
     from glm_edge_ft.model.loading import Checkpoint
 
-_NO_WEIGHTS_CHANGED = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+_NO_WEIGHTS_CHANGED = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE", "CPT")
+_USE_BESIDE = "use it beside its base model"
+_PROBE_LENGTH = 16  # tokens
+_PROBE_TOLERANCE = 1e-3  # of the largest logit; rounding in float32 makes some 1e-6
 
 
 def check_adapter_kind(source: Source) -> None:
-    """Raise UserError for an adapter that changes no weights, such as a prefix; a whole model passes."""
-    if source.adapter is None or source.adapter.peft_type not in _NO_WEIGHTS_CHANGED:
+    """Raise UserError for an adapter that changes no weights, such as a prefix, or the layers; a whole model passes."""
+    if source.adapter is None:
+        return
+    if source.adapter.replicates_layers:
+        what = "its layer_replication makes a model of more layers, each with its own adapter, out of shared weights"
+        raise UserError.single(f"MODEL {source.name}", what, _USE_BESIDE)
+    if source.adapter.peft_type not in _NO_WEIGHTS_CHANGED:
         return
     what = f"is an adapter of the type {source.adapter.peft_type}, which changes no weights: it puts trained "
     what += "vectors before every text, and a model's files have no place for them"
@@ -79,28 +87,46 @@ def load_merged(checkpoint: Checkpoint, quantization: str | None = None) -> PreT
             what += "are, so that the merged model answers as the run did"
         show_notice(f"base model {checkpoint.location.name} {what}")
         base = base.dequantize(torch.float32).float()
-    was_tied = _untie(base)
-    wrapped: PeftModel = load_adapter(base, adapter)
+    tied = _tied_weight(base)
+    wrapped: Any = load_adapter(base, adapter)
+    if tied is not None:
+        _untie(wrapped, tied)
+    before = _probe(wrapped)
     try:
         merged: Any = wrapped.merge_and_unload(safe_merge=True)
-    except (ValueError, AttributeError, NotImplementedError) as error:
+    except (ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise UserError.single(str(adapter), f"PEFT cannot merge this adapter: {error}", "") from error
-    if was_tied and torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight):
+    if tied is not None and torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight):
         merged.config.tie_word_embeddings = True
         merged.tie_weights()
+    difference = float((_probe(merged) - before).abs().max() / before.abs().max())
+    if not difference <= _PROBE_TOLERANCE:
+        what = f"PEFT cannot merge this adapter: the merged model answers otherwise ({difference:.1e} of its logits)"
+        raise UserError.single(str(adapter), what, _USE_BESIDE)
     return merged
 
 
-def _untie(model: Any) -> bool:
-    """Give a model with tied embeddings a head of its own, so that merging into one leaves the other as it is.
-
-    Returns whether it was tied.
-    """
+def _probe(model: Any) -> torch.Tensor:
+    """Return the logits of some tokens, `(1, _PROBE_LENGTH, vocab_size)`."""
     import torch
 
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
-        return False
-    head.weight = torch.nn.Parameter(embeddings.weight.detach().clone())
+    last = model.config.get_text_config().vocab_size // 2  # special tokens, such as that of images, come after it
+    ids = torch.linspace(0, last, _PROBE_LENGTH).long()[None]
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _tied_weight(model: Any) -> torch.nn.Parameter | None:
+    """Return the weight that embeddings and head of a model share; None: each has its own."""
+    head, weight = model.get_output_embeddings(), model.get_input_embeddings().weight
+    return weight if head is not None and head.weight is weight else None
+
+
+def _untie(model: Any, weight: torch.nn.Parameter) -> None:
+    """Give the head of a wrapped model with tied embeddings a weight of its own, so that both are merged apart."""
+    import torch
+
+    *_, head = [module for module in model.modules() if module._parameters.get("weight") is weight]
+    head.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
-    return True

@@ -168,7 +168,7 @@ def wrap_meta_model(
     if settings is None:
         return apply_adapter(meta_model, None, keep_vision)
     if settings["peft_type"] == "LORA":
-        _check_initialisation(settings)
+        _check_form(settings)
         _check_module_names(settings, meta_model)
     _check_whole_weights(settings, meta_model)
     config = build_peft_config(settings, meta_model, keep_vision)
@@ -225,13 +225,40 @@ def _check_vision_is_frozen(settings: Mapping[str, Any], wrapped: torch.nn.Modul
         raise UserError.single(f"peft_config.{keys[0]}" if keys else "peft_config", f"{what}: {trained[0]}...", fix)
 
 
-def _check_initialisation(settings: Mapping[str, Any]) -> None:
-    if settings.get("init_lora_weights") == "eva":
-        raise UserError.single(
-            "peft_config.init_lora_weights",
-            "is eva, which needs a pass over the data before training; this script makes none",
-            "leave it out, or write true, gaussian, pissa or olora",
-        )
+def _check_form(settings: Mapping[str, Any]) -> None:
+    """Refuse what PEFT would take without a word: ways to begin that need the data first, other structures."""
+    beginning, key = settings.get("init_lora_weights"), "peft_config.init_lora_weights"
+    problems = []
+    if beginning in ("eva", "corda", "lora_ga"):
+        what = f"is {beginning}, which needs a pass over the data before training; this script makes none"
+        problems.append(Problem(key, what, "leave it out, or write true or gaussian"))
+    if settings.get("layer_replication"):
+        what = "makes a model of more layers than its files hold, which cannot be merged or exported"
+        problems.append(Problem("peft_config.layer_replication", what, "leave it out"))
+    if settings.get("arrow_config") is not None:
+        what = "routes between adapters that are trained already; here one is trained"
+        problems.append(Problem("peft_config.arrow_config", what, "leave it out"))
+    if problems:
+        raise UserError(problems)
+
+
+def check_is_kept(settings: Mapping[str, Any], wrapped: PeftModel) -> None:
+    """Refuse a form of LoRA whose trained model is not the one that is saved, loaded, resumed and merged.
+
+    Args:
+        settings: `peft_config`.
+        wrapped: what `wrap_meta_model` made by it.
+
+    Raises:
+        UserError: it is such a form, with the key that makes it one.
+    """
+    from glm_edge_ft.model.adapter_trial import find_fault
+
+    fault = find_fault(wrapped, "train") if settings["peft_type"] == "LORA" else None
+    if fault is not None:
+        key, reason = fault
+        fix = "write true, gaussian or orthogonal" if key == "init_lora_weights" else "leave it out"
+        raise UserError.single(f"peft_config.{key}", f"{settings.get(key)} {reason}", fix)
 
 
 def _check_module_names(settings: Mapping[str, Any], model: PreTrainedModel) -> None:

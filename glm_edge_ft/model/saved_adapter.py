@@ -30,12 +30,14 @@ class SavedAdapter:
         peft_type: `LORA`, `PREFIX_TUNING`, or another type of PEFT's.
         base: the model that it was trained from, as a folder or hub id; "" where the file does not say.
         prefix_tokens: positions that it takes before the text; 0 unless it is a prefix.
+        replicates_layers: whether it makes a model of more layers than its base model has.
     """
 
     folder: Path
     peft_type: str
     base: str
     prefix_tokens: int = 0
+    replicates_layers: bool = False
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -47,7 +49,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         base, prefix_tokens = config.get("base_model_name_or_path") or "", config.get("num_virtual_tokens") or 0
-        adapter = SavedAdapter(folder, str(config["peft_type"]), base, prefix_tokens)
+        replicates_layers = bool(config.get("layer_replication"))
+        adapter = SavedAdapter(folder, str(config["peft_type"]), base, prefix_tokens, replicates_layers)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError.single(str(path), f"is no adapter config: {error!r}", _AGAIN) from error
     weights = folder / ADAPTER_WEIGHTS
@@ -69,9 +72,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     Matrices and prefixes are kept in float32 whatever the model's format, modules that were trained whole
     (`modules_to_save`) in the model's.
     PEFT passes over weights that have no place in the model, and over places that get no weight, with a warning at
-    most. Here each is a UserError, and so is whatever PEFT itself refuses.
+    most. Here each is a UserError, and so is whatever PEFT itself refuses, and a LoRA that PEFT loads as another one.
     """
     from peft import PeftModel, get_peft_model_state_dict
+
+    from glm_edge_ft.model.adapter_trial import find_fault
 
     _check_prefix_sizes(model, folder)
     try:
@@ -80,6 +85,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         shown = " ".join(line.strip() for line in lines[:2])
         raise UserError.single(str(folder), f"{_does_not_fit(model)}: {shown}", _OTHER_BASE) from error
+    fault = find_fault(wrapped, "load")
+    if fault is not None:
+        what = f"its {fault[0]} {fault[1]}"
+        raise UserError.single(str(folder / ADAPTER_CONFIG), what, "merge it with the tool that trained it")
     wanted = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     found = set(read_header(folder / ADAPTER_WEIGHTS))
     surplus = sorted(name for name in found - wanted if not name.endswith(_WHOLE_EMBEDDINGS))

@@ -25,6 +25,7 @@ CURVE_FILE = "loss.png"
 PREDICTIONS_FOLDER = "predictions"
 STAGING_FOLDER = ".saving"
 STATE_FILE = "trainer_state.json"
+ENCODER_FILE = "prefix_encoder.safetensors"
 RANDOM_STATE_PREFIX = "rng_state"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHT_FILES = (

@@ -1,12 +1,20 @@
-"""The prefix of PREFIX_TUNING as it is saved under ZeRO-3."""
+"""The prefix of PREFIX_TUNING: as it is saved under ZeRO-3, and the projection that it is computed by.
+
+PEFT saves what the prompt encoder computes, from which no training with `prefix_projection` can go on. A checkpoint
+holds the encoder's own weights beside it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+
+from glm_edge_ft.training.checkpoints import ENCODER_FILE
 
 
 @contextmanager
@@ -20,8 +28,8 @@ def prompt_from_weights(model: Any, state_dict: Mapping[str, torch.Tensor] | Non
         model: the model, perhaps wrapped by PEFT.
         state_dict: whole weights by name; None means that the model itself is whole.
     """
-    config = getattr(model, "active_peft_config", None)
-    if not state_dict or config is None or not config.is_prompt_learning:
+    config = _prefix_config(model)
+    if not state_dict or config is None:
         yield
         return
     encoder = _whole_encoder(model, state_dict)
@@ -47,3 +55,26 @@ def _whole_encoder(model: Any, state_dict: Mapping[str, torch.Tensor]) -> torch.
     encoder = PrefixEncoder(model.active_peft_config)
     encoder.load_state_dict(weights, assign=True)
     return encoder
+
+
+def has_projection(model: Any) -> bool:
+    """Return whether a model is trained under PREFIX_TUNING with `prefix_projection`."""
+    config = _prefix_config(model)
+    return config is not None and bool(config.prefix_projection)
+
+
+def save_encoder(model: Any, state_dict: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
+    """Write the prompt encoder's own weights into a checkpoint; the arguments are those of `prompt_from_weights`."""
+    encoder = _whole_encoder(model, state_dict) if state_dict else model.prompt_encoder[model.active_adapter]
+    weights = {name: values.detach().cpu().contiguous() for name, values in encoder.state_dict().items()}
+    save_file(weights, folder / ENCODER_FILE)
+
+
+def load_encoder(model: Any, folder: Path) -> None:
+    """Read what `save_encoder` wrote."""
+    model.prompt_encoder[model.active_adapter].load_state_dict(load_file(folder / ENCODER_FILE))
+
+
+def _prefix_config(model: Any) -> Any:
+    config = getattr(model, "active_peft_config", None)
+    return config if config is not None and config.is_prompt_learning else None

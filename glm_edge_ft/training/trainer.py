@@ -40,7 +40,7 @@ from glm_edge_ft.training.final_model import FINAL_FOLDER, publish_final_model
 from glm_edge_ft.training.loss import IGNORED_LABEL
 from glm_edge_ft.training.micro_batches import split_batch
 from glm_edge_ft.training.processes import ONE_PROCESS, Processes, write_processes
-from glm_edge_ft.training.prompt import prompt_from_weights
+from glm_edge_ft.training.prompt import has_projection, load_encoder, prompt_from_weights, save_encoder
 from glm_edge_ft.training.sampling import LengthGroupedEpochSampler
 from glm_edge_ft.training.shares import load_shares
 from glm_edge_ft.training.termination import Terminated, Termination
@@ -436,6 +436,8 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             with prompt_from_weights(self.model, state_dict):
                 super()._save(folder, state_dict)
             if self.args.should_save:
+                if has_projection(self.model) and self._staging is not None:
+                    save_encoder(self.model, state_dict, Path(folder))
                 (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's card, a form with nothing filled in
                 self.model.generation_config.save_pretrained(folder)  # PEFT saves none beside an adapter
                 (Path(folder) / "training_args.bin").unlink()  # a pickle; run.json is the record of a run
@@ -455,6 +457,18 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             self._remove_old_checkpoints()
         self._owes_evaluation = self._was_stopped_before_evaluation()
         return progress
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if has_projection(self.model):
+            load_encoder(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if has_projection(self.model) and not self.is_deepspeed_enabled:
+            load_encoder(self.model, Path(self.state.best_model_checkpoint or ""))
+        else:
+            super()._load_best_model()
 
     def _find_best_again(self) -> None:
         """Take the best checkpoint where it lies now: the state names it as it was called when it was written."""

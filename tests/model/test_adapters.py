@@ -90,12 +90,12 @@ def test_settings_that_peft_refuses_are_the_users_problem() -> None:
     "settings",
     [
         pytest.param({"init_lora_weights": "loftq"}, marks=pytest.mark.skipif(HAS_SCIPY, reason="loftq can be used")),
-        {"arrow_config": {}},
+        {"megatron_config": {"hidden_size": 64}},
         {"runtime_config": {"nothing": 1}},
     ],
 )
 def test_what_peft_cannot_use_here_is_no_traceback(settings: dict[str, Any]) -> None:
-    """A package that is not installed, a mapping where PEFT wants an object, a key that it does not know."""
+    """Packages that are not installed, a key that it does not know."""
     with pytest.raises(UserError, match=r"^peft_config: (PEFT refuses these settings|this adapter does not fit)"):
         check_adapter({**LORA, **settings}, meta_model())
 
