@@ -33,8 +33,11 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "head-alone": {**LORA, "target_modules": ["lm_head"]},
     "saved-head": {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "full": None,
+    "lora-recomputed": {**LORA, "target_modules": ["q_proj", "down_proj", "lm_head"]},
+    "full-recomputed": None,
     "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
     "vision-lora": {**LORA, "target_modules": ["q_proj", "v_proj"]},
+    "vision-tower": {**LORA, "target_modules": ["fc1", "fc2"]},
     "vision-full": None,
 }
 # Supervised tokens of each rank's row: around the 512 of a chunk of the loss, and none.
@@ -58,6 +61,9 @@ def build(kind: str) -> Any:
     torch.manual_seed(1)
     model = apply_adapter(base, KINDS[kind]).train()
     compute_lora_jointly(model)
+    if kind.endswith("recomputed"):  # as `activation_checkpointing` does
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
