@@ -1,4 +1,7 @@
-"""What of a row the chat template does not render, told by what it does: it is rendered with a key and without it."""
+"""What the chat template makes of the keys of a row, told by rendering: with a key and without it, as text or object.
+
+No list of keys and no reading of the template's source says it, so that it holds for any template.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,6 @@ def unrendered_keys(conversation: Conversation, text: str, render: Render) -> tu
     extras = [
         (index, key)
         for index, message in enumerate(conversation.messages)
-        if len(message.fields) > 1
         for key, value in message.fields.items()
         if key not in ("role", "content") and value is not None
     ]
