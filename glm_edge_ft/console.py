@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from glm_edge_ft.environment import launch
-from glm_edge_ft.errors import Problem
+from glm_edge_ft.errors import Problem, elide
 from glm_edge_ft.machines import tell_failure
 from glm_edge_ft.node import is_first_to_say
 
@@ -84,7 +84,7 @@ def show(text: str) -> None:
 def show_notice(text: str) -> None:
     """Print one line on stderr, on rank 0: something the user should know and need not mend."""
     if is_main_process():
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(f"note: {elide(text, 3000)}", file=sys.stderr, flush=True)
 
 
 def show_notice_of_any(text: str) -> None:

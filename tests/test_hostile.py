@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import pickle
+import re
 import signal
 import struct
 import zipfile
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,12 +24,15 @@ from tokenizers import Tokenizer
 
 from glm_edge_ft import recipe
 from glm_edge_ft.data.images import find_bad_images, load_image
+from glm_edge_ft.data.rows import iter_rows
+from glm_edge_ft.deploy.source import find_source
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.files import LFS_POINTER
 from glm_edge_ft.preflight import RunRequest
 from glm_edge_ft.training.checkpoints import MANIFEST
 from glm_edge_ft.training.pickles import check_pickles
 from tests.conftest import TEMPLATES, TokenizerMaker
-from tests.launch import ZERO_2, launch
+from tests.launch import REPOSITORY, ZERO_2, launch, start_script
 from tests.model_folders import save_model_folder
 from tests.runs import do_run, write_chat_data, write_config
 from tests.vision_folders import image_part, save_vision_folder, text_part, turns
@@ -142,6 +148,65 @@ def test_a_path_out_of_the_data_folder_shows_nothing_of_the_file(
     assert "this is no picture of a known format" in str(caught.value)
     assert "swordfish" not in str(caught.value)
     assert not (tmp_path / "output").exists()
+
+
+def write_rows(path: Path, rows: list[Any]) -> None:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_what_is_no_picture_gives_a_short_line_a_row(tmp_path: Path, backend: Tokenizer) -> None:
+    """K26, K27: content and URLs as paths, what is no picture, and numbers without a place in 8 bits, in one run."""
+    save_vision_folder(tmp_path / "model", backend)
+    data = tmp_path / "data"
+    data.mkdir()
+    content = base64.b64encode(os.urandom(300_000)).decode()
+    write_rows(data / "train.jsonl", [turns([image_part(content), text_part("hello")], "fine")] * 25)
+    (data / "pointer.png").write_text(f"{LFS_POINTER.decode()}.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (data / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    Image.fromarray(np.array([[0, 255]], dtype=np.int32)).save(data / "32.tiff")
+    Image.fromarray(np.array([[0, 255]], dtype=np.float32)).save(data / "float.tiff")
+    Image.fromarray(np.array([[0, 4095]], dtype=np.uint16)).save(data / "12.png")
+    names = ["pointer.png", "photo.heic", "32.tiff", "float.tiff", "12.png", "/9j/4AAQSkZJRgABAQAAAQABAAD", "d/" * 2000]
+    names += [f"data:image/png;base64,{content}", "s3://bucket/a.png", "https://example.org/a.png?" + "a" * 9999]
+    rows: list[Any] = [turns([image_part(name), text_part("hello")], "fine") for name in names]
+    rows.append({"messages": [{"role": content, "content": "hello"}, {"role": "assistant", "content": "fine"}]})
+    write_rows(data / "dev.jsonl", rows)
+    config = write_config(tmp_path / "output", val="dev.jsonl")
+    arguments = [str(data), str(tmp_path / "model"), str(config), "--check"]
+    variables = {"GLM_EDGE_FT_CACHE": str(tmp_path / "cache")}
+    script = REPOSITORY / "finetune_vision.py"
+    said = start_script(script, arguments, tmp_path / "log", processes=1, environment=variables).end(2)
+    places = re.findall(r"^(\w+\.jsonl:\d+): ", said, re.MULTILINE)
+    assert places == [
+        f"{file}.jsonl:{line}" for file, count in (("train", 20), ("dev", 11)) for line in range(1, count + 1)
+    ]
+    assert "git lfs pull" in said
+    assert max(map(len, said.splitlines())) < 700
+    assert len(said) < 20_000
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "adapter_model.safetensors"])
+def test_a_pointer_of_git_lfs_is_told_from_the_file(tmp_path: Path, name: str) -> None:
+    """K27: weights, tokenizer, config, and an adapter: what it is, and what fetches the file."""
+    config, weights = ("adapter_config.json", name) if "adapter" in name else ("config.json", "model.safetensors")
+    for file in (config, weights, "tokenizer.json"):
+        (tmp_path / file).write_text("{}", encoding="utf-8")
+    (tmp_path / "pytorch_model.bin").write_bytes(LFS_POINTER)  # is not read, and need not be there
+    (tmp_path / name).write_bytes(LFS_POINTER + b".github.com/spec/v1\n")
+    with pytest.raises(UserError) as caught:
+        find_source(str(tmp_path))
+    (problem,) = caught.value.problems
+    assert problem.what.endswith(f"in the place of {name}")
+    assert "git lfs pull" in problem.fix
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_pointer_in_the_place_of_data(tmp_path: Path, suffix: str) -> None:
+    """K27: told from a broken data file."""
+    (tmp_path / f"train{suffix}").write_bytes(LFS_POINTER + b".github.com/spec/v1\n")
+    (problem,) = iter_rows(tmp_path / f"train{suffix}")
+    assert "git lfs pull" in str(problem)
 
 
 # ---- config and data ----

@@ -18,7 +18,7 @@ from glm_edge_ft.data.conversation import ROLES_ALWAYS, ROLES_IF_RENDERED, Conve
 from glm_edge_ft.data.convert_formats import READERS, UnconvertibleError, translate
 from glm_edge_ft.data.parts import template_content
 from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, RawRow, file_problem, iter_rows, limit_problems
-from glm_edge_ft.errors import Problem, ProblemList, UserError
+from glm_edge_ft.errors import Problem, ProblemList, UserError, shorten
 from glm_edge_ft.files import can_be_made, expand_home
 
 _ANY_ROLE = frozenset((*ROLES_ALWAYS, *ROLES_IF_RENDERED))
@@ -131,14 +131,14 @@ def _convert(source: Path, out: Any, form: str, images: Path, folder: Path) -> C
         except UserError as error:
             left_out += error.problems[:1]
             continue
-        notes.update(f"key {key!r} has no meaning here" for key in conversation.ignored_keys)
+        notes.update(f"key {shorten(key, 80)!r} has no meaning here" for key in conversation.ignored_keys)
         notes.update(conversation.notes)
         notes.update(["JSON text in a tool or a call of one is written as an object"] if texts else [])
         paths = {path: new_path(path) for path in conversation.images}
         absent = next((path for path in paths.values() if not os.path.isfile(folder / path)), None)  # noqa: PTH113
         if absent is not None:
             fix = "give the folder that the paths start from with --images"
-            missing.append(Problem(row.place, f"no such image: {folder / absent!s:.300}", fix))
+            missing.append(Problem(row.place, f"no such image: {shorten(str(folder / absent))}", fix))
         out.write(json.dumps(_written(conversation, paths), ensure_ascii=False) + "\n")
         written += 1
         with_images += bool(paths)

@@ -100,7 +100,9 @@ def parse_parts(
             parts.append(part)
             used = ("type", "text") if isinstance(part, TextPart) else ("type", "image")
             unused = [key for key in raw_part if key not in used and raw_part[key] is not None]
-            notes += [f"key {cut(key)!r} of a content part has no meaning here and is ignored" for key in unused]
+            notes += [
+                f"key {shorten(key, 80)!r} of a content part has no meaning here and is ignored" for key in unused
+            ]
     return parts if len(parts) == len(content) else None
 
 
@@ -132,7 +134,7 @@ def _part(where: str, part: Any, role: str | None, problems: ProblemList, *, tak
     elif part["type"] == "image":
         return _image_part(where, part, role, problems)
     elif part["type"] != "text":
-        problems.add(where, f"unknown part type {part['type']!r}", f"write {fix}")
+        problems.add(where, f"unknown part type {shorten(part['type'], 80)!r}", f"write {fix}")
     elif not isinstance(part.get("text"), str):
         problems.add(where, f"'text' must be a string, it is {shown(part.get('text'))}", f"write {_TEXT_FIX}")
     elif any(part.get(key) for key in (*PICTURE_KEYS, "image_url")):
@@ -157,7 +159,7 @@ def _is_path(where: str, key: str, path: Any, problems: ProblemList) -> bool:
         problems.add(where, f"{key!r} must be the path of a file, it is {shown(path)}", f"write {_IMAGE_FIX}")
     elif len(path) > _LONGEST_PATH or _URL.match(path):
         fix = "save the image as a file and write its path, relative to the folder of the data file"
-        what = "the content of one" if len(path) > _LONGEST_PATH else "a URL"
+        what = "a URL" if _URL.match(path) else "the content of one"
         problems.add(where, f"{key!r} must be the path of a file, not {what}, it is {shown(path)}", fix)
     else:
         return True
@@ -292,11 +294,6 @@ def template_content(parts: Sequence[Part]) -> list[dict[str, str]]:
 def listed_keys(value: Mapping[str, Any]) -> str:
     """Return an object's keys for a message; eight of them at most."""
     return ", ".join(repr(key[:40]) for key in list(value)[:8]) or "none"
-
-
-def cut(key: str) -> str:
-    """Return a key for a message; a long one is cut."""
-    return key if len(key) <= 80 else f"{key[:77]}..."
 
 
 def shown(value: Any) -> str:

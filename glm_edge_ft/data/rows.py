@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from glm_edge_ft.data.json_stream import stream_values
 from glm_edge_ft.data.json_text import WHITESPACE, JsonMistake, decode_value, loosened
 from glm_edge_ft.errors import Problem
+from glm_edge_ft.files import LFS_POINTER
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 MAXIMUM_PROBLEMS_SHOWN = 20
@@ -129,6 +130,8 @@ def file_problem(path: Path, name: str) -> Problem | None:
             head = handle.read(4096)
     except OSError as error:
         return Problem(name, f"cannot be read: {error.strerror}")
+    if head.startswith(LFS_POINTER):
+        return Problem(name, "is a pointer of Git LFS, not the data", "fetch the file itself: git lfs pull")
     return None if path.suffix.lower() == ".parquet" else _refusal_of_bytes(head, name)
 
 

@@ -18,7 +18,7 @@ from glm_edge_ft.errors import UserError
 from glm_edge_ft.files import did_you_mean, expand_home
 from glm_edge_ft.model.hub import read_cached_first
 from glm_edge_ft.model.nano import EMBEDDED_MODELS, resolve_embedded
-from glm_edge_ft.model.weight_files import find_cached_folder, name_first
+from glm_edge_ft.model.weight_files import find_cached_folder, name_first, refuse_pointers
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +116,7 @@ def _check_folder(name: str, folder: Path) -> ModelLocation:
             "the folder holds a model and an adapter (adapter_config.json), and which of them is meant is not clear",
             "merge the adapter into the model, or give the base model's folder",
         )
+    refuse_pointers(f"MODEL {name}", folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import ProblemList, UserError
-from glm_edge_ft.model.weight_files import name_first, read_header
+from glm_edge_ft.model.weight_files import name_first, read_header, refuse_pointers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,6 +46,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     Raises UserError when its config cannot be read, or its weights are missing, cut, or pickles.
     """
     path = folder / ADAPTER_CONFIG
+    refuse_pointers(str(folder), folder)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         base, prefix_tokens = config.get("base_model_name_or_path") or "", config.get("num_virtual_tokens") or 0

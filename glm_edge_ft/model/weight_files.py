@@ -7,6 +7,7 @@ whether a file was cut are known without reading one weight.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.files import LFS_POINTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +28,8 @@ INDEX_FILE = "model.safetensors.index.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _SAME_DOWNLOAD = "config.json and the weights are of different models: take both from one download"
 _AGAIN = "download the model again"
+_READ_FILES = re.compile(r".*\.(json|jinja)|tokenizer\.model|(adapter_)?model(-\d+-of-\d+)?\.safetensors")
+_LARGEST_POINTER = 1024  # bytes, by the specification of Git LFS
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -47,6 +51,18 @@ def check_weights(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> None:
     problems = _compare(where, found, meta_model)
     if problems:
         raise UserError(problems)
+
+
+def refuse_pointers(where: str, folder: Path) -> None:
+    """Raise UserError where Git LFS left pointers in the place of files of a model or an adapter that are read."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        with contextlib.suppress(OSError):  # what cannot be read has its own message
+            if _READ_FILES.fullmatch(path.name) and path.stat().st_size < _LARGEST_POINTER:
+                found += [path.name] if path.read_bytes().startswith(LFS_POINTER) else []
+    if found:
+        what = f"Git LFS left pointers in the place of {name_first(found)}"
+        raise UserError.single(where, what, "fetch the files themselves: run git lfs pull in that folder")
 
 
 def weights_fingerprint(location: ModelLocation) -> str | None:
