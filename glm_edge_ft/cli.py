@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -21,6 +22,7 @@ from glm_edge_ft.errors import (
     ProcessLost,
     RunStopped,
     UserError,
+    shorten,
 )
 from glm_edge_ft.files import expand_home
 from glm_edge_ft.machines import tell_failure
@@ -169,6 +171,10 @@ def _run_and_report(action: Callable[[], None], problems_end: str, stopped_end: 
         _show_end(f"stopped by Ctrl-C{stopped_end}")
         return EXIT_UNEXPECTED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whatever argument or key named it
+            what = f"no file can have a name or a path as long as this ({len(str(error.filename)):,} characters)"
+            show_problems([Problem(shorten(str(error.filename)), what, "correct the path")], problems_end)
+            return EXIT_USER_ERROR
         text = f"{traceback.format_exc()}error: unexpected {type(error).__name__}: {error}"
         show_failure(text, may_follow_another=True)
         return EXIT_UNEXPECTED

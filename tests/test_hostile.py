@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -226,6 +227,28 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(chat_folder: Path, what: str) 
     with pytest.raises(UserError) as caught:
         recipe.run(RunRequest(chat_folder / "data", str(chat_folder / "model"), pipe if what == "config" else config))
     assert "pipe.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["data", "model", "file"])
+def test_a_text_in_the_place_of_a_path_is_refused(tmp_path: Path, what: str) -> None:
+    """K27: DATA_DIR, MODEL or a data file of 20,000 characters: a short line, no traceback."""
+    text = "iVBORw0KGgo" + "A" * 20_000
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "data_config": {"train_file": f"{text if what == 'file' else 'train'}.jsonl"},
+                "training_args": {"output_dir": str(tmp_path / "output"), "max_steps": 1},
+            }
+        )
+    )
+    arguments = [text if what == "data" else str(REPOSITORY / "data/demo"), "glm-edge-nano", str(config)]
+    arguments[1] = text if what == "model" else arguments[1]
+    script = REPOSITORY / "finetune.py"
+    said = start_script(script, arguments, tmp_path / "log", processes=1, environment={}).end(2)
+    assert "iVBORw0KGgoAAA" in said
+    assert "Traceback" not in said
+    assert len(said) < 1_000
 
 
 # ---- models ----
