@@ -380,6 +380,11 @@ def look_at_structure(config: RunConfig, meta_model: PreTrainedModel, keep_visio
     if config.peft_config is None:
         return Structure(measure_size(wrapped), None)
     check_is_kept(config.peft_config, wrapped)
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    if config.peft_config.get("bias", "none") != "none" and not any(name.endswith(".bias") for name in trained):
+        show_notice("peft_config.bias has no effect: the layers that it means have none")
+    if config.peft_config.get("ensure_weight_tying") and not meta_model.config.get_text_config().tie_word_embeddings:
+        show_notice("peft_config.ensure_weight_tying has no effect: this model's embeddings and head are not tied")
     return Structure(measure_size(wrapped), wrapped.peft_config["default"].to_dict())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
-from glm_edge_ft.config.schema import training_fields
+from glm_edge_ft.config.schema import Field, peft_fields, training_fields
 from glm_edge_ft.config.values import shown
 
 GENERATION = (*TRAINING, "generation_config")
@@ -107,7 +107,21 @@ _ONLY_WITH: Mapping[str, str] = {
     ),
     "activation_checkpointing_kwargs": "activation_checkpointing",
 }
-_WRITTEN_BY_PEFT = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+_ABOUT_MODEL = "is what PEFT itself writes there, about MODEL"
+_NEEDS_DATA = "belongs to a way to begin that needs a pass over the data, which this toolkit does not make"
+_GPTQ = "belongs to layers of GPTQ, which no model here has"
+_REFUSED_LORA: Mapping[str, str] = {
+    "auto_mapping": _ABOUT_MODEL,
+    "peft_version": _ABOUT_MODEL,
+    "base_model_name_or_path": _ABOUT_MODEL,
+    "revision": _ABOUT_MODEL,
+    "eva_config": _NEEDS_DATA,
+    "corda_config": _NEEDS_DATA,
+    "lora_ga_config": _NEEDS_DATA,
+    "megatron_core": "belongs to megatron_config",
+    "use_qalora": _GPTQ,
+    "qalora_group_size": _GPTQ,
+}
 
 
 def check_unsupported_training(draft: Draft) -> None:
@@ -123,17 +137,21 @@ def check_unsupported_training(draft: Draft) -> None:
             draft.refuse((*TRAINING, name), what, fix)
         del training[name]
     for name, text in _WITHOUT_EFFECT.items():
-        if _is_set(training, name):
+        if _is_set(training, name, training_fields()):
             draft.notice((*TRAINING, name), text)
             del training[name]
     for name, switch in _ONLY_WITH.items():
-        if _is_set(training, name) and not training.get(switch) and not draft.refused(training, *TRAINING, switch):
+        if (
+            _is_set(training, name, training_fields())
+            and not training.get(switch)
+            and not draft.refused(training, *TRAINING, switch)
+        ):
             draft.notice((*TRAINING, name), f"{_NOT_THERE}it belongs to {switch}, which is not set")
 
 
-def _is_set(training: Mapping[str, Any], name: str) -> bool:
+def _is_set(values: Mapping[str, Any], name: str, fields: Mapping[str, Field]) -> bool:
     """Whether a key has another value than its default."""
-    value, default = training.get(name), training_fields()[name].default
+    value, default = values.get(name), fields[name].default
     return value not in (None, [], {}, "") and repr(value) != default
 
 
@@ -157,7 +175,14 @@ def check_generation(draft: Draft) -> None:
 
 
 def check_unsupported_peft(draft: Draft) -> None:
-    """Refuse keys of an adapter that its own file gets from PEFT."""
-    for name in _WRITTEN_BY_PEFT:
-        if (draft.peft or {}).get(name) is not None:
-            draft.refuse((*PEFT, name), "is what PEFT itself writes there, about MODEL", _LEAVE_OUT)
+    """Refuse keys of an adapter that nothing here reads, or that its own file gets from PEFT."""
+    peft = draft.peft or {}
+    known = peft_fields("LORA")
+    for name, what in _REFUSED_LORA.items():
+        if _is_set(peft, name, known):
+            draft.refuse((*PEFT, name), what, _LEAVE_OUT)
+            del peft[name]
+    if _is_set(peft, "loftq_config", known) and peft.get("init_lora_weights") != "loftq":
+        draft.refuse((*PEFT, "loftq_config"), "belongs to init_lora_weights: loftq, which is not set", _LEAVE_OUT)
+    if peft.get("fan_in_fan_out"):
+        draft.notice((*PEFT, "fan_in_fan_out"), _NOT_THERE + "PEFT sees by each layer how its weight lies")

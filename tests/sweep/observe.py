@@ -118,7 +118,7 @@ def _watch(calls: dict[str, list[Any]]) -> None:
         (torch.optim.Optimizer, "load_state_dict"),
         (torch.nn.parallel.DistributedDataParallel, "__init__"),
         (Accelerator, "__init__"),
-        (PreTrainedModel, "gradient_checkpointing_enable"),
+        (PreTrainedModel, "activation_checkpointing_enable"),
         (torch.distributed, "init_process_group"),
         (torch, "compile"),
         (torch.cuda, "empty_cache"),
