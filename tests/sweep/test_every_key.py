@@ -87,10 +87,13 @@ def classify(found: Observation, plain: Observation, key: str) -> str:
     """Return what came of a key; `silent` where nothing did."""
     if found["end"] != "done":
         return str(found["end"])
-    if found["seen"] != plain["seen"]:
-        return "effect"
+    differs = {kind for kind in found["seen"] if found["seen"][kind] != plain["seen"].get(kind)}
     new = [line for line in found["said"] if line not in plain["said"]]
-    return "notice" if any(key in line for line in new) else "silent"
+    if differs - {"printed"}:
+        return "effect"
+    if any(key in line for line in new):
+        return "notice"
+    return "effect" if differs else "silent"
 
 
 def run(folder: Path, data: Path, section: str, key: str, with_key: bool) -> Observation:
