@@ -193,7 +193,8 @@ def _from_deep_grey(image: Image.Image, is_negative: bool) -> Image.Image:
     image = image.convert("I") if image.mode.startswith("I;") else image
     whole, kind = (1.0, "floating point") if image.mode == "F" else (65535, "whole")
     low, high = np.ravel(image.getextrema()).tolist()
-    if low < 0 or high > whole:
+    rounding = 1 / 510 if image.mode == "F" else 0  # half a step of 8 bits
+    if low < -rounding or high > whole + rounding:
         what = f"its {kind} numbers go from {low:g} to {high:g}, those of a picture from 0 to {whole:g}"
         raise _NoPictureError(f"{what}: {_TO_8_BITS}")
     _check_use_of_range(high, whole)
@@ -202,7 +203,7 @@ def _from_deep_grey(image: Image.Image, is_negative: bool) -> Image.Image:
         values = np.asarray(strip, dtype=np.float64)
         if np.isnan(values).any():
             raise _NoPictureError(f"some of its numbers are not a number (NaN): {_TO_8_BITS}")
-        scaled = np.round((whole - values if is_negative else values) / whole * 255.0).astype(np.uint8)
+        scaled = np.round((whole - values if is_negative else values).clip(0, whole) / whole * 255).astype(np.uint8)
         if transparent is not None:
             scaled[values == transparent] = BACKGROUND[0]
         return Image.fromarray(scaled).convert("RGB")

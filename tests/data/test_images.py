@@ -193,7 +193,7 @@ def test_what_keeps_its_content_is_kept(tmp_path: Path) -> None:
     save_array(tmp_path / "16.jp2", [0, 21845, 43690, 65535], np.uint16, irreversible=False)
     save_array(tmp_path / "16.pgm", [0, 21845, 43690, 65535], np.uint16)
     save_array(tmp_path / "32.tiff", [0, 21845, 43690, 65535], np.int32)
-    save_array(tmp_path / "float.tiff", [0, 1 / 3, 2 / 3, 1], np.float32)
+    save_array(tmp_path / "float.tiff", [-1e-7, 1 / 3, 2 / 3, 1 + 1e-6], np.float32)
     for path in tmp_path.iterdir():
         assert pixels_of(load_image(path)) == thirds, path.name
     save_array(tmp_path / "black.png", [0, 0], np.uint16)
