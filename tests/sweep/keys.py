@@ -122,7 +122,9 @@ TRAINING: Mapping[str, Try] = {
     "hub_strategy": Try("end", "notice"),
     "hub_always_push": Try(True, "notice"),
     "hub_revision": Try("main", "notice"),
-    "load_best_model_at_end": Try(True, beside={"save_steps": 1, "eval_steps": 1, "learning_rate": 3.0}),
+    "load_best_model_at_end": Try(
+        True, beside={"save_steps": 1, "eval_steps": 1, "learning_rate": 3.0, "max_steps": 2}
+    ),
     "metric_for_best_model": Try("rouge-1", beside={"load_best_model_at_end": True, "save_steps": 1, "eval_steps": 1}),
     "greater_is_better": Try(True, "notice"),
     "ignore_data_skip": Try(True, resumed=True),

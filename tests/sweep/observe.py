@@ -52,12 +52,18 @@ def observe(folder: Path, data: Path, model: str, ranks: int, settings: Mapping[
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            _be_rank(rank, ranks, folder)
-            _run(folder, rank, data, model, settings)
+            try:
+                _be_rank(rank, ranks, folder)
+                _run(folder, rank, data, model, settings)
+            finally:
+                os._exit(1)  # never back into the tests
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
-    reports = [json.loads((folder / f"report-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    files = [folder / f"report-{rank}.json" for rank in range(ranks)]
+    if not all(file.is_file() for file in files):
+        return {"end": "failed", "said": [(folder / "err-0").read_text(encoding="utf-8", errors="replace")[-600:]]}
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     if any(report["end"] != "done" for report in reports):
         return next(report for report in reports if report["end"] != "done")
     printed = (folder / "err-0").read_text(encoding="utf-8", errors="replace")
@@ -74,7 +80,7 @@ def observe(folder: Path, data: Path, model: str, ranks: int, settings: Mapping[
 def _be_rank(rank: int, ranks: int, folder: Path) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT, 0o644), descriptor)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", 1, closefd=False) for descriptor in (1, 2))
     os.chdir(folder)
     if ranks > 1:
         port = 20_000 + os.getppid() % 20_000
