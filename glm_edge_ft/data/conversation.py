@@ -29,7 +29,7 @@ from glm_edge_ft.data.parts import (
     template_content,
 )
 from glm_edge_ft.data.rows import RawRow
-from glm_edge_ft.errors import ProblemList, shorten
+from glm_edge_ft.errors import ProblemList, elide
 
 ROLES_ALWAYS = ("system", "user", "assistant")
 ROLES_IF_RENDERED = ("tool", "observation")
@@ -294,7 +294,7 @@ def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], probl
     near = [_ROLE_SYNONYMS.get(lowered, lowered)] if _ROLE_SYNONYMS.get(lowered, lowered) in allowed else []
     near = near or difflib.get_close_matches(lowered, allowed, 1, 0.6)
     fix = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(allowed)}"
-    problems.add(where, f"unknown role {shorten(role, 80)!r}", fix)
+    problems.add(where, f"unknown role {elide(role, 80)!r}", fix)
     return None
 
 

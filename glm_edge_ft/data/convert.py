@@ -18,7 +18,7 @@ from glm_edge_ft.data.conversation import ROLES_ALWAYS, ROLES_IF_RENDERED, Conve
 from glm_edge_ft.data.convert_formats import READERS, UnconvertibleError, translate
 from glm_edge_ft.data.parts import template_content
 from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, RawRow, file_problem, iter_rows, limit_problems
-from glm_edge_ft.errors import Problem, ProblemList, UserError, shorten
+from glm_edge_ft.errors import Problem, ProblemList, UserError, elide, shorten
 from glm_edge_ft.files import can_be_made, expand_home
 
 _ANY_ROLE = frozenset((*ROLES_ALWAYS, *ROLES_IF_RENDERED))
@@ -131,7 +131,7 @@ def _convert(source: Path, out: Any, form: str, images: Path, folder: Path) -> C
         except UserError as error:
             left_out += error.problems[:1]
             continue
-        notes.update(f"key {shorten(key, 80)!r} has no meaning here" for key in conversation.ignored_keys)
+        notes.update(f"key {elide(key, 80)!r} has no meaning here" for key in conversation.ignored_keys)
         notes.update(conversation.notes)
         notes.update(["JSON text in a tool or a call of one is written as an object"] if texts else [])
         paths = {path: new_path(path) for path in conversation.images}

@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from glm_edge_ft.errors import shorten
+from glm_edge_ft.errors import elide
 
 MAXIMUM_DEPTH = 64
 WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -51,7 +51,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _RefusedValueError(f"key {shorten(key, 80)!r} stands twice in one object")
+                raise _RefusedValueError(f"key {elide(key, 80)!r} stands twice in one object")
             seen.add(key)
     return value
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm_edge_ft.data.json_text import JsonMistake, decode_value
-from glm_edge_ft.errors import ProblemList, shorten
+from glm_edge_ft.errors import ProblemList, elide, shorten
 
 IMAGE_MARKER = "<image>"
 _TYPES = ("text", "image", "image_url")
@@ -100,9 +100,7 @@ def parse_parts(
             parts.append(part)
             used = ("type", "text") if isinstance(part, TextPart) else ("type", "image")
             unused = [key for key in raw_part if key not in used and raw_part[key] is not None]
-            notes += [
-                f"key {shorten(key, 80)!r} of a content part has no meaning here and is ignored" for key in unused
-            ]
+            notes += [f"key {elide(key, 80)!r} of a content part has no meaning here and is ignored" for key in unused]
     return parts if len(parts) == len(content) else None
 
 
@@ -134,7 +132,7 @@ def _part(where: str, part: Any, role: str | None, problems: ProblemList, *, tak
     elif part["type"] == "image":
         return _image_part(where, part, role, problems)
     elif part["type"] != "text":
-        problems.add(where, f"unknown part type {shorten(part['type'], 80)!r}", f"write {fix}")
+        problems.add(where, f"unknown part type {elide(part['type'], 80)!r}", f"write {fix}")
     elif not isinstance(part.get("text"), str):
         problems.add(where, f"'text' must be a string, it is {shown(part.get('text'))}", f"write {_TEXT_FIX}")
     elif any(part.get(key) for key in (*PICTURE_KEYS, "image_url")):

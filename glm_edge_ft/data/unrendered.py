@@ -15,7 +15,7 @@ from typing import Any
 from glm_edge_ft.data.calls import CALLS, OBJECTS, decode_calls
 from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.template import TemplateRefusal
-from glm_edge_ft.errors import shorten
+from glm_edge_ft.errors import elide
 
 Render = Callable[[Conversation], str]
 _DEPTH = 3  # `tool_calls[].function.arguments`; what is in there is the content of a call, which no template picks from
@@ -61,12 +61,12 @@ def unrendered_keys(conversation: Conversation, text: str, render: Render) -> tu
             return (*remarks, "the model's chat template ignores 'tools'")
         tools = list(conversation.tools)
         paths = _paths(tools, text, lambda new: is_unrendered(replace(conversation, tools=tuple(new))))
-        remarks += [f"the model's chat template does not render key {shorten('tools' + path, 80)!r}" for path in paths]
+        remarks += [f"the model's chat template does not render key {elide('tools' + path, 80)!r}" for path in paths]
     return tuple(remarks)
 
 
 def _name(conversation: Conversation, index: int, key: str) -> str:
-    return f"key {shorten(key, 80)!r} of {conversation.messages[index].role} messages"
+    return f"key {elide(key, 80)!r} of {conversation.messages[index].role} messages"
 
 
 def _without(conversation: Conversation, keys: list[tuple[int, str]]) -> Conversation:

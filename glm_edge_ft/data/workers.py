@@ -23,7 +23,7 @@ from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.encoding import ConversationEncoder, DroppedRow, EncodedRow
 from glm_edge_ft.data.parts import claimed_pictures
 from glm_edge_ft.data.rows import RawRow
-from glm_edge_ft.errors import Problem, RunStopped, UserError, shorten
+from glm_edge_ft.errors import Problem, RunStopped, UserError, elide
 
 CHUNK_ROWS = 256
 COLLECT_AFTER = 200_000  # new objects until Python looks for cycles, which rows do not make
@@ -193,7 +193,7 @@ def _notes(conversations: Iterable[Conversation], encoder: ConversationEncoder) 
     notes: Counter[str] = Counter()
     for conversation in conversations:
         for key in conversation.ignored_keys:
-            notes[f"key {shorten(key, 80)!r} has no meaning here and is ignored"] += 1
+            notes[f"key {elide(key, 80)!r} has no meaning here and is ignored"] += 1
         notes.update(conversation.notes)
         roles = {message.role for message in conversation.messages}
         for role in roles - encoder.reply_format.rendered_roles:
