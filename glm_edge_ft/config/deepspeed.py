@@ -138,6 +138,9 @@ def check_deepspeed(draft: Draft, settings: Mapping[str, Any], name: str, world_
     zero = find(settings, "zero_optimization")
     if isinstance(zero, dict):
         _check_zero(draft, zero, name)
+    if find(settings, "zero_optimization.stage") == 3 and draft.training.get("torch_compile"):
+        text = "with ZeRO-3 the compiler goes through DeepSpeed's own code: minutes to hours before the first step"
+        draft.notice((*TRAINING, "torch_compile"), text)
     if draft.top.get("on_nonfinite_loss") == "warn":
         what = (
             "`warn` leaves out steps whose gradient is not finite, but DeepSpeed has taken a step before that is seen"
