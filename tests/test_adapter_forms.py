@@ -252,22 +252,33 @@ def test_a_run_says_so(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def write_opposed_data(folder: Path) -> Path:
+    """Write rows for training and for evaluation with other replies: the more is learned, the worse the evaluation."""
+    folder.mkdir()
+    for name, reply in (("train", "hello my friend, I am fine"), ("dev", "我们去公园散步吧。今天天气很好")):
+        row = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": reply}]}
+        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 8, encoding="utf-8")
+    return folder
+
+
 @pytest.mark.slow
 def test_a_projection_is_resumed_and_its_best_is_loaded(place: Path, tmp_path: Path) -> None:
     """K9: the scripts; the best model is not the last, and both runs end with its bits."""
+    data = write_opposed_data(tmp_path / "data")
     evaluates = {"val": "dev.jsonl", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
-    evaluates |= {"load_best_model_at_end": True, "predict_with_generate": False, "learning_rate": 3.0}
+    evaluates |= {"load_best_model_at_end": True, "predict_with_generate": False, "learning_rate": 0.3}
     options: dict[str, Any] = {"peft": PREFIX | {"prefix_projection": True}, **evaluates}
-    out = launch(tmp_path / "out", place / "data", place / "plain", **options)
-    again = tmp_path / "again"
-    shutil.copytree(out / "checkpoint-2", again / "checkpoint-2")
-    shutil.copytree(out / "checkpoint-1", again / "checkpoint-1")
-    launch(again, place / "data", place / "plain", resume="2", **options)
-    assert_same_bits(out, again)
+    out = launch(tmp_path / "out", data, place / "plain", **options)
     losses = {line["step"]: line["eval_loss"] for line in metrics(out) if "eval_loss" in line}
     best = min(losses, key=losses.__getitem__)
     assert best != 4
     assert_same_bits(out, out / f"checkpoint-{best}")
+    again = tmp_path / "again"
+    for step in {best, 2}:
+        shutil.copytree(out / f"checkpoint-{step}", again / f"checkpoint-{step}")
+    launch(again, data, place / "plain", resume="2", **options)
+    assert_same_bits(out, again)
+    assert_same_bits(out / "checkpoint-4", again / "checkpoint-4")
 
 
 def test_a_checkpoint_without_the_projection_is_refused(place: Path, tmp_path: Path) -> None:

@@ -168,8 +168,9 @@ def wrap_meta_model(
     if settings is None:
         return apply_adapter(meta_model, None, keep_vision)
     if settings["peft_type"] == "LORA":
-        _check_form(settings)
-        _check_module_names(settings, meta_model)
+        problems = [*_check_form(settings), *_check_module_names(settings, meta_model)]
+        if problems:
+            raise UserError(problems)
     _check_whole_weights(settings, meta_model)
     config = build_peft_config(settings, meta_model, keep_vision)
     try:
@@ -225,7 +226,7 @@ def _check_vision_is_frozen(settings: Mapping[str, Any], wrapped: torch.nn.Modul
         raise UserError.single(f"peft_config.{keys[0]}" if keys else "peft_config", f"{what}: {trained[0]}...", fix)
 
 
-def _check_form(settings: Mapping[str, Any]) -> None:
+def _check_form(settings: Mapping[str, Any]) -> list[Problem]:
     """Refuse what PEFT would take without a word: ways to begin that need the data first, other structures."""
     beginning, key = settings.get("init_lora_weights"), "peft_config.init_lora_weights"
     problems = []
@@ -238,8 +239,7 @@ def _check_form(settings: Mapping[str, Any]) -> None:
     if settings.get("arrow_config") is not None:
         what = "routes between adapters that are trained already; here one is trained"
         problems.append(Problem("peft_config.arrow_config", what, "leave it out"))
-    if problems:
-        raise UserError(problems)
+    return problems
 
 
 def check_is_kept(settings: Mapping[str, Any], wrapped: PeftModel) -> None:
@@ -261,7 +261,7 @@ def check_is_kept(settings: Mapping[str, Any], wrapped: PeftModel) -> None:
         raise UserError.single(f"peft_config.{key}", f"{settings.get(key)} {reason}", fix)
 
 
-def _check_module_names(settings: Mapping[str, Any], model: PreTrainedModel) -> None:
+def _check_module_names(settings: Mapping[str, Any], model: PreTrainedModel) -> list[Problem]:
     """Refuse names that match no module, and targets all of whose modules are no layers that LoRA can adapt."""
     names = [name for name, _ in model.named_modules() if name]
     adaptable = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _can_be_adapted(module)})
@@ -283,8 +283,7 @@ def _check_module_names(settings: Mapping[str, Any], model: PreTrainedModel) -> 
                 for entry in value
                 if (found := _find(model, entry)) and not all(_can_be_adapted(module) for module in found)
             ]
-    if problems:
-        raise UserError(problems)
+    return problems
 
 
 _INSIDE = "name the layers themselves: "
