@@ -92,8 +92,8 @@ def save_chatml_folder(folder: Path) -> Path:
     ids = tokenizer.get_vocab()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -128,7 +128,7 @@ def tool_row() -> dict[str, Any]:
     """Return a row in which two tools are called at once and answer, and one more is called with some text before."""
     messages = [
         turn("user", "What is the weather in Paris, and the time in London?"),
-        turn("assistant", "", tool_calls=[call("get_weather", "Paris", 0), call("get_time", "London", 1)]),
+        turn("assistant", None, tool_calls=[call("get_weather", "Paris", 0), call("get_time", "London", 1)]),
         turn("tool", "21 degrees, sunny", tool_call_id="call_0"),
         turn("tool", "half past nine", tool_call_id="call_1"),
         turn("assistant", "It is sunny in Paris, and it is half past nine in London."),

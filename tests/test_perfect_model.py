@@ -45,13 +45,13 @@ RENDERED: dict[str, dict[str, Any]] = {
 def learn_by_heart(output: Path, model: Path, data: Path, *, images: bool = False, **training: Any) -> dict[str, Any]:
     """Train on the rows until they are known, and return the last metrics and the predictions that miss."""
     settings = {
-        "max_steps": 120,
+        "max_steps": 240,
         "save_steps": 10_000,
         "save_strategy": "no",
-        "logging_steps": 40,
-        "learning_rate": 1e-2,
+        "logging_steps": 120,
+        "learning_rate": 5e-3,
         "lr_scheduler_type": "cosine",
-        "per_device_train_batch_size": 32,
+        "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 32,
         "predict_with_generate": True,
         "generation_config": {},
@@ -87,7 +87,7 @@ def test_glm_scores_100(tmp_path: Path, make_tokenizer: TokenizerMaker, template
 def test_chatml_scores_100_with_tool_calls_and_reasoning(tmp_path: Path) -> None:
     """Rows of every kind, those that GLM-Edge's template does not render among them, on another family's model."""
     rows = write_rows(tmp_path / "data", [*PLAIN.values(), *RENDERED.values()], "train.jsonl")
-    found = learn_by_heart(tmp_path / "run", save_chatml_folder(tmp_path / "model"), rows)
+    found = learn_by_heart(tmp_path / "run", save_chatml_folder(tmp_path / "model"), rows, max_steps=320)
     assert found["missed"] == []
     assert found["test_exact-match"] == 100
     assert (
