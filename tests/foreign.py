@@ -86,8 +86,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_chatml_folder(folder: Path) -> Path:
-    """Save a freshly initialised Qwen2 of some ten thousand weights with its tokenizer; returns the folder."""
+def save_chatml_folder(folder: Path, embedding_std: float = 0.02) -> Path:
+    """Save a freshly initialised Qwen2 of some ten thousand weights with its tokenizer; returns the folder.
+
+    Args:
+        folder: where.
+        embedding_std: spread of the embeddings; an adapter beside small ones, which are also the head, learns little.
+    """
     tokenizer = build_tokenizer()
     ids = tokenizer.get_vocab()
     config = Qwen2Config(
@@ -103,7 +108,9 @@ def save_chatml_folder(folder: Path) -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model = Qwen2ForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=embedding_std)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -22,8 +22,8 @@ _REFUSALS = (TypeError, ValueError, KeyError, IndexError, RuntimeError, ImportEr
 def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel, keep_vision: bool = False) -> PeftConfig:
     """Return the PEFT config for the `peft_config` section of the YAML.
 
-    LORA without `target_modules` gets the attention projections where PEFT knows no default for the model's type (it
-    knows none for `glm`). SigLIP calls its projections `q_proj` and so on too: in a vision model the names mean those
+    LORA without `target_modules` gets PEFT's default for the model's type, or the attention projections where it knows
+    none, as for `glm`. SigLIP calls its projections `q_proj` and so on too: in a vision model the names mean those
     of the language model, unless one of them names the vision part (`names_vision`). Raises UserError when PEFT refuses
     the combination of settings, or when the vision part is named although `keep_vision` is set.
     """
@@ -33,8 +33,9 @@ def build_peft_config(settings: Mapping[str, Any], model: PreTrainedModel, keep_
     arguments = {key: value for key, value in settings.items() if key not in ("peft_type", "task_type")}
     is_lora = settings["peft_type"] == "LORA"
     no_target = arguments.get("target_modules") is None and arguments.get("target_parameters") is None
-    if is_lora and no_target and model.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        arguments["target_modules"] = list(ATTENTION_PROJECTIONS)
+    if is_lora and no_target:  # PEFT's own default too: what a checkpoint was trained with is compared with this
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        arguments["target_modules"] = list(known.get(model.config.model_type, ATTENTION_PROJECTIONS))
     if is_lora:
         _spare_vision(arguments, model, keep_vision)
     else:
