@@ -77,7 +77,7 @@ def test_a_preview_shows_tool_calls_as_they_are_learned(folder: Path) -> None:
     raw = tool_row()
     whole = tokenizer.apply_chat_template(raw["messages"], tools=raw["tools"], tokenize=True, return_dict=False)
     assert row["input_ids"] == whole
-    supervised = tokenizer.decode([label for label in row["labels"] if label != -100])
+    supervised = str(tokenizer.decode([label for label in row["labels"] if label != -100]))
     assert supervised.split("<|im_end|>")[:-1] == [
         CALLED + CALLED.replace("<tool", "\n<tool", 1).replace("get_weather", "get_time").replace("Paris", "London"),
         "It is sunny in Paris, and it is half past nine in London.",
