@@ -65,7 +65,7 @@ TRAINING: Mapping[str, Try] = {
     "average_tokens_across_devices": Try(False, ranks=2),
     "max_grad_norm": Try(0.01),
     "label_smoothing_factor": Try(0.3),
-    "bf16": Try(True),
+    "bf16": Try(True, "refused"),
     "fp16": Try(True, "refused"),
     "bf16_full_eval": Try(True, beside={"test": "test.jsonl"}),
     "fp16_full_eval": Try(True, beside={"test": "test.jsonl"}),
