@@ -152,9 +152,9 @@ def test_every_kind_of_training(folder: Path) -> None:
 def test_on_two_processes(folder: Path, stage: str) -> None:
     """DeepSpeed's stages share such a model as any other: the losses of one process."""
     settings = {**SETTINGS, "max_steps": 2, "peft": {**LORA, "lora_dropout": 0.0}}
-    one = do_run(folder / "one", folder / "tools", folder / "model", **settings, per_device_train_batch_size=2)
+    one = do_run(folder / "one", folder / "data", folder / "model", **settings, per_device_train_batch_size=2)
     name = Path(stage).stem
-    two = launch(folder / name, folder / "tools", folder / "model", processes=2, deepspeed=stage, **settings,
+    two = launch(folder / name, folder / "data", folder / "model", processes=2, deepspeed=stage, **settings,
                  per_device_train_batch_size=1)  # fmt: skip
     assert losses(two).keys() == losses(one).keys()
     for step, (loss, *_) in losses(one).items():
