@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from glm_edge_ft.model.precision import look_at_machine
+
 Class = Literal["effect", "notice", "refused", "elsewhere"]
 
 
@@ -44,6 +46,7 @@ _SAMPLED = {"do_sample": True}
 _BEAMS = {"num_beams": 3, "max_new_tokens": 8}
 _GPU, _MACHINES, _PACKAGE = "a GPU", "several machines", "a package for reports that is not installed"
 _WORKERS = {"dataloader_num_workers": 1}
+_OF_BF16: Class = "effect" if look_at_machine().cpu_has_bf16 else "refused"
 
 TRAINING: Mapping[str, Try] = {
     "output_dir": Try("other"),
@@ -65,7 +68,7 @@ TRAINING: Mapping[str, Try] = {
     "average_tokens_across_devices": Try(False, ranks=2),
     "max_grad_norm": Try(0.01),
     "label_smoothing_factor": Try(0.3),
-    "bf16": Try(True, "refused"),
+    "bf16": Try(True, _OF_BF16),
     "fp16": Try(True, "refused"),
     "bf16_full_eval": Try(True, beside={"test": "test.jsonl"}),
     "fp16_full_eval": Try(True, beside={"test": "test.jsonl"}),
