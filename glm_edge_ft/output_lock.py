@@ -6,13 +6,14 @@ at once. It holds between machines where their shared file system keeps such loc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from glm_edge_ft.console import is_main_process
 from glm_edge_ft.errors import UserError
@@ -20,7 +21,7 @@ from glm_edge_ft.errors import UserError
 LOCK_FILE = ".lock"
 
 
-@contextmanager
+@contextlib.contextmanager
 def hold_output_dir(folder: Path) -> Iterator[None]:
     """Keep other runs out of an output folder for as long as the block lasts; process 0 does so for all of a run.
 
@@ -30,25 +31,46 @@ def hold_output_dir(folder: Path) -> Iterator[None]:
     if not is_main_process() or sys.platform == "win32":
         yield
         return
+    path = folder / LOCK_FILE
+    try:
+        lock = _lock(path)
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        what = f"{folder} is in use by another run: {holder or 'it has just begun'}"
+        fix = "name another folder, or wait until that run has ended"
+        raise UserError.single("training_args.output_dir", what, fix) from None
+    if lock is not None:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without a name
+            path.write_text(
+                f"process {os.getpid()} on machine {socket.gethostname()}, since {since}\n", encoding="utf-8"
+            )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a disk that can only be read by now
+            path.unlink()
+        if lock is not None:
+            lock.close()
+
+
+def _lock(path: Path) -> BinaryIO | None:
+    """Lock a file, made where it is missing, and return it; None on a file system without locks.
+
+    It is open for reading, so that its disk can still be mounted read-only; NFS locks what is open for writing.
+
+    Raises BlockingIOError where another process holds the lock.
+    """
     import fcntl
 
-    path = folder / LOCK_FILE
-    with path.open("a+", encoding="utf-8") as file:
+    for mode in (os.O_RDONLY, os.O_RDWR):
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: loader processes inherit no part
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            what = f"{folder} is in use by another run: {file.read().strip() or 'it has just begun'}"
-            fix = "name another folder, or wait until that run has ended"
-            raise UserError.single("training_args.output_dir", what, fix) from None
-        except OSError:  # a file system without locks
-            pass
-        else:
-            file.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on machine {socket.gethostname()}, since {since}\n")
-            file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+            file = os.fdopen(os.open(path, mode | os.O_CREAT, 0o644), "rb")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            continue
+        os.register_at_fork(after_in_child=file.close)  # a loader process that outlives a killed run lets it go
+        return file
+    return None
