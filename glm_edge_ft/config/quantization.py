@@ -20,7 +20,6 @@ UNUSED_VARIANTS: Mapping[str, str] = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
     "use_bdlora": "BD-LoRA",
-    "use_qalora": "QA-LoRA",
 }
 
 

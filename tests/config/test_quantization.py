@@ -69,7 +69,6 @@ def test_everything_that_contradicts_it_is_listed_at_once(tmp_path: Path) -> Non
     assert "at stage 3" in problems[0].what
     assert "ds_zero_2.json" in problems[0].fix
     assert problems[1].what == "`pissa_niter_4` needs weights that are no 4-bit numbers"
-    assert problems[3].what == "QA-LoRA does not work on weights in 4 bits"
     without = refused(tmp_path, "deepspeed: zero.json", rest.replace("nf4", "int4"))
     assert [problem.where for problem in without] == ["run.yaml:7: quantization"]
 
