@@ -58,13 +58,12 @@ def test_everything_that_contradicts_it_is_listed_at_once(tmp_path: Path) -> Non
     assert problem.what == "weights in 4 bits cannot be trained, and without peft_config all of them are"
     assert "peft_type: LORA" in problem.fix
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
-    rest = NF4 + LORA + "  init_lora_weights: pissa_niter_4\n  kasa_config: {}\n  use_qalora: true\n"
+    rest = NF4 + LORA + "  init_lora_weights: pissa_niter_4\n  kasa_config: {}\n"
     problems = refused(tmp_path, "deepspeed: zero.json", rest)
     assert [problem.where for problem in problems] == [
         "run.yaml:6: training_args.deepspeed",
         "run.yaml:10: peft_config.init_lora_weights",
         "run.yaml:11: peft_config.kasa_config",
-        "run.yaml:12: peft_config.use_qalora",
     ]
     assert "at stage 3" in problems[0].what
     assert "ds_zero_2.json" in problems[0].fix
