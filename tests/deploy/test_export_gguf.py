@@ -202,7 +202,7 @@ def test_heads_wider_than_the_hidden_states_are_written_as_llama_cpp_wants_them(
         found, expected = wide(ids).logits, narrow(ids).logits
     assert config.hidden_size == config.num_attention_heads * config.head_dim
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_the_vision_part_is_a_file_of_its_own(vision_run: Path, vision_model: Path, tmp_path: Path) -> None:

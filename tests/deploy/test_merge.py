@@ -117,7 +117,7 @@ def test_tied_embeddings_stay_tied_only_where_both_are_as_before(
     with torch.no_grad():
         expected = adapted.eval()(ids).logits
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     after = load_file(tmp_path / "out/model.safetensors")
     embeddings = "model.embed_tokens.weight"
     assert torch.equal(after[embeddings], before[embeddings])
