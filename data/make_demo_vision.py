@@ -24,8 +24,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from glm_edge_ft.model.nano_v_exchanges import CHINESE, ENGLISH, side_of
-from glm_edge_ft.model.nano_v_pictures import Item, Picture, draw, random_scene, random_shapes
+from data.embedded.picture_exchanges import CHINESE, ENGLISH, side_of
+from data.embedded.pictures import Item, Picture, draw, random_scene, random_shapes
 
 ROWS = {"dev": 80, "test": 80, "train": 1400}
 QUESTIONS_IN_A_HUNDRED = {  # rows with so many of them

@@ -26,7 +26,7 @@ from glm_edge_ft.errors import (
 )
 from glm_edge_ft.files import expand_home
 from glm_edge_ft.machines import tell_failure
-from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.run import RunRequest
 from glm_edge_ft.training.termination import Terminated, end_helper_processes
 
 DataDir = Annotated[

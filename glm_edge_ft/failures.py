@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glm_edge_ft.checks.memory import format_bytes, largest_batch, ways_out
 from glm_edge_ft.errors import ProcessLost, RunStopped, UserError
-from glm_edge_ft.memory_check import format_bytes, largest_batch, ways_out
 from glm_edge_ft.training.checkpoints import how_to_go_on
 from glm_edge_ft.training.termination import Terminated
 
 if TYPE_CHECKING:
-    from glm_edge_ft.preflight import Prepared
+    from glm_edge_ft.run import Prepared
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",

@@ -15,19 +15,20 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from glm_edge_ft.arguments import tokens_per_pass
-from glm_edge_ft.check_report import show_check
+from glm_edge_ft.checks.arguments import tokens_per_pass
+from glm_edge_ft.checks.disk import advise_on_disk, look_at_disk
+from glm_edge_ft.checks.preflight import check_inputs, prepare, processes_of
+from glm_edge_ft.checks.summary import show_check
 from glm_edge_ft.console import is_main_process, show, show_notice, show_notice_of_any
-from glm_edge_ft.disk_check import advise_on_disk, look_at_disk
+from glm_edge_ft.data.feature_cache import open_image_features
 from glm_edge_ft.distributed import keep_deepspeed_out, settle_gpus, start_deepspeed
 from glm_edge_ft.environment import drop_settings
 from glm_edge_ft.errors import RunStopped, UserError
 from glm_edge_ft.failures import explain_failures
-from glm_edge_ft.feature_cache import open_image_features
 from glm_edge_ft.machines import check_shared_folder, end_meetings, meet
 from glm_edge_ft.model.quantization import silence_bitsandbytes
 from glm_edge_ft.output_lock import hold_output_dir
-from glm_edge_ft.preflight import Plan, Prepared, RunRequest, check_inputs, prepare, processes_of
+from glm_edge_ft.run import Plan, Prepared, RunRequest
 from glm_edge_ft.run_record import (
     build_run_record,
     computed,
@@ -56,8 +57,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
+    from glm_edge_ft.data.feature_cache import ImageFeatures
     from glm_edge_ft.data.pixels import PixelScale
-    from glm_edge_ft.feature_cache import ImageFeatures
     from glm_edge_ft.model.packed_attention import Attention
     from glm_edge_ft.training.evaluation import EvaluationData, ReplyTools
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
@@ -305,8 +306,8 @@ def build_collator(
     (`complete_images`); without it they are complete.
     """
     from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
+    from glm_edge_ft.data.feature_cache import ImageFeatures
     from glm_edge_ft.data.images import scales_bytes
-    from glm_edge_ft.feature_cache import ImageFeatures
 
     pad_token_id = prepared.checkpoint.tokenizer.pad_token_id
     text = PackedCollator() if form == "packed" else PaddedCollator(pad_token_id, form)

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.checks.memory import format_bytes, memory_facts
+from glm_edge_ft.checks.versions import read_versions
 from glm_edge_ft.console import is_main_process
 from glm_edge_ft.files import write_whole
-from glm_edge_ft.memory_check import format_bytes, memory_facts
 from glm_edge_ft.model.weight_files import weights_fingerprint
 from glm_edge_ft.training.checkpoints import RUN_RECORD
-from glm_edge_ft.versions import read_versions
 
 if TYPE_CHECKING:
-    from glm_edge_ft.preflight import Prepared
+    from glm_edge_ft.run import Prepared
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
 

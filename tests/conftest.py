@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, settings
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data.embedded import layout as nano
 from glm_edge_ft.data.encoding import ConversationEncoder
-from glm_edge_ft.model import nano
 
 # No example fails for being slow on a busy machine, and each run tries the same ones; `--hypothesis-profile=explore`
 # tries others.

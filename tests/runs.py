@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from glm_edge_ft import recipe
-from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.run import RunRequest
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 16, "lora_dropout": 0.1}
 PREFIX: dict[str, Any] = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}

@@ -21,6 +21,7 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, PrefixTuningConfig, PromptLearningConfig
 from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
+from glm_edge_ft.checks.preflight import look_at_structure
 from glm_edge_ft.config import load_config
 from glm_edge_ft.data.dataset import build_dataset
 from glm_edge_ft.data.encoding import ConversationEncoder
@@ -30,7 +31,6 @@ from glm_edge_ft.deploy.merging import _NO_WEIGHTS_CHANGED
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
 from glm_edge_ft.model.saved_adapter import load_adapter
-from glm_edge_ft.preflight import look_at_structure
 from tests.conftest import TokenizerMaker
 from tests.deploy.conftest import command
 from tests.deploy.gguf_files import model_key, read_gguf

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from glm_edge_ft import recipe
+from glm_edge_ft.checks.disk import DiskNeed, advise_on_disk, describe_disk, look_at_disk
+from glm_edge_ft.checks.preflight import check_inputs, prepare
 from glm_edge_ft.data.dataset import build_dataset
 from glm_edge_ft.data.replies import ReplyEnds, count_reply_ends
-from glm_edge_ft.disk_check import DiskNeed, advise_on_disk, describe_disk, look_at_disk
-from glm_edge_ft.preflight import RunRequest, check_inputs, prepare
+from glm_edge_ft.run import RunRequest
 from tests.conftest import EncoderMaker
 from tests.runs import LORA, do_run, write_config
 

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler
 from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from glm_edge_ft.arguments import check_shared_batches
+from glm_edge_ft.checks.arguments import check_shared_batches
 from glm_edge_ft.errors import UserError
 from tests.collective_ranks import KINDS
 from tests.launch import REPOSITORY, ZERO_2, ZERO_3, launch, start, start_script

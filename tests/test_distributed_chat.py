@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
+from glm_edge_ft.checks.pickles import check_pickles
+from glm_edge_ft.checks.processes import PROCESSES_FILE, read_processes
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.training.pickles import check_pickles
-from glm_edge_ft.training.processes import PROCESSES_FILE, read_processes
 from tests.conftest import TokenizerMaker
 from tests.launch import REPOSITORY, ZERO_2, ZERO_3, launch
 from tests.model_folders import save_model_folder

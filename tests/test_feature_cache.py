@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from glm_edge_ft import feature_cache
-from glm_edge_ft.data import collator
+from glm_edge_ft.data import collator, feature_cache
+from glm_edge_ft.data.feature_cache import ImageFeatures
 from glm_edge_ft.data.feature_store import RECORDS_FILE, FeatureStore
-from glm_edge_ft.feature_cache import ImageFeatures
 from tests.runs import LORA, assert_close, assert_same_bits, do_run, metrics
 
 Run = Callable[..., Path]

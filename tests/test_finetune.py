@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from glm_edge_ft.checks.preflight import check_inputs
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.preflight import RunRequest, check_inputs
+from glm_edge_ft.run import RunRequest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = ("data/demo", "glm-edge-nano", "configs/demo.yaml")

@@ -17,7 +17,7 @@ from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
 from glm_edge_ft.deploy.export_gguf import ExportRequest, export_gguf
 from glm_edge_ft.deploy.merge import MergeRequest, merge
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.run import RunRequest
 from tests.foreign import call, save_chatml_folder, tool, tool_row, turn, write_rows
 from tests.launch import ZERO_2, ZERO_3, launch
 from tests.runs import LORA, PREFIX, do_run, losses, metrics, weights, write_config

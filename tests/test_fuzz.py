@@ -19,7 +19,7 @@ import yaml
 
 from glm_edge_ft import recipe
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.run import RunRequest
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
 

@@ -24,14 +24,14 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from glm_edge_ft import recipe
+from glm_edge_ft.checks.pickles import check_pickles
 from glm_edge_ft.data.images import find_bad_images, load_image
 from glm_edge_ft.data.rows import iter_rows
 from glm_edge_ft.deploy.source import find_source
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.files import LFS_POINTER
-from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.run import RunRequest
 from glm_edge_ft.training.checkpoints import MANIFEST
-from glm_edge_ft.training.pickles import check_pickles
 from tests.conftest import TEMPLATES, TokenizerMaker
 from tests.launch import REPOSITORY, ZERO_2, launch, start_script
 from tests.model_folders import save_model_folder

@@ -12,8 +12,9 @@ from transformers import GlmForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 from glm_edge_ft import recipe
+from glm_edge_ft.checks.preflight import check_inputs, prepare
 from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
-from glm_edge_ft.preflight import RunRequest, check_inputs, prepare
+from glm_edge_ft.run import RunRequest
 from tests.launch import launch
 from tests.runs import LORA, losses, metrics, write_config
 

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from glm_edge_ft import recipe
-from glm_edge_ft.memory_check import RunMemory, advise, describe_memory, look_at_memory
+from glm_edge_ft.checks.memory import RunMemory, advise, describe_memory, look_at_memory
+from glm_edge_ft.checks.preflight import check_inputs, prepare
 from glm_edge_ft.model.activations import BatchShape
-from glm_edge_ft.preflight import Prepared, RunRequest, check_inputs, prepare
+from glm_edge_ft.run import Prepared, RunRequest
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
 from tests.runs import LORA

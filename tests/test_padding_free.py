@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import MistralConfig, MistralForCausalLM, Seq2SeqTrainingArguments
 
-from glm_edge_ft.arguments import check_packed_arguments
+from glm_edge_ft.checks.arguments import check_packed_arguments
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.training.trainer import GlmEdgeTrainer
 from tests.conftest import TokenizerMaker

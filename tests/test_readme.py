@@ -27,6 +27,7 @@ import finetune
 import finetune_vision
 from glm_edge_ft import __main__ as tool
 from glm_edge_ft import recipe
+from glm_edge_ft.checks.memory import step_formats
 from glm_edge_ft.config import load_config
 from glm_edge_ft.config.names import DATA_FIELDS, OLD_TOP_NAMES, OLD_TRAINING_NAMES, TOP_FIELDS, Renamed, Retired
 from glm_edge_ft.config.rules import METRICS
@@ -38,15 +39,14 @@ from glm_edge_ft.deploy.export_gguf import TYPES
 from glm_edge_ft.deploy.gguf_vision import plan_vision_tensors
 from glm_edge_ft.deploy.gguf_weights import plan_tensors
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.memory_check import step_formats
-from glm_edge_ft.memory_table import LENGTH, MODELS, build_released_model, estimate_row, format_table
 from glm_edge_ft.model.activations import BatchShape, trace_step
 from glm_edge_ft.model.adapters import build_peft_config, wrap_meta_model
 from glm_edge_ft.model.memory import estimate_memory, measure_size
 from glm_edge_ft.model.precision import Precision
-from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.run import RunRequest
 from glm_edge_ft.training.checkpoints import resolve_resume
 from glm_edge_ft.training.loss import install_supervised_loss
+from tests.bench.memory_table import LENGTH, MODELS, build_released_model, estimate_row, format_table
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder, tiny_model
 from tests.runs import do_run

@@ -20,7 +20,7 @@ from glm_edge_ft.data import collator
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
 from glm_edge_ft.model.glm_edge_v_config import VISION_PREFIX
-from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.run import RunRequest
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
 from tests.runs import LORA, PREFIX, assert_close, assert_same_bits, do_run, losses, metrics, weights, write_chat_data

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from glm_edge_ft.model.loading import ModelLocation
+from glm_edge_ft.checks.processes import Processes, plan_processes, read_processes, write_processes
+from glm_edge_ft.checks.resume import compare_models, compare_processes, note_processes, note_versions
+from glm_edge_ft.model.checkpoint import ModelLocation
 from glm_edge_ft.model.weight_files import weights_fingerprint
-from glm_edge_ft.resume_check import compare_models, compare_processes, note_processes, note_versions
-from glm_edge_ft.training.processes import Processes, plan_processes, read_processes, write_processes
 
 CHECKPOINT = Path("output/checkpoint-4")
 ZERO_2 = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}

@@ -25,7 +25,7 @@ from glm_edge_ft.errors import UserError
 from glm_edge_ft.recipe import quiet_libraries
 
 if TYPE_CHECKING:
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", flags=re.DOTALL | re.IGNORECASE)

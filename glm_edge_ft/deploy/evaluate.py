@@ -23,8 +23,8 @@ from glm_edge_ft.environment import launch
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.files import can_be_made, did_you_mean, expand_home
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG
-from glm_edge_ft.preflight import Prepared
 from glm_edge_ft.recipe import build_collator, build_reply_tools, load_evaluations, make_output_dir, quiet_libraries
+from glm_edge_ft.run import Prepared
 from glm_edge_ft.training.checkpoints import (
     METRICS_FILE,
     PREDICTIONS_FOLDER,
@@ -34,7 +34,7 @@ from glm_edge_ft.training.checkpoints import (
 )
 
 if TYPE_CHECKING:
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
 PREFIX = "test"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from glm_edge_ft.deploy.gguf_parts import Part
     from glm_edge_ft.deploy.gguf_vocabulary import Vocabulary
     from glm_edge_ft.deploy.modelfile import Turns
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 INSTALL = "pip install gguf==0.19.0"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
     from transformers import PreTrainedModel
 
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.checks.preflight import prepare
 from glm_edge_ft.config import RunConfig
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.deploy.source import Source
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.quantization import REQUIREMENT, is_installed
-from glm_edge_ft.preflight import Plan, Prepared, RunRequest, prepare
+from glm_edge_ft.run import Plan, Prepared, RunRequest
 from glm_edge_ft.training.checkpoints import ResumePlan
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
 
 
 def open_checkpoint(source: Source) -> Checkpoint:

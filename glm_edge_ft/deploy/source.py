@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.files import expand_home
-from glm_edge_ft.model.loading import ModelLocation, locate_model
+from glm_edge_ft.model.checkpoint import ModelLocation
+from glm_edge_ft.model.loading import locate_model
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG, SavedAdapter, read_adapter
 from glm_edge_ft.training.checkpoints import RUN_RECORD, find_checkpoints
 

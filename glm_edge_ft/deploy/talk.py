@@ -14,8 +14,8 @@ from urllib.request import url2pathname
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.errors import UserError, shorten
 from glm_edge_ft.files import expand_home
-from glm_edge_ft.preflight import Prepared
 from glm_edge_ft.recipe import build_reply_tools
+from glm_edge_ft.run import Prepared
 
 if TYPE_CHECKING:
     import torch

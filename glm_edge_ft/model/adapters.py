@@ -253,7 +253,7 @@ def check_is_kept(settings: Mapping[str, Any], wrapped: PeftModel) -> None:
     Raises:
         UserError: it is such a form, with the key that makes it one.
     """
-    from glm_edge_ft.model.adapter_trial import find_fault
+    from glm_edge_ft.checks.adapter_trial import find_fault
 
     fault = find_fault(wrapped, "train") if settings["peft_type"] == "LORA" else None
     if fault is not None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.files import did_you_mean, expand_home
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS, Checkpoint, ModelLocation
 from glm_edge_ft.model.hub import read_cached_first
-from glm_edge_ft.model.nano import EMBEDDED_MODELS, resolve_embedded
 from glm_edge_ft.model.weight_files import find_cached_folder, name_first, refuse_pointers
 
 if TYPE_CHECKING:
@@ -25,51 +24,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 _ONLY_IN_SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
-
-@dataclass(frozen=True)
-class ModelLocation:
-    """Where a model comes from.
-
-    Attributes:
-        name: the MODEL argument as written.
-        source: an absolute path of a folder, or a hub id when `is_local` is false.
-        is_local: whether `source` is a folder on this machine.
-        adapter: folder of an adapter that goes onto the model. Its tokenizer and stop ids go before the model's.
-    """
-
-    name: str
-    source: str
-    is_local: bool
-    adapter: Path | None = None
-
-    @property
-    def tokenizer_folders(self) -> list[ModelLocation]:
-        """Where tokenizer and stop ids may be, the first choice first."""
-        adapter = self.adapter
-        return [self] if adapter is None else [ModelLocation(self.name, str(adapter), is_local=True), self]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Everything of a model but its weights.
-
-    Attributes:
-        config: of a vision model, a `GlmEdgeVConfig`.
-        stop_ids: the token ids on which generation stops, as generation config, config and tokenizer say.
-        folder: where its small files lie: the model's folder, or a hub id's folder in the cache.
-    """
-
-    location: ModelLocation
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerFast
-    stop_ids: tuple[int, ...]
-    folder: Path
-
-    @property
-    def is_vision(self) -> bool:
-        """Whether this is a GLM-Edge-V."""
-        return getattr(self.config, "vision_config", None) is not None
 
 
 def locate_model(name: str) -> ModelLocation:
@@ -81,9 +35,8 @@ def locate_model(name: str) -> ModelLocation:
     folder = expand_home(name)
     if folder.is_dir():
         return _check_folder(name, folder)
-    embedded = resolve_embedded(name)
-    if embedded is not None:
-        return _check_folder(name, embedded)
+    if name in EMBEDDED_MODELS:
+        return _check_folder(name, EMBEDDED_MODELS[name])
     known = ", ".join(sorted(EMBEDDED_MODELS))
     if folder.is_file():
         raise UserError.single(f"MODEL {name}", "is a file, not a folder", "give the folder that holds config.json")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
 
 BLOCK = 64  # numbers with a common scale
 REQUIREMENT = "bitsandbytes==0.50.2"

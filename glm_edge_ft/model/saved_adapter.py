@@ -77,7 +77,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    from glm_edge_ft.model.adapter_trial import find_fault
+    from glm_edge_ft.checks.adapter_trial import find_fault
 
     _check_prefix_sizes(model, folder)
     try:

@@ -21,7 +21,7 @@ from glm_edge_ft.files import LFS_POINTER
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from glm_edge_ft.model.loading import Checkpoint, ModelLocation
+    from glm_edge_ft.model.checkpoint import Checkpoint, ModelLocation
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -25,6 +25,7 @@ from transformers import Seq2SeqTrainer, StoppingCriteriaList, TrainerState
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
+from glm_edge_ft.checks.processes import ONE_PROCESS, Processes, write_processes
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import (
     PREDICTIONS_FOLDER,
@@ -39,7 +40,6 @@ from glm_edge_ft.training.evaluation import BreakOff, ReplyTools, generate_and_s
 from glm_edge_ft.training.final_model import FINAL_FOLDER, publish_final_model
 from glm_edge_ft.training.loss import IGNORED_LABEL
 from glm_edge_ft.training.micro_batches import split_batch
-from glm_edge_ft.training.processes import ONE_PROCESS, Processes, write_processes
 from glm_edge_ft.training.prompt import has_projection, load_encoder, prompt_from_weights, save_encoder
 from glm_edge_ft.training.sampling import LengthGroupedEpochSampler
 from glm_edge_ft.training.shares import load_shares

@@ -19,9 +19,9 @@ def main() -> None:
     """Encode and report."""
     from transformers import AutoTokenizer
 
+    from data.embedded.layout import STOP_TOKENS
     from glm_edge_ft.data.dataset import build_dataset
     from glm_edge_ft.data.encoding import ConversationEncoder
-    from glm_edge_ft.model.nano import STOP_TOKENS
 
     path, model, processes, cache = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     tokenizer = AutoTokenizer.from_pretrained(model)

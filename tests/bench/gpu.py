@@ -22,9 +22,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from glm_edge_ft.memory_table import MODELS
 from tests.bench.images import write_data
 from tests.bench.measure import ROOT, run_process
+from tests.bench.memory_table import MODELS
 from tests.bench.result import RESULTS, Ratio, Result, Table, keep
 from tests.bench.workload import make_rows, write_rows
 

@@ -50,9 +50,10 @@ def prepare_loader(folder: Path, model: str) -> Loader:
     """Do what a run does up to its loader."""
     import torch
 
+    from glm_edge_ft.checks.preflight import check_inputs, prepare
     from glm_edge_ft.data.pixels import pixel_scale
-    from glm_edge_ft.preflight import RunRequest, check_inputs, prepare
     from glm_edge_ft.recipe import build_collator, quiet_libraries
+    from glm_edge_ft.run import RunRequest
 
     training = {**CONFIG["training_args"], "output_dir": str(folder / "output"), "max_steps": 1}  # type: ignore[dict-item]
     config = folder / "run.yaml"

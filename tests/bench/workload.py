@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glm_edge_ft.model.nano import SPECIAL_TOKENS, STOP_TOKENS
+from data.embedded.layout import SPECIAL_TOKENS, STOP_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

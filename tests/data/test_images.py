@@ -31,7 +31,8 @@ from glm_edge_ft.data.images import (
 )
 from glm_edge_ft.data.pixels import pixel_scale
 from glm_edge_ft.errors import UserError, shorten
-from glm_edge_ft.model.loading import ModelLocation, load_image_processor
+from glm_edge_ft.model.checkpoint import ModelLocation
+from glm_edge_ft.model.loading import load_image_processor
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 PREPROCESSOR = {

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from data.embedded.layout import STOP_TOKENS
 from glm_edge_ft.data.dataset import build_dataset, load_prompts
 from glm_edge_ft.data.encoding import ConversationEncoder
 from glm_edge_ft.data.prompts import clean_prediction
 from glm_edge_ft.data.rows import RawRow, iter_rows
-from glm_edge_ft.model.nano import EMBEDDED_MODELS, STOP_TOKENS
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "demo"
 

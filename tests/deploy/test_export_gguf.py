@@ -26,7 +26,7 @@ from transformers import (
 from glm_edge_ft.deploy.export_gguf import INSTALL, ExportRequest, export_gguf
 from glm_edge_ft.deploy.merge import MergeRequest, merge
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.model.nano import resolve_embedded
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
 from tests.conftest import SPECIAL_TOKENS, TokenizerMaker
 from tests.deploy.conftest import ROOT, command
 from tests.deploy.gguf_files import GgufFile, model_key, read_gguf
@@ -53,7 +53,7 @@ def refusal(model: Path | str, out: Path, **options: Any) -> str:
 @pytest.fixture(scope="module")
 def nano() -> Path:
     """Return the folder of the embedded chat model."""
-    folder = resolve_embedded("glm-edge-nano")
+    folder = EMBEDDED_MODELS["glm-edge-nano"]
     assert folder is not None
     return folder
 

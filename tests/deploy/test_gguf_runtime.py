@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from glm_edge_ft import recipe
 from glm_edge_ft.deploy.export_gguf import ExportRequest, export_gguf
 from glm_edge_ft.deploy.merge import MergeRequest, merge
-from glm_edge_ft.model.nano import resolve_embedded
-from glm_edge_ft.preflight import RunRequest
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
+from glm_edge_ft.run import RunRequest
 from tests.conftest import TokenizerMaker
 from tests.deploy.conftest import ROOT, command, predictions
 from tests.model_folders import save_model_folder
@@ -86,7 +86,7 @@ def export(model: Path | str, out: Path, kind: str = "f32") -> Path:
 @pytest.fixture(scope="module")
 def nano() -> Path:
     """Return the folder of the embedded chat model."""
-    folder = resolve_embedded("glm-edge-nano")
+    folder = EMBEDDED_MODELS["glm-edge-nano"]
     assert folder is not None
     return folder
 

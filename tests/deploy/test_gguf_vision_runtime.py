@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from glm_edge_ft.data.images import preprocess
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
 from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
-from glm_edge_ft.model.nano import resolve_embedded
 from tests.deploy.conftest import ROOT
 from tests.deploy.test_gguf_runtime import export, load, runtime
 
@@ -47,7 +47,7 @@ def both(runtime: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bot
     """Return the two files as the runtime has loaded them, and the model that they were written from."""
     from llama_cpp import mtmd_cpp
 
-    folder = resolve_embedded("glm-edge-v-nano")
+    folder = EMBEDDED_MODELS["glm-edge-v-nano"]
     assert folder is not None
     out = export(folder, tmp_path_factory.mktemp("vision") / "a.gguf")
     llama = load(runtime, out)

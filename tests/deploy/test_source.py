@@ -10,7 +10,7 @@ import pytest
 
 from glm_edge_ft.deploy.source import find_source
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.model.nano import EMBEDDED_MODELS
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
 
 
 def refusal(name: Path | str, base: str | None = None) -> str:

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from glm_edge_ft.config import load_config
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.memory_table import build_released_model
 from glm_edge_ft.model.adapters import apply_adapter, wrap_meta_model
-from glm_edge_ft.model.loading import Checkpoint, build_meta_model, load_weights, locate_model, read_checkpoint
+from glm_edge_ft.model.checkpoint import Checkpoint
+from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
 from glm_edge_ft.model.memory import estimate_memory, measure_size
 from glm_edge_ft.model.quantization import check_stored_form, find_layers
 from glm_edge_ft.model.quantized_twin import quantize_twin
 from glm_edge_ft.training.loss import install_supervised_loss
+from tests.bench.memory_table import build_released_model
 from tests.closeness import assert_same_gradients
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder

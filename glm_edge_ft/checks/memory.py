@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.arguments import tokens_per_pass
+from glm_edge_ft.checks.arguments import tokens_per_pass
 from glm_edge_ft.environment import launch
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
 
     from glm_edge_ft.model.activations import BatchShape, StepFormats, StepTrace
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
     from glm_edge_ft.model.memory import HostMemory, MemoryEstimate, ModelSize
     from glm_edge_ft.model.precision import Precision
-    from glm_edge_ft.preflight import Prepared
+    from glm_edge_ft.run import Prepared
 
 USABLE_OF_GPU = 0.9  # the rest is for CUDA's context, communication and gaps between allocations; not measured
 

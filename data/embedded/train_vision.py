@@ -1,10 +1,10 @@
 """Train `glm-edge-v-nano` from `glm-edge-nano`: a tower that sees, a language part that speaks of what it sees.
 
-    python -m glm_edge_ft.model.nano_v_train --out glm_edge_ft/model/embedded/glm-edge-v-nano --seed 7
+    python -m data.embedded.train_vision --out glm_edge_ft/model/embedded/glm-edge-v-nano --seed 7
 
-Stage 1 (`nano_v_tower`) trains tower and adapter on what each cell of a picture shows. Stage 2 trains the language part
-on descriptions and questions (`nano_v_exchanges`), with text-only chats between. The weights of the shipped folder were
-made by these stages, some of them started by themselves with other seeds and pictures: this command's differ.
+Stage 1 (`vision_tower`) trains tower and adapter on what each cell of a picture shows. Stage 2 trains the language part
+on descriptions and questions (`picture_exchanges`), with text-only chats between. The weights of the shipped folder
+were made by these stages, some of them started by themselves with other seeds and pictures: this command's differ.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ import typer
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, GlmForCausalLM, PreTrainedTokenizerBase
 
-from glm_edge_ft.model import nano, nano_v
-from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
-from glm_edge_ft.model.nano_v_exchanges import picture_exchanges
-from glm_edge_ft.model.nano_v_pictures import Picture
-from glm_edge_ft.model.nano_v_rows import IGNORED, Batch, Row, View, collages, collate, generate_rows, random_views
-from glm_edge_ft.model.nano_v_tower import (
+from data.embedded import vision_layout
+from data.embedded.picture_exchanges import picture_exchanges
+from data.embedded.pictures import Picture
+from data.embedded.vision_rows import IGNORED, Batch, Row, View, collages, collate, generate_rows, random_views
+from data.embedded.vision_tower import (
     EMPTY_CLASSES,
     SIDES,
     TowerStage,
@@ -39,6 +38,8 @@ from glm_edge_ft.model.nano_v_tower import (
     train_tower,
     word_tables,
 )
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
+from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 
 # Windows of a ninth of a picture first, since attention over a whole one is costly; then whole pictures.
 TOWER_STAGES = (
@@ -212,7 +213,7 @@ def save(model: GlmEdgeVForCausalLM, tokenizer: PreTrainedTokenizerBase, folder:
     model.eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    fields = json.dumps(nano_v.PREPROCESSOR_FIELDS, indent=2)
+    fields = json.dumps(vision_layout.PREPROCESSOR_FIELDS, indent=2)
     (folder / "preprocessor_config.json").write_text(fields + "\n", encoding="utf-8")
 
 
@@ -250,8 +251,8 @@ def start_model(tokenizer: PreTrainedTokenizerBase) -> GlmEdgeVForCausalLM:
     The layers between them start anew: those of `glm-edge-nano` look at near tokens, and hundreds of steps do not bring
     them to look at a picture that lies far back, while new ones look everywhere alike and find it soon.
     """
-    text = GlmForCausalLM.from_pretrained(nano.EMBEDDED_MODELS["glm-edge-nano"], dtype=torch.float32)
-    model = GlmEdgeVForCausalLM(nano_v.nano_v_config(text.config, tokenizer))
+    text = GlmForCausalLM.from_pretrained(EMBEDDED_MODELS["glm-edge-nano"], dtype=torch.float32)
+    model = GlmEdgeVForCausalLM(vision_layout.vision_nano_config(text.config, tokenizer))
     model.load_state_dict(text.state_dict(), strict=False)
     for weight in model.model.layers.parameters():
         if weight.dim() == 2:
@@ -270,8 +271,8 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     started = time.monotonic()
-    tokenizer = AutoTokenizer.from_pretrained(nano.EMBEDDED_MODELS["glm-edge-nano"])
-    tokenizer.chat_template = nano_v.VISION_CHAT_TEMPLATE
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODELS["glm-edge-nano"])
+    tokenizer.chat_template = vision_layout.VISION_CHAT_TEMPLATE
     model = start_model(tokenizer)
     print(f"{model.num_parameters():,} parameters", flush=True)
     train_tower(model, tokenizer, seed + 1, TOWER_STAGES)

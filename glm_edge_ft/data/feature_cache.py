@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.arguments import rows_per_step
+from glm_edge_ft.checks.arguments import rows_per_step
+from glm_edge_ft.checks.disk import free_bytes
+from glm_edge_ft.checks.memory import format_bytes
 from glm_edge_ft.console import show, show_notice
-from glm_edge_ft.disk_check import free_bytes
-from glm_edge_ft.memory_check import format_bytes
 from glm_edge_ft.node import is_first_of_node
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from glm_edge_ft.data.dataset import EncodedDataset
     from glm_edge_ft.data.feature_store import FeatureStore
-    from glm_edge_ft.preflight import Prepared
+    from glm_edge_ft.run import Prepared
 
 FEATURES_FOLDER = "features"
 MOST_OF_FREE_SPACE = 0.5

@@ -13,11 +13,18 @@ import torch
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from glm_edge_ft.model import nano
-from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM, load_glm_edge_v
-from glm_edge_ft.model.nano_v_exchanges import picture_exchanges
-from glm_edge_ft.model.nano_v_pictures import CELL_CLASSES, COLOURS, Item, Picture, draw, label_cells, random_scene
-from glm_edge_ft.model.nano_v_rows import (
+from data.embedded.layout import STOP_TOKENS, token_id
+from data.embedded.picture_exchanges import picture_exchanges
+from data.embedded.pictures import CELL_CLASSES, COLOURS, Item, Picture, draw, label_cells, random_scene
+from data.embedded.train_vision import (
+    computed_views,
+    embed,
+    greedy_reply,
+    seed_attention,
+    start_model,
+    supervised_loss,
+)
+from data.embedded.vision_rows import (
     IGNORED,
     Row,
     collages,
@@ -27,18 +34,12 @@ from glm_edge_ft.model.nano_v_rows import (
     generate_rows,
     random_views,
 )
-from glm_edge_ft.model.nano_v_tower import outlines, picture_pixels, random_picture, word_tables
-from glm_edge_ft.model.nano_v_train import (
-    computed_views,
-    embed,
-    greedy_reply,
-    seed_attention,
-    start_model,
-    supervised_loss,
-)
+from data.embedded.vision_tower import outlines, picture_pixels, random_picture, word_tables
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
+from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM, load_glm_edge_v
 from tests.model.vision_fixtures import Shape, released_config, released_shapes
 
-FOLDER = nano.EMBEDDED_MODELS["glm-edge-v-nano"]
+FOLDER = EMBEDDED_MODELS["glm-edge-v-nano"]
 NEWLINE = "\\n"  # two characters, as the released template has it
 IMAGE = "<|begin_of_image|>" * 578
 RED_CIRCLE = Picture((Item("circle", "red", 1 / 6, 1 / 6, 0.13),), background=(255, 255, 255))
@@ -115,7 +116,7 @@ def test_config_has_the_released_fields(config: dict[str, Any]) -> None:
 def test_stop_ids_are_the_stop_tokens(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
     """M3: the saved folder carries the stop ids, found by string."""
     values = json.loads((FOLDER / file).read_text(encoding="utf-8"))
-    assert values["eos_token_id"] == [tokenizer.convert_tokens_to_ids(token) for token in nano.STOP_TOKENS]
+    assert values["eos_token_id"] == [tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS]
     assert values["pad_token_id"] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
 
@@ -127,7 +128,7 @@ def test_image_ids_are_found_by_string(tokenizer: PreTrainedTokenizerBase, confi
 
 def test_tokenizer_is_that_of_the_chat_model() -> None:
     """The released models share one too."""
-    chat = nano.EMBEDDED_MODELS["glm-edge-nano"]
+    chat = EMBEDDED_MODELS["glm-edge-nano"]
     assert (FOLDER / "tokenizer.json").read_bytes() == (chat / "tokenizer.json").read_bytes()
 
 
@@ -213,7 +214,7 @@ def test_prompt_and_reply_are_tokenized_as_in_generation(tokenizer: PreTrainedTo
     assert ids[: len(prompt)] == prompt
     learned = tokenizer.decode([label for label in labels if label != IGNORED])
     assert learned == f"no{NEWLINE}<|user|>yes{NEWLINE}<|user|>"
-    assert ids.count(nano.token_id(tokenizer, "<|user|>")) == 3
+    assert ids.count(token_id(tokenizer, "<|user|>")) == 3
 
 
 def test_training_rows_follow_from_their_seed(tokenizer: PreTrainedTokenizerBase) -> None:

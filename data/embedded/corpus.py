@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from glm_edge_ft.model.nano_exchanges import EXCHANGES, Turn, remembered_name, some_english_words, some_words
-from glm_edge_ft.model.nano_sentences import draw_characters, paragraph
-from glm_edge_ft.model.nano_words import SYSTEM_PROMPTS
+from data.embedded.exchanges import EXCHANGES, Turn, remembered_name, some_english_words, some_words
+from data.embedded.sentences import draw_characters, paragraph
+from data.embedded.words import SYSTEM_PROMPTS
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The README's table: what the released models need, for each way to train and to share, as Markdown.
 
-    python -m glm_edge_ft.memory_table                  # all four models, some two minutes
-    python -m glm_edge_ft.memory_table glm-edge-1.5b-chat
+    python -m tests.bench.memory_table                  # all four models, some two minutes
+    python -m tests.bench.memory_table glm-edge-1.5b-chat
 
 A step has one row of 2,048 tokens, all of them supervised, with activation checkpointing, in bfloat16 on a GPU; in
 vision models one of its images. LoRA is that of `configs/lora.yaml`, the shipped DeepSpeed files are used as they are.
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_edge_ft.memory_check import USABLE_OF_GPU, step_formats
+from glm_edge_ft.checks.memory import USABLE_OF_GPU, step_formats
 from glm_edge_ft.model.precision import Precision
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LENGTH = 2048
 CARDS = (24, 40, 80)  # GiB, as cards are sold
 MANY = 8

@@ -2,7 +2,7 @@
 
 The shipped folder was made on one CPU core in 18 minutes (1,200 steps, final loss 1.3814, torch 2.13.0) by
 
-    python -m glm_edge_ft.model.nano_train --out glm_edge_ft/model/embedded/glm-edge-nano --seed 7
+    python -m data.embedded.train_chat --out glm_edge_ft/model/embedded/glm-edge-nano --seed 7
 
 Each 50 steps it prints the mean loss since the last line (natural log, next token, all tokens) and the speed; at
 the end the greedy replies to a few prompts. The same seed on the same machine and versions writes the same files.
@@ -24,9 +24,9 @@ import typer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, GlmForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from glm_edge_ft.model import nano
-from glm_edge_ft.model.nano_corpus import Document, generate_corpus
-from glm_edge_ft.model.nano_sentences import (
+from data.embedded import layout
+from data.embedded.corpus import Document, generate_corpus
+from data.embedded.sentences import (
     CHINESE_PUNCTUATION,
     EVERYDAY_CHARACTERS,
     common_characters,
@@ -78,7 +78,7 @@ def train_tokenizer(texts: Iterable[str], base_vocabulary: int = BASE_VOCABULARY
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(nano.SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(layout.SPLIT_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -89,13 +89,13 @@ def train_tokenizer(texts: Iterable[str], base_vocabulary: int = BASE_VOCABULARY
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=nano.PAD_TOKEN,
-        pad_token=nano.PAD_TOKEN,
-        extra_special_tokens=list(nano.SPECIAL_TOKENS[1:]),
+        eos_token=layout.PAD_TOKEN,
+        pad_token=layout.PAD_TOKEN,
+        extra_special_tokens=list(layout.SPECIAL_TOKENS[1:]),
         padding_side="left",
         model_max_length=8192,
         clean_up_tokenization_spaces=False,
-        chat_template=nano.CHAT_TEMPLATE,
+        chat_template=layout.CHAT_TEMPLATE,
     )
 
 
@@ -107,12 +107,12 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, document: Document) -> t
 
     A chat ends with the `<|user|>` that stops a reply; that `<|endoftext|>` follows it is not learned.
     """
-    end = nano.token_id(tokenizer, nano.PAD_TOKEN)
+    end = layout.token_id(tokenizer, layout.PAD_TOKEN)
     if not document.messages:
         ids = [*tokenizer.encode(document.text, add_special_tokens=False), end]
         return ids, ids
     rendered = str(tokenizer.apply_chat_template(list(document.messages), tokenize=False))
-    ids = tokenizer.encode(rendered + nano.TURN_END_TOKEN, add_special_tokens=False)
+    ids = tokenizer.encode(rendered + layout.TURN_END_TOKEN, add_special_tokens=False)
     return [*ids, end], [*ids, IGNORED]
 
 
@@ -123,7 +123,7 @@ def packed_rows(
 
     A document longer than a row is cut.
     """
-    end = nano.token_id(tokenizer, nano.PAD_TOKEN)
+    end = layout.token_id(tokenizer, layout.PAD_TOKEN)
     row_ids: list[int] = []
     row_labels: list[int] = []
     for document in documents:
@@ -209,7 +209,7 @@ def main(
     torch.set_num_threads(threads)
     started = time.monotonic()
     tokenizer = train_tokenizer(_tokenizer_texts(seed))
-    model = GlmForCausalLM(nano.nano_config(tokenizer))
+    model = GlmForCausalLM(layout.nano_config(tokenizer))
     print(
         f"{len(tokenizer):,} tokens, {model.num_parameters():,} parameters, {time.monotonic() - started:.0f} s",
         flush=True,

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from glm_edge_ft.model import nano, nano_v
-from glm_edge_ft.model.nano_corpus import generate_corpus
-from glm_edge_ft.model.nano_v_exchanges import picture_exchanges
-from glm_edge_ft.model.nano_v_pictures import CELLS_PER_SIDE, Item, Picture, label_cells
-from glm_edge_ft.model.nano_v_tower import SIDES, random_picture
+from data.embedded import layout, vision_layout
+from data.embedded.corpus import generate_corpus
+from data.embedded.picture_exchanges import picture_exchanges
+from data.embedded.pictures import CELLS_PER_SIDE, Item, Picture, label_cells
+from data.embedded.vision_tower import SIDES, random_picture
 
 IGNORED = -100
 VECTORS = CELLS_PER_SIDE**2 + 2  # of a picture: its cells, a begin and an end
@@ -114,7 +114,7 @@ def encode_turns(
         messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
         whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
         asked = tokenizer.encode(prompt[len(rendered) :], add_special_tokens=False)
-        said = tokenizer.encode(whole[len(prompt) :] + nano.TURN_END_TOKEN, add_special_tokens=False)
+        said = tokenizer.encode(whole[len(prompt) :] + layout.TURN_END_TOKEN, add_special_tokens=False)
         opened = index > 0  # the stop token of the last reply opens this turn
         ids += [*asked[opened:], *said]
         labels += [IGNORED] * len(asked[opened:]) + said
@@ -128,7 +128,7 @@ def encode_picture(
     """Return the row of a picture and what is said about it; the picture opens each conversation."""
     messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
     before = str(tokenizer.apply_chat_template(messages, tokenize=False)).removesuffix("\\n")
-    placeholder = nano.token_id(tokenizer, nano_v.IMAGE_TOKEN)
+    placeholder = layout.token_id(tokenizer, vision_layout.IMAGE_TOKEN)
     opening = [*tokenizer.encode(before, add_special_tokens=False), *[placeholder] * VECTORS]
     return Row(opening, [Exchange(*encode_turns(tokenizer, turns, before)) for turns in conversations], view)
 

@@ -1,6 +1,6 @@
 """Word lists of the pre-training corpus of `glm-edge-nano`, Chinese and English side by side.
 
-Plain data, used by `nano_corpus.py` alone. Each pair is (Chinese, English).
+Plain data, used by `corpus.py` alone. Each pair is (Chinese, English).
 """
 
 from __future__ import annotations

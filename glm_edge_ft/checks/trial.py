@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, Seq2SeqTrainingArguments
 
     from glm_edge_ft.data.dataset import EncodedDataset
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
 
 _OTHER_PART = "choose another, install what it names, correct its settings, or give those it asks for"
 _TRIED_STEPS = 1000

@@ -15,100 +15,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.arguments import (
+from glm_edge_ft.checks.arguments import (
     build_generation_config,
     build_training_arguments,
     check_packed_arguments,
     check_shared_batches,
 )
+from glm_edge_ft.checks.memory import estimate_states
+from glm_edge_ft.checks.processes import Processes, plan_processes
+from glm_edge_ft.checks.resume import compare_with_checkpoint
+from glm_edge_ft.checks.trial import check_generation, check_ids, check_training_parts, vocabulary_of
+from glm_edge_ft.checks.vision import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.config.deepspeed import read_deepspeed
 from glm_edge_ft.console import is_main_process, show_notice
 from glm_edge_ft.environment import check_launcher, launch
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.files import can_be_made, expand_home
-from glm_edge_ft.memory_check import estimate_states
-from glm_edge_ft.model.loading import ModelLocation, locate_model
+from glm_edge_ft.model.checkpoint import ModelLocation
+from glm_edge_ft.model.loading import locate_model
 from glm_edge_ft.model.quantization import is_installed, not_installed
 from glm_edge_ft.node import is_first_of_node, wait_for
-from glm_edge_ft.resume_check import compare_with_checkpoint
+from glm_edge_ft.run import Plan, Prepared, RunRequest
 from glm_edge_ft.training.checkpoints import RUN_RECORD, ResumePlan, find_checkpoints, resolve_resume
-from glm_edge_ft.training.processes import Processes, plan_processes
-from glm_edge_ft.trial import check_generation, check_ids, check_training_parts, vocabulary_of
-from glm_edge_ft.vision_check import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, Seq2SeqTrainingArguments
+    from transformers import PreTrainedModel
 
     from glm_edge_ft.data.dataset import EncodedDataset
     from glm_edge_ft.data.encoding import ConversationEncoder
     from glm_edge_ft.data.image_check import ImageCheck
     from glm_edge_ft.data.placeholders import ImageSettings
-    from glm_edge_ft.model.loading import Checkpoint
-    from glm_edge_ft.model.memory import MemoryEstimate, ModelSize
-    from glm_edge_ft.model.precision import Precision
+    from glm_edge_ft.model.checkpoint import Checkpoint
+    from glm_edge_ft.model.memory import ModelSize
 
 SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """One command line, as given; `takes_images` tells finetune_vision.py from finetune.py."""
-
-    data_dir: Path
-    model: str
-    config: Path
-    resume: str | None = None
-    overrides: tuple[str, ...] = ()
-    check: bool = False
-    preview: int | None = None
-    json_path: Path | None = None
-    takes_images: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A command line that makes sense: config read, files there, MODEL found, RESUME resolved.
-
-    Attributes:
-        trains: whether the model is trained; otherwise it is used as it is.
-    """
-
-    request: RunRequest
-    config: RunConfig
-    location: ModelLocation
-    resume: ResumePlan
-    output_dir: Path
-    data_files: dict[str, Path]
-    trains: bool = True
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that training needs but the weights.
-
-    Attributes:
-        datasets: encoded rows by split, `train` and, where the config names them, `val` and `test`.
-        parameters: (trainable, all) parameter counts with the adapter in place.
-        quantized: number of those that are kept in 4 bits.
-        keeps_vision: whether the model has a vision part that is not trained.
-        image_processor: of a vision model, for runs that take images; else None.
-        image_check: what is known of the images; None where there are none or they were not opened.
-    """
-
-    plan: Plan
-    checkpoint: Checkpoint
-    precision: Precision
-    encoder: ConversationEncoder
-    datasets: dict[str, EncodedDataset]
-    parameters: tuple[int, int]
-    quantized: int
-    memory: MemoryEstimate
-    training_arguments: Seq2SeqTrainingArguments
-    generation_config: GenerationConfig
-    keeps_vision: bool
-    image_processor: Any
-    image_check: ImageCheck | None
 
 
 def check_inputs(request: RunRequest) -> Plan:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from glm_edge_ft.model import nano_words as words
-from glm_edge_ft.model.nano_sentences import capital, chinese_sentence, draw_word, english_sentence, story, with_article
+from data.embedded import words
+from data.embedded.sentences import capital, chinese_sentence, draw_word, english_sentence, story, with_article
 
 Turn = tuple[str, str]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from glm_edge_ft.model.nano_v_pictures import COLOURS, SHAPES, Item, Picture
+from data.embedded.pictures import COLOURS, SHAPES, Item, Picture
 
 Exchange = tuple[str, str]
 

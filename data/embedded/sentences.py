@@ -8,7 +8,7 @@ from random import Random
 
 import jieba
 
-from glm_edge_ft.model import nano_words as words
+from data.embedded import words
 
 COMMON_WORD_FREQUENCY = 120
 WORD_FLAGS = frozenset({"n", "v", "a", "vn", "s", "t", "an", "ad", "b", "d", "z"})

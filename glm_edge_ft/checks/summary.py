@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.checks.disk import advise_on_disk, describe_disk, disk_facts, look_at_disk
+from glm_edge_ft.checks.memory import advise, describe_memory, look_at_memory, run_memory_facts
 from glm_edge_ft.console import is_main_process, show, show_notice
-from glm_edge_ft.disk_check import advise_on_disk, describe_disk, disk_facts, look_at_disk
-from glm_edge_ft.memory_check import advise, describe_memory, look_at_memory, run_memory_facts
 from glm_edge_ft.run_record import describe_model, model_facts, write_json
 
 if TYPE_CHECKING:
     from glm_edge_ft.data.replies import ReplyEnds
-    from glm_edge_ft.preflight import Prepared
+    from glm_edge_ft.run import Prepared
 
 
 def show_check(prepared: Prepared) -> None:

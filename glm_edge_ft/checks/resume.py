@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.checks.pickles import check_pickles
+from glm_edge_ft.checks.processes import Processes, read_processes
+from glm_edge_ft.checks.versions import PACKAGES, read_versions
 from glm_edge_ft.errors import Problem
 from glm_edge_ft.model.weight_files import weights_fingerprint
 from glm_edge_ft.training.checkpoints import ENCODER_FILE, RUN_RECORD
-from glm_edge_ft.training.pickles import check_pickles
-from glm_edge_ft.training.processes import Processes, read_processes
-from glm_edge_ft.versions import PACKAGES, read_versions
 
 if TYPE_CHECKING:
     from glm_edge_ft.config import RunConfig
-    from glm_edge_ft.model.loading import ModelLocation
+    from glm_edge_ft.model.checkpoint import ModelLocation
 
 KEPT_BY_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 """Values that lie in the saved optimizer and scheduler, so that a new one in the config has no effect."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import GlmConfig, PreTrainedTokenizerBase
 
+from data.embedded.layout import token_id
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
-from glm_edge_ft.model.nano import token_id
 
 IMAGE_TOKEN = "<|begin_of_image|>"
 IMAGE_END_TOKEN = "<|end_of_image|>"
@@ -54,7 +54,7 @@ PREPROCESSOR_FIELDS: dict[str, Any] = {
 }
 
 
-def nano_v_config(text: GlmConfig, tokenizer: PreTrainedTokenizerBase) -> GlmEdgeVConfig:
+def vision_nano_config(text: GlmConfig, tokenizer: PreTrainedTokenizerBase) -> GlmEdgeVConfig:
     """Return the configuration of `glm-edge-v-nano`: the text part's, and that of a small tower of true geometry."""
     kept = {
         name: value

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from glm_edge_ft.data.dataset import EncodedDataset
     from glm_edge_ft.data.image_check import ImageCheck
     from glm_edge_ft.data.placeholders import ImageSettings
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
 
 
 def check_kind_of_model(checkpoint: Checkpoint, config: RunConfig, takes_images: bool) -> None:

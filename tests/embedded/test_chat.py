@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM, PreTrainedTokenizerBase
 
-from glm_edge_ft.model.nano import EMBEDDED_MODELS, SPECIAL_TOKENS, STOP_TOKENS, nano_config, resolve_embedded
-from glm_edge_ft.model.nano_corpus import Document, generate_corpus
-from glm_edge_ft.model.nano_sentences import common_characters
-from glm_edge_ft.model.nano_train import IGNORED, encode_document, packed_rows, train_tokenizer
+from data.embedded.corpus import Document, generate_corpus
+from data.embedded.layout import SPECIAL_TOKENS, STOP_TOKENS, nano_config
+from data.embedded.sentences import common_characters
+from data.embedded.train_chat import IGNORED, encode_document, packed_rows, train_tokenizer
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = EMBEDDED_MODELS["glm-edge-nano"]
@@ -54,15 +55,15 @@ def greedy_ids(model: GlmForCausalLM, tokenizer: PreTrainedTokenizerBase, questi
 
 def test_name_resolves_to_a_folder_and_others_to_nothing() -> None:
     """The embedded name is a shipped folder; a hub id is none of ours."""
-    assert resolve_embedded("glm-edge-nano") == FOLDER
+    assert EMBEDDED_MODELS["glm-edge-nano"] == FOLDER
     assert (FOLDER / "config.json").is_file()
-    assert resolve_embedded("THUDM/glm-edge-1.5b-chat") is None
+    assert "THUDM/glm-edge-1.5b-chat" not in EMBEDDED_MODELS
 
 
 def test_resolving_a_name_loads_nothing_heavy() -> None:
     """A name is checked before torch or transformers are imported."""
     code = (
-        "import sys; from glm_edge_ft.model.nano import resolve_embedded; resolve_embedded('glm-edge-nano'); "
+        "import sys; from glm_edge_ft.model.loading import locate_model; locate_model('glm-edge-nano'); "
         "print([name for name in ('torch', 'transformers', 'jieba') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -23,9 +23,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
-from glm_edge_ft.model.nano_v_exchanges import CHINESE, ENGLISH
-from glm_edge_ft.model.nano_v_pictures import (
+from data.embedded.picture_exchanges import CHINESE, ENGLISH
+from data.embedded.pictures import (
     CELL_CLASSES,
     CELLS_PER_SIDE,
     COLOURS,
@@ -37,6 +36,7 @@ from glm_edge_ft.model.nano_v_pictures import (
     random_scene,
     random_shapes,
 )
+from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 
 ZONES = 9
 OUTLINE_SCALE = np.array([2.0, 8.0, 9.0])  # brings the waves to about the same size

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, Seq2SeqTrainingArguments
 
     from glm_edge_ft.config import RunConfig
-    from glm_edge_ft.model.loading import Checkpoint
+    from glm_edge_ft.model.checkpoint import Checkpoint
     from glm_edge_ft.model.precision import Precision
-    from glm_edge_ft.preflight import Plan
+    from glm_edge_ft.run import Plan
 
 CPU_TOKENS_PER_PASS = 2048
 _AGREE = "change one of the two; bf16_full_eval and fp16_full_eval count as bf16 and fp16"

@@ -1,19 +1,8 @@
-"""The embedded models: real GLM-Edge checkpoints, small enough to ship with the code, usable with no network.
-
-Light on purpose: importing this module needs the standard library only, so that a model's name can be checked before
-torch is loaded.
-"""
+"""What `glm-edge-nano` is made of besides its weights: special tokens, chat template, config."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import GlmConfig, PreTrainedTokenizerBase
-
-EMBEDDED_ROOT = Path(__file__).resolve().parent / "embedded"
-EMBEDDED_MODELS: dict[str, Path] = {name: EMBEDDED_ROOT / name for name in ("glm-edge-nano", "glm-edge-v-nano")}
+from transformers import GlmConfig, PreTrainedTokenizerBase
 
 # Order and spelling of the released checkpoints (glm-edge-1.5b-chat and its siblings); they follow the base vocabulary.
 SPECIAL_TOKENS = (
@@ -44,11 +33,6 @@ CHAT_TEMPLATE = (
 VOCAB_MULTIPLE = 64
 
 
-def resolve_embedded(name: str) -> Path | None:
-    """Return the folder of the embedded model called `name`, or None when there is none of that name."""
-    return EMBEDDED_MODELS.get(name)
-
-
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """Return the id of a token that the tokenizer is known to have."""
     return int(tokenizer.get_vocab()[token])
@@ -59,8 +43,6 @@ def nano_config(tokenizer: PreTrainedTokenizerBase) -> GlmConfig:
 
     The vocabulary is padded to a multiple of 64, as the released one is (59,258 tokens, 59,264 rows).
     """
-    from transformers import GlmConfig
-
     return GlmConfig(
         vocab_size=-(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         hidden_size=192,

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.arguments import rows_per_step
+from glm_edge_ft.checks.arguments import rows_per_step
+from glm_edge_ft.checks.memory import format_bytes
 from glm_edge_ft.files import nearest_folder
-from glm_edge_ft.memory_check import format_bytes
 from glm_edge_ft.training.checkpoints import read_step
 
 if TYPE_CHECKING:
-    from glm_edge_ft.preflight import Prepared
+    from glm_edge_ft.run import Prepared
 
 BYTES_PER_SAVED_NUMBER = 4  # trained weights are kept and saved in float32, without DeepSpeed
 SMALL_FILES = 100_000  # configs, states, random state; the tokenizer is measured
