@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
     from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
     from glm_edge_ft.data.feature_cache import ImageFeatures
-    from glm_edge_ft.data.pixels import PixelScale
+    from glm_edge_ft.data.pixels import PixelNormalizer
     from glm_edge_ft.model.packed_attention import Attention
     from glm_edge_ft.training.evaluation import EvaluationData, ReplyTools
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
@@ -245,7 +245,7 @@ def build_trainer(
     from glm_edge_ft.model.fewer_copies import use_fewer_copies
     from glm_edge_ft.model.joint_lora import compute_lora_jointly
     from glm_edge_ft.model.loading import load_weights
-    from glm_edge_ft.model.lora_inputs import leave_input_format
+    from glm_edge_ft.model.lora_inputs import skip_input_cast
     from glm_edge_ft.model.packed_attention import use_attention
     from glm_edge_ft.model.saved_folder import complete_saved_folder
     from glm_edge_ft.training.logs import RunLog
@@ -261,7 +261,7 @@ def build_trainer(
     torch.manual_seed(args.seed)  # the adapter's first values
     model = apply_adapter(base, config.peft_config, prepared.keeps_vision)
     if (args.bf16 or args.fp16) and not args.deepspeed:  # under DeepSpeed all weights are in 16 bit, without autocast
-        leave_input_format(model)
+        skip_input_cast(model)
     compute_lora_jointly(model)
     images = complete_images(prepared, base)
     trainer = GlmEdgeTrainer(
@@ -298,7 +298,7 @@ def attention_of(prepared: Prepared) -> Attention:
 def build_collator(
     prepared: Prepared,
     form: Literal["left", "right", "packed"],
-    images: ImageFeatures | PixelScale | None = None,
+    images: ImageFeatures | PixelNormalizer | None = None,
 ) -> PaddedCollator | PackedCollator | VisionCollator:
     """Return what makes a batch: ids, and in vision runs the pixels of its images, where they are needed.
 
@@ -315,31 +315,31 @@ def build_collator(
         return text
     skip = show_notice_of_any if prepared.plan.config.on_bad_image == "skip" else None
     store = images.store if isinstance(images, ImageFeatures) else None
-    hands_bytes = images is not None and scales_bytes(prepared.image_processor)
-    return VisionCollator(text, prepared.image_processor, store, skip, hands_bytes)
+    emit_uint8 = images is not None and scales_bytes(prepared.image_processor)
+    return VisionCollator(text, prepared.image_processor, store, skip, emit_uint8)
 
 
-def complete_images(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | PixelScale | None:
+def complete_images(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | PixelNormalizer | None:
     """Return what adds to batches what the loader's processes leave out of images; None where they are complete.
 
     That is the vectors of images that the base model's vision part makes, where they are kept, else the scaling.
     """
     from glm_edge_ft.data.collator import decode
-    from glm_edge_ft.data.pixels import pixel_scale
+    from glm_edge_ft.data.pixels import pixel_normalizer
 
     if prepared.image_processor is None:
         return None
-    scale = pixel_scale(prepared.image_processor, prepared.training_arguments.device)
+    scale = pixel_normalizer(prepared.image_processor, prepared.training_arguments.device)
     pixels = functools.partial(decode, image_processor=prepared.image_processor)
     return open_image_features(prepared, base, pixels, scale) or scale
 
 
-def build_reply_tools(prepared: Prepared, images: ImageFeatures | PixelScale | None = None) -> ReplyTools:
+def build_reply_tools(prepared: Prepared, images: ImageFeatures | PixelNormalizer | None = None) -> ReplyTools:
     """Return what evaluation needs to generate: greedy unless the config says otherwise, up to a stop id."""
     from glm_edge_ft.data.collator import PromptCollator
     from glm_edge_ft.data.prompts import clean_prediction
     from glm_edge_ft.model.adapters import generate
-    from glm_edge_ft.model.decoding import start_rows
+    from glm_edge_ft.model.decoding import start_continuous_batch
     from glm_edge_ft.training.evaluation import ReplyTools
 
     tokenizer, settings = prepared.checkpoint.tokenizer, prepared.encoder.images
@@ -351,7 +351,7 @@ def build_reply_tools(prepared: Prepared, images: ImageFeatures | PixelScale | N
         return text.replace(placeholder * settings.placeholders_per_image, placeholder)
 
     def generate_from(model: Any, **inputs: Any) -> torch.Tensor:
-        return generate(model, **(images.complete(inputs) if images else inputs))
+        return generate(model, **(images.add_image_features(inputs) if images else inputs))
 
     return ReplyTools(
         generate=generate_from,
@@ -361,8 +361,8 @@ def build_reply_tools(prepared: Prepared, images: ImageFeatures | PixelScale | N
         decode=lambda ids: shorten_images(str(tokenizer.decode(list(ids)))),
         warn=show_notice,
         options={"generation_config": prepared.generation_config},
-        complete=images.complete if images else dict,
-        start_rows=start_rows,
+        add_image_features=images.add_image_features if images else dict,
+        start_continuous_batch=start_continuous_batch,
         scoring_processes=prepared.plan.config.data_config.num_proc,
         show_progress=is_main_process() and not prepared.training_arguments.disable_tqdm,
     )

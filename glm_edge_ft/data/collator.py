@@ -100,7 +100,7 @@ class VisionCollator:
         image_processor: of the checkpoint (`model.loading.load_image_processor`).
         features: what the vision part made of images before; their pixels are not needed again.
         skip: told of each image that can no longer be read; None: such an image ends the run.
-        hands_bytes: whether `pixel_values` are the bytes that `PixelScale` makes float32 of, (images, 672, 672, 3)
+        emit_uint8: whether `pixel_values` are the bytes that `PixelNormalizer` makes float32 of, (images, 672, 672, 3)
             uint8: for processors that `images.scales_bytes`.
         skipped: those that this process met.
     """
@@ -109,7 +109,7 @@ class VisionCollator:
     image_processor: Any
     features: FeatureStore | None = None
     skip: Callable[[str], None] | None = None
-    hands_bytes: bool = False
+    emit_uint8: bool = False
     skipped: set[str] = field(default_factory=set, compare=False)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class VisionCollator:
         bad: set[str] = set()
         first_places: dict[str, int] = {}
         images: list[NDArray[np.float32]] = []
-        pixels = _shared_zeros(len(paths), fitted_shape(self.image_processor)) if self.hands_bytes else None
+        pixels = _shared_zeros(len(paths), fitted_shape(self.image_processor)) if self.emit_uint8 else None
         for place, path in enumerate(paths):
             first = first_places.setdefault(path, place)
             if first < place:

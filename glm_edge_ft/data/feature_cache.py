@@ -51,7 +51,7 @@ class ImageFeatures:
     pixels: Callable[[str], Any]
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def add_image_features(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch of `VisionCollator` with `image_features`, (images, tokens_per_image, hidden), on `device`.
 
         Pixels are turned into vectors and these are kept. A batch without images stays as it is.

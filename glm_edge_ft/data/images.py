@@ -1,7 +1,8 @@
 """Image files to pixels: opened in every colour mode, checked before training, preprocessed as the checkpoint does it.
 
 Pixels are never stored: the loader's workers call `load_image` and `preprocess` for each row anew. Where they can,
-they hand on bytes (`fit`), a quarter of what float32 takes, and the process that computes scales them (`PixelScale`).
+they return bytes (`fit`), a quarter of what float32 takes, and the process that computes normalizes them
+(`PixelNormalizer`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from glm_edge_ft.data.images import scaled_values, scales_bytes
 
 
 @dataclass(frozen=True)
-class PixelScale:
+class PixelNormalizer:
     """Scales bytes to the very float32 values that the image processor makes of them.
 
     Attributes:
@@ -33,7 +33,7 @@ class PixelScale:
         places = pixels.to(self.table.device).permute(0, 3, 1, 2).int() + self.offsets
         return self.table.index_select(0, places.flatten()).view(places.shape)
 
-    def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def add_image_features(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch of `VisionCollator` with `pixel_values`, where it has some, as float32."""
         pixels = batch.get("pixel_values")
         return dict(batch) if pixels is None else {**batch, "pixel_values": self(pixels)}
@@ -42,10 +42,10 @@ class PixelScale:
         """Nothing lies anywhere."""
 
 
-def pixel_scale(image_processor: Any, device: torch.device) -> PixelScale | None:
+def pixel_normalizer(image_processor: Any, device: torch.device) -> PixelNormalizer | None:
     """Return what scales the bytes that a collator hands on; None where the processor does it in a way of its own."""
     if image_processor is None or not scales_bytes(image_processor):
         return None
     table = torch.from_numpy(scaled_values(image_processor)).flatten().to(device)
     offsets = torch.arange(3, dtype=torch.int32, device=device).view(3, 1, 1) * 256
-    return PixelScale(table, offsets)
+    return PixelNormalizer(table, offsets)

@@ -199,14 +199,14 @@ def _evaluator(prepared: Prepared) -> GlmEdgeTrainer:
     from peft import PeftModel
     from transformers import PrinterCallback, ProgressCallback
 
-    from glm_edge_ft.data.pixels import pixel_scale
+    from glm_edge_ft.data.pixels import pixel_normalizer
     from glm_edge_ft.training.loss import install_supervised_loss
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
     model = load_model(prepared)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     install_supervised_loss(base)
-    images = pixel_scale(prepared.image_processor, prepared.training_arguments.device)
+    images = pixel_normalizer(prepared.image_processor, prepared.training_arguments.device)
     trainer = GlmEdgeTrainer(
         model=model,
         args=prepared.training_arguments,

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from glm_edge_ft.model.fewer_copies import use_fewer_copies
 from glm_edge_ft.model.joint_lora import compute_lora_jointly
-from glm_edge_ft.model.lora_inputs import LoraDropout, leave_input_format
+from glm_edge_ft.model.lora_inputs import LoraDropout, skip_input_cast
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def trace_step(
         settings.pop("offload", None)
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None, every_n_layers=layers)
     if formats.autocast is not None:
-        leave_input_format(model)
+        skip_input_cast(model)
     compute_lora_jointly(model)
     if formats.on_gpu:
         _take_dropout_of_gpu(model)

@@ -25,7 +25,7 @@ ROOM = 64
 _FINISHED_SHARE = 4  # finished rows are taken out when they are one in so many
 
 
-class RowsUnderWay:
+class ContinuousBatch:
     """Rows whose replies are being generated.
 
     Attributes:
@@ -157,7 +157,7 @@ class RowsUnderWay:
             old.replace(*joined)
 
 
-def start_rows(model: Any, options: Mapping[str, Any]) -> RowsUnderWay | None:
+def start_continuous_batch(model: Any, options: Mapping[str, Any]) -> ContinuousBatch | None:
     """Return where replies can be generated with refilling; None where only `generate` does what is asked for.
 
     That is where a token depends on more than the largest logit (beams, sampling, penalties), where the cache of the
@@ -181,7 +181,7 @@ def start_rows(model: Any, options: Mapping[str, Any]) -> RowsUnderWay | None:
     changes = base._get_logits_processor(config, input_ids_seq_length=1, device=str(base.device), model_kwargs={})
     if changes or not layers or any(type(layer) is not DynamicLayer for layer in layers):
         return None
-    return RowsUnderWay(model, config, tuple(options.get("stopping_criteria") or ()))
+    return ContinuousBatch(model, config, tuple(options.get("stopping_criteria") or ()))
 
 
 class _GrowingLayer(DynamicLayer):

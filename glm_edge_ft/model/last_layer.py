@@ -16,25 +16,25 @@ class LastGlmDecoderLayer(GlmDecoderLayer):
     """A layer of GLM whose feed-forward part can leave tokens out; as its parent it can be checkpointed."""
 
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, used_tokens: torch.Tensor | None = None, **kwargs: Any
+        self, hidden_states: torch.Tensor, *args: Any, selected_positions: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Return what the parent does at the used tokens, `(1, used, hidden)`; without them for all tokens.
 
         Args:
             hidden_states: `(batch, length, hidden)`.
             args, kwargs: as the parent takes them.
-            used_tokens: positions among all `batch x length` tokens, `(used,)` int64.
+            selected_positions: positions among all `batch x length` tokens, `(used,)` int64.
         """
-        if used_tokens is None:
+        if selected_positions is None:
             return super().forward(hidden_states, *args, **kwargs)
         update, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
-        used = (hidden_states + update).flatten(0, 1).index_select(0, used_tokens).unsqueeze(0)
+        used = (hidden_states + update).flatten(0, 1).index_select(0, selected_positions).unsqueeze(0)
         output: torch.Tensor = used + self.mlp(self.post_attention_layernorm(used))
         return output
 
 
-def leave_out_unused_tokens(decoder: Any) -> bool:
-    """Let the decoder take the argument `used_tokens` of `LastGlmDecoderLayer`; return whether it is one that can.
+def select_supervised_positions(decoder: Any) -> bool:
+    """Let the decoder take `selected_positions` of `LastGlmDecoderLayer`; return whether its layers are of that class.
 
     Without the argument nothing changes. Keyword arguments of a decoder are handed to all its layers, and from there to
     functions of attention, which leave those alone that they do not know.

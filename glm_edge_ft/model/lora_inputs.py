@@ -87,7 +87,7 @@ def groups_of_same_input(module: torch.nn.Module) -> list[list[Any]]:
     return [[layers[name] for name in group] for group in (*groups, *([name] for name in sorted(alone))) if group]
 
 
-def leave_input_format(model: torch.nn.Module) -> None:
+def skip_input_cast(model: torch.nn.Module) -> None:
     """Let the LoRA layers of `model` take their inputs as they come; it must be run under autocast from now on.
 
     PEFT turns 16-bit inputs into the float32 of the matrices, and autocast turns what was dropped of them back into 16

@@ -80,12 +80,13 @@ class ReplyTools:
         generate: `(model, **batch, **options)` → new tokens `(batch, new_length)`.
         collate: prompts → `input_ids` and `attention_mask`, `(batch, length)`, left-padded, and `pixel_values` where
             the prompts have images.
-        complete: a batch on the model's device → what the model takes; for `start_rows`, `generate` does so itself.
+        add_image_features: a batch on the model's device → what the model takes, for `start_continuous_batch`;
+            `generate` does so itself.
         clean: new token ids → the reply's text, up to its stop token.
         decode: token ids → text with its special tokens, for the predictions file.
         options: passed to `generate`, among them `generation_config`.
-        start_rows: `(model, options)` → rows that take up prompts as they finish, where `generate` would give the same
-            replies; else None.
+        start_continuous_batch: `(model, options)` → rows that take up prompts as they finish, where `generate` would
+            give the same replies; else None.
         scoring_processes: worker processes for BLEU and ROUGE.
         loader_processes: processes that call `collate`; 0: this one. Decoding images is worth some.
         warn: shows one line to the user.
@@ -98,8 +99,8 @@ class ReplyTools:
     decode: Callable[[Sequence[int]], str]
     warn: Callable[[str], None]
     options: Mapping[str, Any] = field(default_factory=dict)
-    complete: Callable[[dict[str, torch.Tensor]], dict[str, Any]] = dict
-    start_rows: Callable[[Any, Mapping[str, Any]], Rows | None] = lambda model, options: None
+    add_image_features: Callable[[dict[str, torch.Tensor]], dict[str, Any]] = dict
+    start_continuous_batch: Callable[[Any, Mapping[str, Any]], Rows | None] = lambda model, options: None
     scoring_processes: int = 1
     loader_processes: int = 0
     show_progress: bool = True
@@ -257,7 +258,7 @@ class Share:
 
 def generate_replies(model: torch.nn.Module, tools: ReplyTools, share: Share) -> Iterator[dict[int, list[int]]]:
     """Yield the new ids of each reply of this process's share by the number of its prompt, as they are finished."""
-    rows = tools.start_rows(model, tools.options)
+    rows = tools.start_continuous_batch(model, tools.options)
     if rows is not None:
         yield from _refilled(rows, tools, share)
         return
@@ -287,7 +288,7 @@ def _refilled(rows: Rows, tools: ReplyTools, share: Share) -> Iterator[dict[int,
                 yield finished
         share.before_batch()
         if counts:
-            finished = rows.add(batch, **tools.complete(share.on_device(inputs)))
+            finished = rows.add(batch, **tools.add_image_features(share.on_device(inputs)))
             joined = {index: length for index, length in {**joined, **joining}.items() if index not in finished}
             yield finished
     while len(rows):

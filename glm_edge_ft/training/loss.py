@@ -18,7 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from glm_edge_ft.model.last_layer import leave_out_unused_tokens
+from glm_edge_ft.model.last_layer import select_supervised_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -229,7 +229,7 @@ def install_supervised_loss(model: PreTrainedModel, ahead: bool = True, label_sm
     Without `ahead` it is computed everywhere as it is under ZeRO-3. Labels are smoothed in training alone.
     """
     original = type(model).forward
-    leaves_out = leave_out_unused_tokens(model.get_decoder())
+    leaves_out = select_supervised_positions(model.get_decoder())
 
     @functools.wraps(original)  # the Trainer and `generate` read the signature
     def forward(self: PreTrainedModel, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -242,7 +242,7 @@ def install_supervised_loss(model: PreTrainedModel, ahead: bool = True, label_sm
         head, smoothing = self.get_output_embeddings(), label_smoothing if self.training else 0.0
         if leaves_out and not torch.compiler.is_compiling():  # a graph is compiled for whole rows
             places, targets = find_supervised(labels)
-            states = self.get_decoder()(*args, used_tokens=places, **kwargs).last_hidden_state
+            states = self.get_decoder()(*args, selected_positions=places, **kwargs).last_hidden_state
             loss = cross_entropy_of(states[0], targets, head, num_items_in_batch, ahead, smoothing)
         else:
             states = self.get_decoder()(*args, **kwargs).last_hidden_state

@@ -52,10 +52,10 @@ class NonFiniteLossError(RunStopped):
     """The loss of a batch, or the gradient of a step, is NaN or infinite."""
 
 
-class BatchCompletion(Protocol):
+class ImageFeatureSource(Protocol):
     """What adds to a batch what the loader's processes leave out, and may keep it for later batches."""
 
-    def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]: ...
+    def add_image_features(self, batch: Mapping[str, Any]) -> dict[str, Any]: ...
     def remove(self) -> None: ...
 
 
@@ -88,7 +88,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         write_record: Callable[[Path], None] = lambda folder: None,
         termination: Termination | None = None,
         max_tokens_per_pass: int | None = None,
-        images: BatchCompletion | None = None,
+        images: ImageFeatureSource | None = None,
         evaluation_collator: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -176,7 +176,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         return {name: values for name, values in inputs.items() if name != "attention_mask"}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs(self.images.complete(inputs) if self.images else inputs)
+        return super()._prepare_inputs(self.images.add_image_features(inputs) if self.images else inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does; a training line also gets this process's real tokens per second, pauses left out."""

@@ -27,7 +27,7 @@ from transformers import GenerationConfig
 from glm_edge_ft.data.collator import PaddedCollator, PromptCollator
 from glm_edge_ft.data.prompts import PromptSample
 from glm_edge_ft.model.adapters import generate
-from glm_edge_ft.model.decoding import start_rows
+from glm_edge_ft.model.decoding import start_continuous_batch
 from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score
 from glm_edge_ft.training.metrics import summarize
 from glm_edge_ft.training.scoring import score_batch
@@ -78,7 +78,7 @@ def make_tools(tokenizer: Any, refills: bool) -> ReplyTools:
     )
     if not refills:
         return tools
-    return ReplyTools(**{**vars(tools), "start_rows": start_rows})
+    return ReplyTools(**{**vars(tools), "start_continuous_batch": start_continuous_batch})
 
 
 def ours(model: Any, samples: list[PromptSample], tools: ReplyTools, batch_size: int) -> Evaluated:

@@ -38,7 +38,7 @@ class Loader:
 
     Attributes:
         dataset: the encoded rows.
-        collate, scale: `VisionCollator` and `PixelScale`.
+        collate, scale: `VisionCollator` and `PixelNormalizer`.
     """
 
     dataset: Any
@@ -51,7 +51,7 @@ def prepare_loader(folder: Path, model: str) -> Loader:
     import torch
 
     from glm_edge_ft.checks.preflight import check_inputs, prepare
-    from glm_edge_ft.data.pixels import pixel_scale
+    from glm_edge_ft.data.pixels import pixel_normalizer
     from glm_edge_ft.recipe import build_collator, quiet_libraries
     from glm_edge_ft.run import RunRequest
 
@@ -60,7 +60,7 @@ def prepare_loader(folder: Path, model: str) -> Loader:
     config.write_text(yaml.safe_dump(CONFIG | {"training_args": training}), encoding="utf-8")
     quiet_libraries()
     prepared = prepare(check_inputs(RunRequest(folder / "data", model, config, takes_images=True)))
-    scale = pixel_scale(prepared.image_processor, torch.device("cpu"))
+    scale = pixel_normalizer(prepared.image_processor, torch.device("cpu"))
     return Loader(prepared.datasets["train"], build_collator(prepared, "right", scale), scale)
 
 
@@ -96,11 +96,11 @@ def our_pass(loader: Loader) -> int:
 def scaling_milliseconds(loader: Loader) -> float:
     """Return milliseconds an image that this process needs to make what the model gets of the loader's bytes."""
     batch = loader.collate([loader.dataset[place] for place in range(BATCH_SIZE)])
-    loader.scale.complete(batch)
+    loader.scale.add_image_features(batch)
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        loader.scale.complete(batch)
+        loader.scale.add_image_features(batch)
         seconds.append(time.perf_counter() - start)
     return 1000 * statistics.median(seconds) / BATCH_SIZE
 

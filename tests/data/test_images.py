@@ -29,7 +29,7 @@ from glm_edge_ft.data.images import (
     resolve,
     to_rgb,
 )
-from glm_edge_ft.data.pixels import pixel_scale
+from glm_edge_ft.data.pixels import pixel_normalizer
 from glm_edge_ft.errors import UserError, shorten
 from glm_edge_ft.model.checkpoint import ModelLocation
 from glm_edge_ft.model.loading import load_image_processor
@@ -459,7 +459,7 @@ def test_bytes_scaled_later_equal_the_processor_bit_by_bit(
     noise = np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     noise[..., 1] = noise[..., 1] // 2  # channels that differ
     image, processor = Image.fromarray(noise), image_processor_of(tmp_path, **changes)
-    scale = pixel_scale(processor, torch.device("cpu"))
+    scale = pixel_normalizer(processor, torch.device("cpu"))
     assert scale is not None
     canvas = np.zeros(fitted_shape(processor), dtype=np.uint8)
     fit(image, processor, canvas)
@@ -471,7 +471,7 @@ def test_bytes_scaled_later_equal_the_processor_bit_by_bit(
 @pytest.mark.parametrize("changes", [{"max_image_tiles": 4}, {"image_processor_type": "SiglipImageProcessor"}])
 def test_bytes_are_not_handed_on_where_the_processor_does_more(tmp_path: Path, changes: dict[str, Any]) -> None:
     """I4: tiles, and processors of another kind, stay with the processor itself."""
-    assert pixel_scale(image_processor_of(tmp_path, **changes), torch.device("cpu")) is None
+    assert pixel_normalizer(image_processor_of(tmp_path, **changes), torch.device("cpu")) is None
 
 
 def test_several_tiles_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from glm_edge_ft.data.collator import PaddedCollator, VisionCollator
 from glm_edge_ft.data.dataset import EncodedDataset, build_dataset, load_prompts
 from glm_edge_ft.data.image_check import ImageCheck
 from glm_edge_ft.data.images import load_image, preprocess
-from glm_edge_ft.data.pixels import pixel_scale
+from glm_edge_ft.data.pixels import pixel_normalizer
 from glm_edge_ft.data.prompts import encode_prompts
 from glm_edge_ft.data.report import format_report, preview
 from glm_edge_ft.data.rows import RawRow
@@ -308,10 +308,10 @@ def test_bytes_from_the_loader_are_scaled_to_the_pixels_of_the_processor(
 ) -> None:
     """I3: in this process and from others, memory that both share, several images in a batch."""
     processor = image_processor_of(tmp_path)
-    dataset, scale = built(backend, path), pixel_scale(processor, torch.device("cpu"))
+    dataset, scale = built(backend, path), pixel_normalizer(processor, torch.device("cpu"))
     assert scale is not None
     order = [[0, 2], [1], [2, 0, 2]]
-    ways = [VisionCollator(PaddedCollator(PAD), processor, hands_bytes=hands_bytes) for hands_bytes in (False, True)]
+    ways = [VisionCollator(PaddedCollator(PAD), processor, emit_uint8=emit_uint8) for emit_uint8 in (False, True)]
     loaders: list[Any] = [
         DataLoader(dataset, batch_sampler=order, num_workers=processes, collate_fn=way)  # type: ignore[arg-type]
         for way in ways
@@ -319,7 +319,7 @@ def test_bytes_from_the_loader_are_scaled_to_the_pixels_of_the_processor(
     plain, handed = (list(loader) for loader in loaders)
     assert [batch["pixel_values"].dtype for batch in handed if "pixel_values" in batch][:1] == [torch.uint8]
     for expected, batch in zip(plain, handed, strict=True):
-        completed = scale.complete(batch)
+        completed = scale.add_image_features(batch)
         assert completed.keys() == expected.keys()
         assert all(torch.equal(completed[name], values) for name, values in expected.items())
 

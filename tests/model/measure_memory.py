@@ -25,7 +25,7 @@ from glm_edge_ft.model.fewer_copies import use_fewer_copies
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
 from glm_edge_ft.model.joint_lora import compute_lora_jointly
-from glm_edge_ft.model.lora_inputs import leave_input_format
+from glm_edge_ft.model.lora_inputs import skip_input_cast
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.model.vision_fixtures import Shape, released_config
 from tests.model_folders import tiny_config
@@ -83,7 +83,7 @@ def measure(name: str) -> int:
     use_fewer_copies(base)
     model: Any = apply_adapter(base, settings)
     if formats.autocast is not None:
-        leave_input_format(model)
+        skip_input_cast(model)
     compute_lora_jointly(model)
     if name == "vision kept":
         freeze_vision(model)

@@ -12,7 +12,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import GenerationConfig, StoppingCriteria
 
 from glm_edge_ft.model.adapters import apply_adapter, generate
-from glm_edge_ft.model.decoding import ROOM, start_rows
+from glm_edge_ft.model.decoding import ROOM, start_continuous_batch
 from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
 from tests.model.vision_fixtures import SMALL_VOCABULARY, image_row, pad_left, random_images, write_checkpoint
 from tests.model_folders import tiny_model
@@ -47,7 +47,7 @@ def chunks(rows: list[list[int]], size: int) -> Iterator[Chunk]:
 
 def refilled(model: Any, parts: list[Chunk], most: int, **changes: Any) -> dict[int, list[int]]:
     """Generate with at most about `most` rows at once; return the new ids by number."""
-    rows = start_rows(model, {"generation_config": config(**changes)})
+    rows = start_continuous_batch(model, {"generation_config": config(**changes)})
     assert rows is not None
     found: dict[int, list[int]] = {}
     for numbers, ids, mask, images in parts:
@@ -131,13 +131,13 @@ def test_rows_with_images_join_rows_without(tmp_path: Path) -> None:
 )
 def test_what_looks_at_more_than_the_largest_logit_is_left_to_generate(changes: dict[str, Any]) -> None:
     """E1: beams, sampling and penalties."""
-    assert start_rows(tiny_model(), {"generation_config": config(**changes)}) is None
+    assert start_continuous_batch(tiny_model(), {"generation_config": config(**changes)}) is None
 
 
 def test_other_options_are_left_to_generate() -> None:
     """Such as a streamer: nothing is passed over in silence."""
-    assert start_rows(tiny_model(), {"generation_config": config(), "streamer": None}) is None
-    assert start_rows(tiny_model(), {"generation_config": config()}) is not None
+    assert start_continuous_batch(tiny_model(), {"generation_config": config(), "streamer": None}) is None
+    assert start_continuous_batch(tiny_model(), {"generation_config": config()}) is not None
 
 
 class AfterThree(StoppingCriteria):
@@ -155,7 +155,7 @@ def test_rows_end_where_they_are_when_the_run_is_to_end() -> None:
     """R5: SIGTERM in an evaluation does not wait for long replies."""
     model = adapted("full")
     options = {"generation_config": config(eos_token_id=None), "stopping_criteria": [AfterThree()]}
-    rows = start_rows(model, options)
+    rows = start_continuous_batch(model, options)
     assert rows is not None
     ((numbers, ids, mask, _),) = chunks(prompts(3, model.config.vocab_size), 3)
     assert (rows.add(numbers, ids, mask), rows.step()) == ({}, {})

@@ -15,7 +15,7 @@ from torch import nn
 from glm_edge_ft.model import joint_lora
 from glm_edge_ft.model.adapters import apply_adapter
 from glm_edge_ft.model.joint_lora import compute_lora_jointly
-from glm_edge_ft.model.lora_inputs import leave_input_format
+from glm_edge_ft.model.lora_inputs import skip_input_cast
 from tests.closeness import assert_same_gradients
 from tests.model_folders import tiny_model
 
@@ -87,7 +87,7 @@ def test_a_step_under_autocast_is_that_of_peft(base_format: torch.dtype, monkeyp
 
     def build() -> Any:
         model = adapted(base_format)
-        leave_input_format(model)
+        skip_input_cast(model)
         return model
 
     expected = step(build(), autocast=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_edge_ft.model.adapters import apply_adapter
-from glm_edge_ft.model.last_layer import leave_out_unused_tokens
+from glm_edge_ft.model.last_layer import select_supervised_positions
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.closeness import assert_same_gradients
 from tests.model_folders import tiny_model
@@ -26,9 +26,9 @@ def test_hidden_states_are_those_of_the_whole_rows(used: list[int]) -> None:
     """Any tokens in any order, none of them too: `(1, used, hidden)`, as without the argument at these places."""
     decoder: Any = tiny_model().get_decoder()
     expected = decoder(input_ids=IDS).last_hidden_state.flatten(0, 1)[used]
-    assert leave_out_unused_tokens(decoder)
+    assert select_supervised_positions(decoder)
     places = torch.tensor(used, dtype=torch.long)
-    found = decoder(input_ids=IDS, used_tokens=places).last_hidden_state
+    found = decoder(input_ids=IDS, selected_positions=places).last_hidden_state
     assert found.shape == (1, len(used), 64)
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(decoder(input_ids=IDS).last_hidden_state.flatten(0, 1)[used], expected)
@@ -91,7 +91,7 @@ def test_another_kind_of_layer_is_left_alone() -> None:
 
     model.model.layers[0].__class__ = Other
     calls = tokens_in_feed_forward(model)
-    assert not leave_out_unused_tokens(model.get_decoder())
+    assert not select_supervised_positions(model.get_decoder())
     install_supervised_loss(model)
     torch.testing.assert_close(model(input_ids=IDS, labels=LABELS).loss, expected, rtol=1e-5, atol=1e-5)
     assert calls == [[16], [16]]

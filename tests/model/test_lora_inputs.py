@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from glm_edge_ft.model.adapters import apply_adapter
-from glm_edge_ft.model.lora_inputs import LoraDropout, leave_input_format, share_dropout
+from glm_edge_ft.model.lora_inputs import LoraDropout, share_dropout, skip_input_cast
 from tests.model_folders import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
@@ -153,7 +153,7 @@ def test_inputs_left_in_16_bit_give_the_same_bits_and_no_copy(base_format: torch
         base: Any = tiny_model()
         model = apply_adapter(base.to(base_format), settings).train()
         if leave:
-            leave_input_format(model)
+            skip_input_cast(model)
         seen: set[torch.dtype] = set()
         dropout_of(model, "o_proj").register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
         torch.manual_seed(3)
@@ -172,7 +172,7 @@ def test_inputs_left_in_16_bit_give_the_same_bits_and_no_copy(base_format: torch
 def test_dora_keeps_its_own_way() -> None:
     """A variant of LoRA mixes its inputs with float32 weights outside of autocast's operators."""
     model = adapted(use_dora=True)
-    leave_input_format(model)
+    skip_input_cast(model)
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=IDS, labels=IDS).loss.backward()
     assert model.get_decoder().layers[0].self_attn.q_proj.cast_input_dtype_enabled

@@ -106,7 +106,7 @@ class CountedRows:
 
 
 def hand_out(rows: CountedRows, model: Any, options: Any) -> CountedRows:
-    """Be the `start_rows` of tools."""
+    """Be the `start_continuous_batch` of tools."""
     return rows
 
 
@@ -122,7 +122,7 @@ def test_rows_that_are_refilled_answer_each_prompt_once_in_the_room_of_a_batch(
         rows = CountedRows()
         asked: list[None] = []
         share = Share(prompts, size, rank, world, torch.device("cpu"), functools.partial(asked.append, None))
-        refilling = replace(tools(echo, []), start_rows=functools.partial(hand_out, rows))
+        refilling = replace(tools(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
         for replies in generate_replies(torch.nn.Identity(), refilling, share):
             assert all(ids == [number] for number, ids in replies.items())
             answered += replies
@@ -140,7 +140,7 @@ def test_short_prompts_go_in_more_at_once_than_the_batch_size() -> None:
     rows = CountedRows()
     prompts = [Sample([1] * length, "", number + 1) for number, length in enumerate([200] + [5] * 40)]
     share = Share(prompts, 4, 0, 1, torch.device("cpu"), lambda: None)
-    refilling = replace(tools(echo, []), start_rows=functools.partial(hand_out, rows))
+    refilling = replace(tools(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
     assert sum(len(replies) for replies in generate_replies(torch.nn.Identity(), refilling, share)) == 41
     assert max(count for count, _ in rows.seen) > 8
 
