@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,11 @@ def launch() -> Launch:
         "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "other" if "RANK" in os.environ else "none",
         _number("TORCHELASTIC_RESTART_COUNT", 0),
     )
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use: `taskset`, a container's cpuset or a job scheduler may give fewer."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def launch_name() -> str:

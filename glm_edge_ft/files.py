@@ -6,8 +6,14 @@ import contextlib
 import difflib
 import itertools
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+"""The kinds of data files."""
 
 LFS_POINTER = b"version https://git-lfs"
 """How a file begins that Git LFS left in the place of the real one."""
@@ -21,25 +27,42 @@ def expand_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111  (`Path.expanduser` raises for an unknown user)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file in one go: beside it under another name, flushed to disk, then renamed over it.
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write a file or folder to; it is flushed to disk and renamed when the block ends.
 
-    One process alone may write a given file. What a killed process leaves is written over by the next one. Raises
-    OSError where the disk is full or the folder cannot be written to; the old content then stays.
+    After an exception it is removed, and what `path` had before stays. The path is always the same, so that what a
+    killed process leaves is written over; only one process at a time may write a given `path`. Raises OSError.
     """
-    unfinished = unfinished_name(path)
+    staged = path.absolute().with_name(f".{path.absolute().name}.unfinished")
+    _remove(staged)
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        yield staged
+        flush_tree(staged)
+        if staged.is_dir() and path.is_dir():
+            path.rmdir()  # an empty folder may be replaced; Windows does not rename over one
+        staged.replace(path)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            _remove(staged)
         raise
 
 
-def append_whole(path: Path, text: str) -> None:
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, so that a crash leaves the old content or the new one. Raises OSError."""
+    with atomic_path(path) as staged:
+        staged.write_text(text, encoding="utf-8", newline="")
+
+
+def append_text(path: Path, text: str) -> None:
     """Append to a text file, and take back what was written where the disk does not hold all of it (OSError)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size if path.is_file() else 0
@@ -89,11 +112,6 @@ def did_you_mean(path: Path, start: Path = Path()) -> str:
     near = nearest_path(start / path)
     shown = near if near is None or path.is_absolute() else os.path.relpath(near, start)
     return "" if shown is None else f"did you mean {shown}? "
-
-
-def unfinished_name(path: Path) -> Path:
-    """Return the name under which `path` is written until it is whole; always the same, so that none is left over."""
-    return path.with_name(f".{path.name}.unfinished")
 
 
 def flush_to_disk(path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from glm_edge_ft.environment import launch, launch_name
+from glm_edge_ft.files import write_text_atomically
 
 Result = TypeVar("Result")
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -43,14 +44,11 @@ def shared_on_node(name: str, folder: Path, work: Callable[[], Any]) -> Any:
     """
     if launch().local_world_size == 1:
         return work()
-    path = folder / f"{name}-{_launch_id()}.json"
+    path = folder / f"{name}-{_launch_id(str(launch().machine))}.json"
     if not is_first_of_node():
         return wait_for(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
     result = work()
-    folder.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps(result), encoding="utf-8")
-    written.replace(path)
+    write_text_atomically(path, json.dumps(result))
     return result
 
 

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from glm_edge_ft.data.feature_cache import ImageFeatures
     from glm_edge_ft.data.pixels import PixelNormalizer
     from glm_edge_ft.model.packed_attention import Attention
-    from glm_edge_ft.training.evaluation import EvaluationData, ReplyTools
+    from glm_edge_ft.training.replies import EvaluationData, GenerationContext
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
 
@@ -188,7 +188,7 @@ def leave_together(trainer: GlmEdgeTrainer) -> None:
 def load_evaluations(prepared: Prepared) -> dict[str, EvaluationData]:
     """Return the data to evaluate on by split: rows for the loss, prompts for generation."""
     from glm_edge_ft.data.dataset import load_prompts
-    from glm_edge_ft.training.evaluation import EvaluationData
+    from glm_edge_ft.training.replies import EvaluationData
 
     evaluations: dict[str, EvaluationData] = {}
     generates = prepared.plan.config.training_args.get("predict_with_generate", False)
@@ -272,7 +272,7 @@ def build_trainer(
         processing_class=checkpoint.tokenizer,
         data_collator=build_collator(prepared, "packed" if config.padding_free else "right", images),
         evaluation_collator=build_collator(prepared, "right", images),
-        reply_tools=build_reply_tools(prepared, images),
+        generation_context=build_generation_context(prepared, images),
         on_nonfinite_loss=config.on_nonfinite_loss,
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
         processes=processes_of(prepared.plan),
@@ -334,13 +334,15 @@ def complete_images(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures 
     return open_image_features(prepared, base, pixels, scale) or scale
 
 
-def build_reply_tools(prepared: Prepared, images: ImageFeatures | PixelNormalizer | None = None) -> ReplyTools:
+def build_generation_context(
+    prepared: Prepared, images: ImageFeatures | PixelNormalizer | None = None
+) -> GenerationContext:
     """Return what evaluation needs to generate: greedy unless the config says otherwise, up to a stop id."""
     from glm_edge_ft.data.collator import PromptCollator
     from glm_edge_ft.data.prompts import clean_prediction
     from glm_edge_ft.model.adapters import generate
     from glm_edge_ft.model.decoding import start_continuous_batch
-    from glm_edge_ft.training.evaluation import ReplyTools
+    from glm_edge_ft.training.replies import GenerationContext
 
     tokenizer, settings = prepared.checkpoint.tokenizer, prepared.encoder.images
 
@@ -353,7 +355,7 @@ def build_reply_tools(prepared: Prepared, images: ImageFeatures | PixelNormalize
     def generate_from(model: Any, **inputs: Any) -> torch.Tensor:
         return generate(model, **(images.add_image_features(inputs) if images else inputs))
 
-    return ReplyTools(
+    return GenerationContext(
         generate=generate_from,
         collate=PromptCollator(build_collator(prepared, "left", images)),
         loader_processes=prepared.training_arguments.dataloader_num_workers if prepared.image_processor else 0,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from glm_edge_ft.checks.memory import format_bytes, memory_facts
 from glm_edge_ft.checks.versions import read_versions
 from glm_edge_ft.console import is_main_process
-from glm_edge_ft.files import write_whole
+from glm_edge_ft.files import write_text_atomically
 from glm_edge_ft.model.weight_files import weights_fingerprint
 from glm_edge_ft.training.checkpoints import RUN_RECORD
 
@@ -73,7 +73,7 @@ def describe_computing(facts: Mapping[str, Any]) -> str:
 def write_run_record(record: dict[str, Any], folder: Path) -> None:
     """Write `run.json` on rank 0: into the output folder, and into each checkpoint."""
     if is_main_process():
-        write_whole(folder / RUN_RECORD, json_text(record))
+        write_text_atomically(folder / RUN_RECORD, json_text(record))
 
 
 def _data_facts(prepared: Prepared, split: str) -> dict[str, Any]:

@@ -18,12 +18,13 @@ import torch
 from transformers import GenerationConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.model.adapters import apply_adapter, generate
 from glm_edge_ft.model.fewer_copies import use_fewer_copies
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
 from glm_edge_ft.model.joint_lora import compute_lora_jointly
-from glm_edge_ft.training.loss import IGNORED_LABEL, install_supervised_loss
+from glm_edge_ft.training.loss import install_supervised_loss
 from tests.model_folders import tiny_config, tiny_model
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 4, "init_lora_weights": False}
@@ -75,7 +76,7 @@ def make_rows(kind: str, counts: tuple[int, int], image_on: int) -> tuple[list[d
     for rank, count in enumerate(counts):
         ids = torch.randint(5, 280, (1, question + count), generator=generator)
         labels = ids.clone()
-        labels[:, :question] = IGNORED_LABEL
+        labels[:, :question] = IGNORE_INDEX
         row: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
         if kind.startswith("vision") and rank == image_on:
             ids[:, 2 : 2 + PLACEHOLDERS] = PLACEHOLDER
@@ -86,7 +87,7 @@ def make_rows(kind: str, counts: tuple[int, int], image_on: int) -> tuple[list[d
         name: torch.cat(
             [torch.nn.functional.pad(row[name], (0, longest - row[name].shape[1]), value=by) for row in rows]
         )
-        for name, by in (("input_ids", 0), ("labels", IGNORED_LABEL), ("attention_mask", 0))
+        for name, by in (("input_ids", 0), ("labels", IGNORE_INDEX), ("attention_mask", 0))
     }
     return rows, batch | {name: row[name] for row in rows for name in row if name == "pixel_values"}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.distributed import be_group_of_one, check_deepspeed_values, join_group_on_cpu
+from glm_edge_ft.environment import count_cores
 from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.machines import meet
 
@@ -44,7 +45,7 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     # Every trained weight takes part in every step: a batch without image runs the vision part on a blank one.
     settings.setdefault("ddp_find_unused_parameters", False)
     settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
-    settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), os.cpu_count() or 1)
+    settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), count_cores())
     if settings.get("deepspeed"):
         be_group_of_one()
         settings["deepspeed"] = complete_deepspeed(

@@ -41,9 +41,7 @@ from glm_edge_ft.config.schema import PEFT_TYPES, Field, generation_fields, peft
 from glm_edge_ft.config.values import Mismatch, coerce, shown
 from glm_edge_ft.config.yaml_file import read_document
 from glm_edge_ft.errors import Problem, UserError
-from glm_edge_ft.files import did_you_mean, expand_home
-
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+from glm_edge_ft.files import DATA_SUFFIXES, did_you_mean, expand_home
 
 
 @dataclass(frozen=True)

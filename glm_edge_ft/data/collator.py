@@ -12,11 +12,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.data.feature_store import FeatureStore
 from glm_edge_ft.data.images import BACKGROUND, fit, fitted_shape, load_image, preprocess
 from glm_edge_ft.errors import RunStopped, UserError
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -19,7 +18,7 @@ from glm_edge_ft.data.convert_formats import READERS, UnconvertibleError, transl
 from glm_edge_ft.data.parts import template_content
 from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, RawRow, file_problem, iter_rows, limit_problems
 from glm_edge_ft.errors import Problem, ProblemList, UserError, elide, shorten
-from glm_edge_ft.files import can_be_made, expand_home
+from glm_edge_ft.files import atomic_path, can_be_made, expand_home
 
 _ANY_ROLE = frozenset((*ROLES_ALWAYS, *ROLES_IF_RENDERED))
 _ANY_NUMBER = 10**6  # of images
@@ -87,24 +86,19 @@ def convert_file(source: Path, target: Path, form: str, images: Path | None = No
     refusal = file_problem(source, source.name)
     problems.problems += [refusal] if refusal is not None else []
     problems.raise_if_any()
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", encoding="utf-8") as out:
-            conversion = _convert(source, out, form, images or source.parent, target.parent)
-        if not conversion.written:
-            raise UserError(
-                [
-                    Problem(str(source), f"not one row could be read as {form}", "see below; is --from right?"),
-                    *limit_problems(_by_reason(conversion.left_out), source.name),
-                ]
-            )
-        staged.replace(target)
+        with atomic_path(target) as staged:
+            with staged.open("w", encoding="utf-8") as out:
+                conversion = _convert(source, out, form, images or source.parent, target.parent)
+            if not conversion.written:
+                raise UserError(
+                    [
+                        Problem(str(source), f"not one row could be read as {form}", "see below; is --from right?"),
+                        *limit_problems(_by_reason(conversion.left_out), source.name),
+                    ]
+                )
     except OSError as error:
         raise UserError.single(str(target), f"cannot be written: {error.strerror}", "name another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink()
     return conversion
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.data import cache
 from glm_edge_ft.data.encoding import ConversationEncoder
 from glm_edge_ft.data.images import resolve
@@ -76,7 +77,8 @@ class EncodedDataset:
         record = self.rows_info[index]
         place = slice(int(record["start"]), int(record["start"]) + int(record["length"]))
         input_ids = self._ids[place].astype(np.int64)
-        sample: dict[str, Any] = {"input_ids": input_ids, "labels": np.where(self._mask[place], input_ids, -100)}
+        labels = np.where(self._mask[place], input_ids, IGNORE_INDEX)
+        sample: dict[str, Any] = {"input_ids": input_ids, "labels": labels}
         if self.has_images:
             sample["images"] = self.images(index)
         return sample

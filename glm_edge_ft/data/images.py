@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import os
 import re
 import stat
 import threading
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
+from glm_edge_ft.environment import count_cores
 from glm_edge_ft.errors import Problem, UserError, shorten
 from glm_edge_ft.files import LFS_POINTER, expand_home
 
@@ -251,7 +251,7 @@ def find_bad_images(paths: Iterable[str], progress: bool = True) -> dict[str, st
         progress: whether a bar on stderr shows how far it is.
     """
     distinct = list(dict.fromkeys(paths))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     bad: dict[str, str] = {}
     pool = ThreadPoolExecutor(min(cores, _MAXIMUM_THREADS))
     try:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from glm_edge_ft import IGNORE_INDEX
+
 PERCENTILES = (50, 90, 95, 99, 100)
 _ROLES = ("system", "user", "assistant", "other", "template")
 _CUTS = {
@@ -174,7 +176,7 @@ def preview(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, 
     """Return rows token by token, tokens separated by `|`, supervised ones on green or, without colour, in «»."""
     blocks = []
     for row in preview_json(rows, tokenizer):
-        supervised = [label != -100 for label in row["labels"]]
+        supervised = [label != IGNORE_INDEX for label in row["labels"]]
         mark = (_GREEN, _PLAIN) if color else ("«", "»")
         pieces = []
         for (text, is_supervised), run in itertools.groupby(zip(row["tokens"], supervised, strict=True)):

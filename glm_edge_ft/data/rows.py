@@ -18,9 +18,8 @@ from typing import Any, BinaryIO
 from glm_edge_ft.data.json_stream import stream_values
 from glm_edge_ft.data.json_text import WHITESPACE, JsonMistake, decode_value, loosened
 from glm_edge_ft.errors import Problem
-from glm_edge_ft.files import LFS_POINTER
+from glm_edge_ft.files import DATA_SUFFIXES, LFS_POINTER
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 MAXIMUM_PROBLEMS_SHOWN = 20
 _SAMPLE_BYTES = 1 << 20
 _JSON_KEYS = frozenset({"messages", "conversations", "tools"})
@@ -120,11 +119,11 @@ def file_problem(path: Path, name: str) -> Problem | None:
     if not path.exists():
         return Problem(name, f"no such file: {path}", "check data_config and the data folder")
     if path.is_dir():
-        return Problem(name, f"{path} is a folder", f"name a file that ends in {', '.join(SUFFIXES)}")
+        return Problem(name, f"{path} is a folder", f"name a file that ends in {', '.join(DATA_SUFFIXES)}")
     if not path.is_file():
         return Problem(name, f"{path} is a pipe or a device, and a data file is read more than once", "name a file")
-    if path.suffix.lower() not in SUFFIXES:
-        return Problem(name, f"unsupported kind of file {path.suffix!r}", f"use one of {', '.join(SUFFIXES)}")
+    if path.suffix.lower() not in DATA_SUFFIXES:
+        return Problem(name, f"unsupported kind of file {path.suffix!r}", f"use one of {', '.join(DATA_SUFFIXES)}")
     try:
         with path.open("rb") as handle:
             head = handle.read(4096)

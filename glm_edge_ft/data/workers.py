@@ -23,6 +23,7 @@ from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.encoding import ConversationEncoder, DroppedRow, EncodedRow
 from glm_edge_ft.data.parts import claimed_pictures
 from glm_edge_ft.data.rows import RawRow
+from glm_edge_ft.environment import count_cores
 from glm_edge_ft.errors import Problem, RunStopped, UserError, elide
 
 CHUNK_ROWS = 256
@@ -61,7 +62,7 @@ class EncodedChunk:
 
 def clamp_processes(num_proc: int, size: int) -> tuple[int, str | None]:
     """Return how many processes are worth starting for `size` bytes of data, and a notice where `num_proc` is more."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     processes = max(1, min(num_proc, cores, size // BYTES_PER_PROCESS))
     if processes >= num_proc:
         return num_proc, None

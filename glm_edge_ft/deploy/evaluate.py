@@ -14,16 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.config import DATA_SUFFIXES, RunConfig
+from glm_edge_ft.config import RunConfig
 from glm_edge_ft.console import show, show_notice
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_file, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.environment import launch
 from glm_edge_ft.errors import Problem, ProblemList, UserError
-from glm_edge_ft.files import can_be_made, did_you_mean, expand_home
+from glm_edge_ft.files import DATA_SUFFIXES, can_be_made, did_you_mean, expand_home
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG
-from glm_edge_ft.recipe import build_collator, build_reply_tools, load_evaluations, make_output_dir, quiet_libraries
+from glm_edge_ft.recipe import (
+    build_collator,
+    build_generation_context,
+    load_evaluations,
+    make_output_dir,
+    quiet_libraries,
+)
 from glm_edge_ft.run import Prepared
 from glm_edge_ft.training.checkpoints import (
     METRICS_FILE,
@@ -212,7 +218,7 @@ def _evaluator(prepared: Prepared) -> GlmEdgeTrainer:
         args=prepared.training_arguments,
         processing_class=prepared.checkpoint.tokenizer,
         data_collator=build_collator(prepared, "right", images),
-        reply_tools=build_reply_tools(prepared, images),
+        generation_context=build_generation_context(prepared, images),
         images=images,
         complete_saved_folder=lambda _: None,  # nothing is saved
     )

@@ -11,6 +11,7 @@ import importlib.util
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
-from glm_edge_ft.files import can_be_made
+from glm_edge_ft.files import atomic_path, can_be_made
 from glm_edge_ft.recipe import quiet_libraries
 
 if TYPE_CHECKING:
@@ -205,23 +206,17 @@ def _bind(part: Part, model: PreTrainedModel) -> Callable[[Path], None]:
 
 
 def _write_whole(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Write each file under another name and rename them when all are whole.
+    """Write the files; none of them appears before all are whole.
 
     Raises UserError for a disk that refuses.
     """
-    staged = {path.absolute(): path.absolute().with_name(f".{path.name}.writing") for path in writers}
     try:
-        for (path, place), write in zip(staged.items(), writers.values(), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(place)
-        for path, place in staged.items():
-            place.replace(path)
+        with ExitStack() as stack:
+            for path, write in writers.items():
+                write(stack.enter_context(atomic_path(path)))
     except OSError as error:
         what = f"cannot be written: {error.strerror or error}"
         raise UserError.single(f"OUT {next(iter(writers))}", what, "make room, or name another disk") from error
-    finally:
-        for place in staged.values():
-            place.unlink(missing_ok=True)
 
 
 def _modelfile(parts: list[Part], checkpoint: Checkpoint, vocabulary: Vocabulary, generation: Mapping[str, Any]) -> str:

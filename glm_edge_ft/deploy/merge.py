@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +12,7 @@ from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
-from glm_edge_ft.files import can_be_made
+from glm_edge_ft.files import atomic_path, can_be_made
 from glm_edge_ft.recipe import quiet_libraries
 
 if TYPE_CHECKING:
@@ -92,19 +91,10 @@ def _cast(model: PreTrainedModel, checkpoint: Checkpoint, wanted: Format | None)
 
 
 def _save(model: PreTrainedModel, checkpoint: Checkpoint, request: MergeRequest) -> None:
-    """Write the folder under another name and rename it when it is whole."""
+    """Write the folder, so that it appears whole or not at all."""
     from glm_edge_ft.model.saved_folder import complete_saved_folder
 
-    out = request.out_dir.absolute()
-    staged = out.with_name(f".{out.name}.merging")
-    shutil.rmtree(staged, ignore_errors=True)  # what a killed merge left
-    try:
+    with atomic_path(request.out_dir) as staged:
         model.save_pretrained(staged, max_shard_size=request.max_shard_size)
         checkpoint.tokenizer.save_pretrained(staged)
         complete_saved_folder(checkpoint, staged)
-        if out.is_dir():
-            out.rmdir()
-        staged.rename(out)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise

@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.errors import UserError, shorten
 from glm_edge_ft.files import expand_home
-from glm_edge_ft.recipe import build_reply_tools
+from glm_edge_ft.recipe import build_generation_context
 from glm_edge_ft.run import Prepared
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Talk:
 
     def __init__(self, prepared: Prepared, model: Any, system: str | None = None) -> None:
         self.prepared, self.model = prepared, model
-        self.tools = build_reply_tools(prepared)
+        self.tools = build_generation_context(prepared)
         self.system = system
         self.messages: list[Message] = []
         self.image: str | None = None

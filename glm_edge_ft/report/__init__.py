@@ -7,13 +7,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from glm_edge_ft.console import show
 from glm_edge_ft.errors import ProblemList, UserError
-from glm_edge_ft.files import can_be_made
+from glm_edge_ft.files import atomic_path, can_be_made
 from glm_edge_ft.report.page import Language, render_page
 from glm_edge_ft.report.reading import read_run
 
@@ -71,12 +70,8 @@ def write_report(
             problems.extend(error)
     problems.raise_if_any()
     page = render_page(runs, language)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(page)
-        unfinished.replace(target)
+        with atomic_path(target) as staged:
+            staged.write_bytes(page)
     except OSError as error:
         raise UserError.single(f"--out {target}", f"cannot be written: {error}", "name another file") from None
-    finally:
-        unfinished.unlink(missing_ok=True)

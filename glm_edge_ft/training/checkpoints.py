@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_edge_ft.errors import RunStopped, UserError
-from glm_edge_ft.files import flush_to_disk, flush_tree, sizes_of_files, write_whole
+from glm_edge_ft.files import flush_to_disk, flush_tree, sizes_of_files, write_text_atomically
 
 MANIFEST = "manifest.json"
 RUN_RECORD = "run.json"
@@ -238,7 +238,7 @@ def publish(staged: Path, output_dir: Path) -> Path:
     """
     files = sizes_of_files(staged)
     flush_tree(staged)
-    write_whole(staged / MANIFEST, json.dumps({"files": files}, indent=1))
+    write_text_atomically(staged / MANIFEST, json.dumps({"files": files}, indent=1))
     flush_to_disk(staged)
     if defect := find_broken_file(staged):
         raise RunStopped(f"{staged.name} could not be written whole ({defect}): is the disk full, or failing?")

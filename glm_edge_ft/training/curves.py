@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.files import unfinished_name
+from glm_edge_ft.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,13 +135,8 @@ def write_loss_curve(log_lines: Iterable[Mapping[str, Any]], path: Path, title: 
     else:
         rate_axes.set_yticks([])
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = unfinished_name(path)
-    try:
-        figure.savefig(unfinished, format="png")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_path(path) as staged:
+        figure.savefig(staged, format="png")
 
 
 def _draw(axes: Axes, points: Points, label: str, color: str, marker: str) -> None:

@@ -4,106 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 
-from glm_edge_ft.training.predictions import NoWriter, PredictionsWriter
+from glm_edge_ft.training.predictions import NullWriter, PredictionsWriter
+from glm_edge_ft.training.replies import ContinuousDecoder, GenerationContext, Prompt
 from glm_edge_ft.training.termination import Termination, leave_signals_to_parent
 
 JOINS_OF_A_BATCH = 4
 """Where rows are refilled, a quarter of the batch size joins at once: each time the rows' cache is copied."""
 MOST_ROWS = 4
 """Where rows are refilled, so many times the batch size go through the model at once when they are short."""
-
-
-class Prompt(Protocol):
-    """One reply to be generated: the true history up to the assistant marker, and what the data says there."""
-
-    @property
-    def prompt_ids(self) -> Any: ...  # a sequence or array of ids
-    @property
-    def reference(self) -> str: ...
-    @property
-    def file(self) -> str: ...
-    @property
-    def line(self) -> int: ...
-    @property
-    def turn(self) -> int: ...
-    @property
-    def images(self) -> Sequence[str]: ...  # where its images are
-
-
-@dataclass(frozen=True)
-class EvaluationData(Dataset):
-    """Rows for the loss and, made from the same file, prompts for generation.
-
-    Attributes:
-        rows: encoded rows, each a dict of `input_ids` and `labels`.
-        lengths: number of tokens of each row.
-        prompts: one for each assistant turn.
-    """
-
-    rows: Any
-    lengths: Sequence[int]
-    prompts: Sequence[Prompt]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-
-class Rows(Protocol):
-    """Rows whose replies are being generated; a finished one makes room for the next prompt."""
-
-    max_new_tokens: int
-
-    def __len__(self) -> int: ...
-    def add(
-        self, numbers: Sequence[int], input_ids: torch.Tensor, attention_mask: torch.Tensor, **images: torch.Tensor
-    ) -> dict[int, list[int]]: ...
-    def step(self) -> dict[int, list[int]]: ...
-
-
-@dataclass(frozen=True)
-class ReplyTools:
-    """What generation needs from the other rooms.
-
-    Attributes:
-        generate: `(model, **batch, **options)` → new tokens `(batch, new_length)`.
-        collate: prompts → `input_ids` and `attention_mask`, `(batch, length)`, left-padded, and `pixel_values` where
-            the prompts have images.
-        add_image_features: a batch on the model's device → what the model takes, for `start_continuous_batch`;
-            `generate` does so itself.
-        clean: new token ids → the reply's text, up to its stop token.
-        decode: token ids → text with its special tokens, for the predictions file.
-        options: passed to `generate`, among them `generation_config`.
-        start_continuous_batch: `(model, options)` → rows that take up prompts as they finish, where `generate` would
-            give the same replies; else None.
-        scoring_processes: worker processes for BLEU and ROUGE.
-        loader_processes: processes that call `collate`; 0: this one. Decoding images is worth some.
-        warn: shows one line to the user.
-        show_progress: whether to draw a bar.
-    """
-
-    generate: Callable[..., torch.Tensor]
-    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
-    clean: Callable[[Sequence[int]], str]
-    decode: Callable[[Sequence[int]], str]
-    warn: Callable[[str], None]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    add_image_features: Callable[[dict[str, torch.Tensor]], dict[str, Any]] = dict
-    start_continuous_batch: Callable[[Any, Mapping[str, Any]], Rows | None] = lambda model, options: None
-    scoring_processes: int = 1
-    loader_processes: int = 0
-    show_progress: bool = True
 
 
 class BreakOff(StoppingCriteria):
@@ -155,7 +72,7 @@ def plan_batches(
 
 
 def prompt_batches(
-    prompts: Sequence[Prompt], tools: ReplyTools, batch_size: int, process_index: int, world_size: int
+    prompts: Sequence[Prompt], tools: GenerationContext, batch_size: int, process_index: int, world_size: int
 ) -> tuple[list[list[int]], int, DataLoader]:
     """Return this rank's batches of prompt numbers, how many of them count, and a loader of the batches themselves.
 
@@ -195,7 +112,7 @@ def generate_and_score(
     *,
     model: torch.nn.Module,
     prompts: Sequence[Prompt],
-    tools: ReplyTools,
+    tools: GenerationContext,
     batch_size: int,
     predictions_file: Path,
     process_index: int,
@@ -215,8 +132,8 @@ def generate_and_score(
     """
     is_main = process_index == 0
     replies: dict[int, str] = {}
-    share = Share(prompts, batch_size, process_index, world_size, device, before_batch)
-    with PredictionsWriter(predictions_file, prompts, tools) if is_main else NoWriter() as writer:
+    share = RankWorkload(prompts, batch_size, process_index, world_size, device, before_batch)
+    with PredictionsWriter(predictions_file, prompts, tools) if is_main else NullWriter() as writer:
         bar = tqdm(
             total=len(prompts), desc="replies", unit="reply", disable=not (is_main and tools.show_progress), leave=False
         )
@@ -236,7 +153,7 @@ def generate_and_score(
 
 
 @dataclass(frozen=True)
-class Share:
+class RankWorkload:
     """What this process has to generate, and how; see `generate_and_score`."""
 
     prompts: Sequence[Prompt]
@@ -246,7 +163,9 @@ class Share:
     device: torch.device
     before_batch: Callable[[], None]
 
-    def batches(self, tools: ReplyTools, batch_size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor], bool]]:
+    def batches(
+        self, tools: GenerationContext, batch_size: int
+    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor], bool]]:
         """Yield prompt numbers, what `collate` makes of them, and whether they count."""
         batches, counted, loader = prompt_batches(self.prompts, tools, batch_size, self.process_index, self.world_size)
         for number, (batch, inputs) in enumerate(zip(batches, loader, strict=True)):
@@ -256,7 +175,9 @@ class Share:
         return {name: values.to(self.device) for name, values in inputs.items()}
 
 
-def generate_replies(model: torch.nn.Module, tools: ReplyTools, share: Share) -> Iterator[dict[int, list[int]]]:
+def generate_replies(
+    model: torch.nn.Module, tools: GenerationContext, share: RankWorkload
+) -> Iterator[dict[int, list[int]]]:
     """Yield the new ids of each reply of this process's share by the number of its prompt, as they are finished."""
     rows = tools.start_continuous_batch(model, tools.options)
     if rows is not None:
@@ -269,7 +190,7 @@ def generate_replies(model: torch.nn.Module, tools: ReplyTools, share: Share) ->
             yield dict(zip(batch, new_ids, strict=True))
 
 
-def _refilled(rows: Rows, tools: ReplyTools, share: Share) -> Iterator[dict[int, list[int]]]:
+def _refilled(rows: ContinuousDecoder, tools: GenerationContext, share: RankWorkload) -> Iterator[dict[int, list[int]]]:
     """Let prompts join in small batches, longest first, as soon as there is room for them.
 
     There is as much room as `batch_size` rows with the longest prompt would take: as many tokens, padding included. So

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from glm_edge_ft.files import append_whole, write_whole
+from glm_edge_ft.files import append_text, write_text_atomically
 from glm_edge_ft.training.checkpoints import CURVE_FILE, METRICS_FILE
 from glm_edge_ft.training.curves import is_number, iter_metrics, write_loss_curve
 from glm_edge_ft.training.metrics import METRIC_NAMES
@@ -85,7 +85,7 @@ class RunLog(TrainerCallback):
         """Append a line to `metrics.jsonl`, and those before it that could not be written when they came."""
         lines = [*self.waiting, line]
         try:
-            append_whole(self.metrics_file, "".join(lines))
+            append_text(self.metrics_file, "".join(lines))
         except OSError as error:
             if not self.waiting:
                 self.warn(f"{self.metrics_file} cannot be written ({error.strerror}): its lines are kept for later")
@@ -174,7 +174,7 @@ def cut_back(metrics_file: Path, step: int) -> None:
     """Drop the lines of steps after `step`; a start from step 0 begins an empty file."""
     kept = [json.dumps(line) for line in iter_metrics(metrics_file) if step > 0 and _step(line) <= step]
     if kept or metrics_file.is_file():
-        write_whole(metrics_file, "".join(f"{line}\n" for line in kept))
+        write_text_atomically(metrics_file, "".join(f"{line}\n" for line in kept))
 
 
 def _step(line: Mapping[str, Any]) -> float:
@@ -193,7 +193,7 @@ def forget_evaluations(metrics_file: Path, step: int) -> None:
         for line in iter_metrics(metrics_file)
     ]
     if any(is_left for _, is_left in lines):
-        write_whole(metrics_file, "".join(f"{line}\n" for line, is_left in lines if not is_left))
+        write_text_atomically(metrics_file, "".join(f"{line}\n" for line, is_left in lines if not is_left))
 
 
 def format_comparison(log_history: Sequence[Mapping[str, Any]], after: Mapping[str, Any] | None) -> str:

@@ -18,12 +18,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from glm_edge_ft.model.last_layer import select_supervised_positions
+from glm_edge_ft import IGNORE_INDEX
+from glm_edge_ft.training.last_layer import select_supervised_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED_LABEL = -100
 CHUNK_TOKENS = 512  # 512 x 59,264 logits are 121 MB in float32
 SOFTMAX_TOKENS = 64  # of them, whose probabilities are held at once; a CPU's cache likes them few
 GPU_SOFTMAX_TOKENS = 256  # a GPU computes a row in one of its hundred-odd processors, and each start of a kernel costs
@@ -60,8 +60,8 @@ def supervised_cross_entropy(
 
 def find_supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which of all `batch x length` tokens predict a supervised one, and its id, both `(supervised,)` int64."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
-    places = (targets != IGNORED_LABEL).nonzero().squeeze(1)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return places, targets.index_select(0, places)
 
 

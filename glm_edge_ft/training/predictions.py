@@ -8,17 +8,18 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.files import write_text_atomically
 from glm_edge_ft.training.metrics import MAX_SCORED_CHARACTERS, PairScores, summarize
 from glm_edge_ft.training.scoring import Pairs, PairScorer
 
 if TYPE_CHECKING:
-    from glm_edge_ft.training.evaluation import Prompt, ReplyTools
+    from glm_edge_ft.training.replies import GenerationContext, Prompt
 
 
-class NoWriter:
+class NullWriter:
     """What the ranks other than 0 hold."""
 
-    def __enter__(self) -> NoWriter:
+    def __enter__(self) -> NullWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -35,7 +36,7 @@ class NoWriter:
 class PredictionsWriter:
     """Scores replies in worker processes and writes a line for each: as they come, and at the end in order."""
 
-    def __init__(self, path: Path, prompts: Sequence[Prompt], tools: ReplyTools) -> None:
+    def __init__(self, path: Path, prompts: Sequence[Prompt], tools: GenerationContext) -> None:
         self.path, self.prompts, self.tools = path, prompts, tools
         self.replies: dict[int, str] = {}
         self.scores: dict[int, PairScores] = {}
@@ -68,9 +69,7 @@ class PredictionsWriter:
         while self.waiting:
             self._take(*self.waiting.pop(0))
         self.file.close()
-        ordered = self.path.with_suffix(".ordered")
-        ordered.write_text("".join(self._line(index) for index in sorted(self.scores)), encoding="utf-8")
-        ordered.replace(self.path)
+        write_text_atomically(self.path, "".join(self._line(index) for index in sorted(self.scores)))
         cut = sum(scores.was_cut for scores in self.scores.values())
         if cut:
             self.tools.warn(

@@ -25,6 +25,7 @@ from transformers import Seq2SeqTrainer, StoppingCriteriaList, TrainerState
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
+from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.checks.processes import ONE_PROCESS, Processes, write_processes
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import (
@@ -36,11 +37,11 @@ from glm_edge_ft.training.checkpoints import (
     remove_unfinished,
     staging_folder,
 )
-from glm_edge_ft.training.evaluation import BreakOff, ReplyTools, generate_and_score, plan_batches, start_loader_process
+from glm_edge_ft.training.evaluation import BreakOff, generate_and_score, plan_batches, start_loader_process
 from glm_edge_ft.training.final_model import FINAL_FOLDER, publish_final_model
-from glm_edge_ft.training.loss import IGNORED_LABEL
 from glm_edge_ft.training.micro_batches import split_batch
 from glm_edge_ft.training.prompt import has_projection, load_encoder, prompt_from_weights, save_encoder
+from glm_edge_ft.training.replies import GenerationContext
 from glm_edge_ft.training.sampling import LengthGroupedEpochSampler
 from glm_edge_ft.training.shares import load_shares
 from glm_edge_ft.training.termination import Terminated, Termination
@@ -63,7 +64,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     """Trains on encoded conversations, evaluates by loss and by generated replies.
 
     Args:
-        reply_tools: how prompts are batched, continued and turned into text.
+        generation_context: how prompts are batched, continued and turned into text.
         on_nonfinite_loss: stop with NonFiniteLossError, or warn and leave out the steps whose gradient is not finite.
         complete_saved_folder: adds to a folder that was just saved what other tools need in it.
         processes: how the run shares its work, for the record in each checkpoint.
@@ -81,7 +82,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
     def __init__(
         self,
         *,
-        reply_tools: ReplyTools,
+        generation_context: GenerationContext,
         on_nonfinite_loss: Literal["stop", "warn"] = "stop",
         complete_saved_folder: Callable[[Path], None],
         processes: Processes = ONE_PROCESS,
@@ -92,7 +93,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         evaluation_collator: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.reply_tools = reply_tools
+        self.generation_context = generation_context
         self.on_nonfinite_loss = on_nonfinite_loss
         self.complete_saved_folder = complete_saved_folder
         self.processes = processes
@@ -215,7 +216,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         advice = "lower training_args.learning_rate and start afresh, or train in bf16 or fp32 instead of fp16"
         if self.on_nonfinite_loss == "stop":
             raise NonFiniteLossError(f"{what}: {advice}")
-        self.reply_tools.warn(f"{what} ({self._nonfinite} so far): {advice}")
+        self.generation_context.warn(f"{what} ({self._nonfinite} so far): {advice}")
 
     # ---- being stopped by SIGTERM ----
 
@@ -297,7 +298,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         inputs = self._without_mask(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             mean = model(**inputs).loss.detach().float()
-        count = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
+        count = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         if self._counted_batches > 0:
             self._counted_batches -= 1
             self._loss_sum = self._loss_sum.to(mean.device) + mean * count
@@ -331,7 +332,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
                 scores = generate_and_score(
                     model=self.model,
                     prompts=data.prompts,
-                    tools=replace(self.reply_tools, options={**self.reply_tools.options, **breaks_off}),
+                    tools=replace(self.generation_context, options={**self.generation_context.options, **breaks_off}),
                     batch_size=self.args.per_device_eval_batch_size,
                     predictions_file=self._predictions_file(metric_key_prefix),
                     process_index=self.args.process_index,
@@ -477,17 +478,19 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
             if not best.is_dir() and self.args.load_best_model_at_end:
                 self.state.best_global_step = self.state.best_metric = None
-                self.reply_tools.warn(f"{best}, the best checkpoint so far, is gone: the best of what follows counts")
+                self.generation_context.warn(
+                    f"{best}, the best checkpoint so far, is gone: the best of what follows counts"
+                )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the random state; without a readable one the run goes on and says that it is not bit-exact (R6)."""
         if checkpoint is not None and not list(Path(checkpoint).glob(f"{RANDOM_STATE_PREFIX}*")):
-            self.reply_tools.warn(f"{checkpoint} holds no random state: {_NOT_BIT_EXACT}")
+            self.generation_context.warn(f"{checkpoint} holds no random state: {_NOT_BIT_EXACT}")
             return
         try:
             super()._load_rng_state(checkpoint)
         except Exception as error:  # torch.load raises whatever the broken bytes lead to
-            self.reply_tools.warn(
+            self.generation_context.warn(
                 f"the random state in {checkpoint} cannot be read ({type(error).__name__}): {_NOT_BIT_EXACT}"
             )
 

@@ -28,8 +28,9 @@ from glm_edge_ft.data.collator import PaddedCollator, PromptCollator
 from glm_edge_ft.data.prompts import PromptSample
 from glm_edge_ft.model.adapters import generate
 from glm_edge_ft.model.decoding import start_continuous_batch
-from glm_edge_ft.training.evaluation import ReplyTools, generate_and_score
+from glm_edge_ft.training.evaluation import generate_and_score
 from glm_edge_ft.training.metrics import summarize
+from glm_edge_ft.training.replies import GenerationContext
 from glm_edge_ft.training.scoring import score_batch
 from tests.bench.measure import in_turn, median_ratio
 from tests.bench.result import Ratio, Result, Table, keep
@@ -58,7 +59,7 @@ def make_samples(count: int) -> list[PromptSample]:
     return samples
 
 
-def make_tools(tokenizer: Any, refills: bool) -> ReplyTools:
+def make_tools(tokenizer: Any, refills: bool) -> GenerationContext:
     """Return what a run evaluates with; stop tokens are spread over the vocabulary."""
     stops = list(range(0, VOCABULARY, MEAN_REPLY))
     config = GenerationConfig(do_sample=False, max_new_tokens=LONGEST_REPLY, eos_token_id=stops, pad_token_id=0)
@@ -67,7 +68,7 @@ def make_tools(tokenizer: Any, refills: bool) -> ReplyTools:
         ends = [place for place, token in enumerate(ids) if token in stops]
         return " ".join(str(token) for token in (ids[: ends[0]] if ends else ids))
 
-    tools = ReplyTools(
+    tools = GenerationContext(
         generate=generate,
         collate=PromptCollator(PaddedCollator(0, "left")),
         clean=text,
@@ -78,10 +79,10 @@ def make_tools(tokenizer: Any, refills: bool) -> ReplyTools:
     )
     if not refills:
         return tools
-    return ReplyTools(**{**vars(tools), "start_continuous_batch": start_continuous_batch})
+    return GenerationContext(**{**vars(tools), "start_continuous_batch": start_continuous_batch})
 
 
-def ours(model: Any, samples: list[PromptSample], tools: ReplyTools, batch_size: int) -> Evaluated:
+def ours(model: Any, samples: list[PromptSample], tools: GenerationContext, batch_size: int) -> Evaluated:
     """Evaluate as a run does."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +102,7 @@ def ours(model: Any, samples: list[PromptSample], tools: ReplyTools, batch_size:
     return Evaluated(seconds, [line["prediction"] for line in lines])
 
 
-def in_order(model: Any, samples: list[PromptSample], tools: ReplyTools, batch_size: int) -> Evaluated:
+def in_order(model: Any, samples: list[PromptSample], tools: GenerationContext, batch_size: int) -> Evaluated:
     """Evaluate in batches of neighbours, each until its longest reply ends."""
     start = time.perf_counter()
     replies: list[str] = []

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_edge_ft.data.collator import PaddedCollator, PromptCollator
-from glm_edge_ft.training.evaluation import ReplyTools, Share, generate_and_score, generate_replies, plan_batches
+from glm_edge_ft.training.evaluation import RankWorkload, generate_and_score, generate_replies, plan_batches
+from glm_edge_ft.training.replies import GenerationContext
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ def echo(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_:
     return input_ids[:, -1:]
 
 
-def tools(generate: Any, said: list[str]) -> ReplyTools:
+def tools(generate: Any, said: list[str]) -> GenerationContext:
     """Return tools whose model is a function."""
     collator = PaddedCollator(0, "left")
-    return ReplyTools(
+    return GenerationContext(
         generate=generate,
         collate=PromptCollator(collator),
         clean=lambda ids: str(ids[0] - 10),
@@ -121,7 +122,7 @@ def test_rows_that_are_refilled_answer_each_prompt_once_in_the_room_of_a_batch(
     for rank in range(world):
         rows = CountedRows()
         asked: list[None] = []
-        share = Share(prompts, size, rank, world, torch.device("cpu"), functools.partial(asked.append, None))
+        share = RankWorkload(prompts, size, rank, world, torch.device("cpu"), functools.partial(asked.append, None))
         refilling = replace(tools(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
         for replies in generate_replies(torch.nn.Identity(), refilling, share):
             assert all(ids == [number] for number, ids in replies.items())
@@ -139,7 +140,7 @@ def test_short_prompts_go_in_more_at_once_than_the_batch_size() -> None:
     """One long prompt sets the room: of the short ones four times the batch size are under way."""
     rows = CountedRows()
     prompts = [Sample([1] * length, "", number + 1) for number, length in enumerate([200] + [5] * 40)]
-    share = Share(prompts, 4, 0, 1, torch.device("cpu"), lambda: None)
+    share = RankWorkload(prompts, 4, 0, 1, torch.device("cpu"), lambda: None)
     refilling = replace(tools(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
     assert sum(len(replies) for replies in generate_replies(torch.nn.Identity(), refilling, share)) == 41
     assert max(count for count, _ in rows.seen) > 8
