@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from glm_edge_ft.environment import launch
+from glm_edge_ft.environment import drop_settings, launch
 from glm_edge_ft.errors import Problem, elide
 from glm_edge_ft.machines import tell_failure
 from glm_edge_ft.node import is_first_to_say
@@ -119,3 +121,17 @@ def show_failure(text: str, may_follow_another: bool = False) -> None:
         end = "" if is_main_process() else f"\n(rank {launch().rank} of {launch().world_size})"
         print(f"{text}{end}", file=sys.stderr, flush=True)
     tell_failure(text)
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' advice to developers and the environment's settings; warnings about the run stay."""
+    if dropped := drop_settings():
+        show_notice(f"not used, since the config alone decides how a run computes and reports: {', '.join(dropped)}")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advertises packages; PEFT imports it where it can
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

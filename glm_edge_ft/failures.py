@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm_edge_ft.checks.memory import format_bytes, largest_batch, ways_out
+from glm_edge_ft.checks.memory import largest_batch, ways_out
 from glm_edge_ft.errors import ProcessLost, RunStopped, UserError
+from glm_edge_ft.files import format_bytes
 from glm_edge_ft.training.checkpoints import how_to_go_on
 from glm_edge_ft.training.termination import Terminated
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from glm_edge_ft.errors import UserError
+
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 """The kinds of data files."""
 
@@ -89,6 +91,24 @@ def can_be_made(path: Path) -> bool:
     nearest = nearest_folder(path)
     new = path.absolute().parts[len(nearest.parts) :]
     return nearest.is_dir() and os.access(nearest, os.W_OK) and not (new and new[0].startswith("~"))
+
+
+def make_folder(folder: Path, where: str) -> None:
+    """Make a folder for output. Raises UserError for the key or option `where` when it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError.single(where, f"{folder} cannot be made: {error.strerror}", "name a folder of yours") from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free space of a folder, or of the nearest one above it that exists."""
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def format_bytes(size: int) -> str:
+    """Return a size in GB, small ones in MB; both decimal."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def nearest_path(path: Path) -> Path | None:

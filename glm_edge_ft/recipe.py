@@ -13,22 +13,21 @@ import functools
 import sys
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from glm_edge_ft.checks.arguments import tokens_per_pass
 from glm_edge_ft.checks.disk import advise_on_disk, look_at_disk
 from glm_edge_ft.checks.preflight import check_inputs, prepare, processes_of
 from glm_edge_ft.checks.summary import show_check
-from glm_edge_ft.console import is_main_process, show, show_notice, show_notice_of_any
+from glm_edge_ft.console import is_main_process, quiet_libraries, show, show_notice
 from glm_edge_ft.data.feature_cache import open_image_features
 from glm_edge_ft.distributed import keep_deepspeed_out, settle_gpus, start_deepspeed
-from glm_edge_ft.environment import drop_settings
-from glm_edge_ft.errors import RunStopped, UserError
+from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.failures import explain_failures
+from glm_edge_ft.files import make_folder
 from glm_edge_ft.machines import check_shared_folder, end_meetings, meet
-from glm_edge_ft.model.quantization import silence_bitsandbytes
 from glm_edge_ft.output_lock import hold_output_dir
-from glm_edge_ft.run import Plan, Prepared, RunRequest
+from glm_edge_ft.run import Plan, Prepared, RunRequest, build_collator, build_generation_context, load_evaluations
 from glm_edge_ft.run_record import (
     build_run_record,
     computed,
@@ -53,14 +52,12 @@ from glm_edge_ft.training.termination import Terminated, Termination
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import torch
     from transformers import PreTrainedModel
 
-    from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
     from glm_edge_ft.data.feature_cache import ImageFeatures
     from glm_edge_ft.data.pixels import PixelNormalizer
     from glm_edge_ft.model.packed_attention import Attention
-    from glm_edge_ft.training.replies import EvaluationData, GenerationContext
+    from glm_edge_ft.training.replies import EvaluationData
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
 
@@ -86,22 +83,6 @@ def run(request: RunRequest) -> None:
                 train(prepared, termination)
 
 
-def quiet_libraries() -> None:
-    """Silence the libraries' advice to developers and the environment's settings; warnings about the run stay."""
-    import warnings
-
-    if dropped := drop_settings():
-        show_notice(f"not used, since the config alone decides how a run computes and reports: {', '.join(dropped)}")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
-    silence_bitsandbytes()
-    import transformers.utils.logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
 def show_preview(prepared: Prepared) -> None:
     """Print the first N training rows token by token; write them as JSON where `--json` says."""
     from glm_edge_ft.data.report import preview, preview_json
@@ -119,7 +100,7 @@ def train(prepared: Prepared, termination: Termination) -> None:
     for split, dataset in prepared.datasets.items():
         for remark in dataset.report.remarks():
             show_notice(f"{split}: {remark}")
-    make_output_dir(plan.output_dir)
+    make_folder(plan.output_dir, "training_args.output_dir")
     with hold_output_dir(plan.output_dir):
         rows = {split: [len(data), zlib.crc32(data.lengths.tobytes())] for split, data in prepared.datasets.items()}
         rows |= {f"prompts of {split}": [len(data.prompts)] for split, data in evaluations.items()}
@@ -183,35 +164,6 @@ def leave_together(trainer: GlmEdgeTrainer) -> None:
     """End the process group; a rank that leaves it early can hang, or end with an abort."""
     trainer.accelerator.wait_for_everyone()
     trainer.end()
-
-
-def load_evaluations(prepared: Prepared) -> dict[str, EvaluationData]:
-    """Return the data to evaluate on by split: rows for the loss, prompts for generation."""
-    from glm_edge_ft.data.dataset import load_prompts
-    from glm_edge_ft.training.replies import EvaluationData
-
-    evaluations: dict[str, EvaluationData] = {}
-    generates = prepared.plan.config.training_args.get("predict_with_generate", False)
-    for split in ("val", "test"):
-        if split in prepared.datasets:
-            rows, path = prepared.datasets[split], prepared.plan.data_files[split]
-            prompts = load_prompts([path], prepared.encoder) if generates else []
-            if prepared.image_check is not None:
-                prompts, notices = prepared.image_check.of_prompts(prompts)
-                for notice in notices:
-                    show_notice(f"{split}: {notice}")
-            evaluations[split] = EvaluationData(rows=rows, lengths=rows.lengths.tolist(), prompts=prompts)
-    return evaluations
-
-
-def make_output_dir(folder: Path) -> None:
-    """Make the output folder before the weights are read. Raises UserError when it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError.single(
-            "training_args.output_dir", f"{folder} cannot be made: {error.strerror}", "name a folder of yours"
-        ) from error
 
 
 def make_room(plan: Plan) -> None:
@@ -295,30 +247,6 @@ def attention_of(prepared: Prepared) -> Attention:
     return choose_attention(prepared.plan.config.padding_free, device, prepared.precision, prepared.checkpoint.config)
 
 
-def build_collator(
-    prepared: Prepared,
-    form: Literal["left", "right", "packed"],
-    images: ImageFeatures | PixelNormalizer | None = None,
-) -> PaddedCollator | PackedCollator | VisionCollator:
-    """Return what makes a batch: ids, and in vision runs the pixels of its images, where they are needed.
-
-    `form` says on which side rows are padded, or that they are packed. `images` completes the batches
-    (`complete_images`); without it they are complete.
-    """
-    from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
-    from glm_edge_ft.data.feature_cache import ImageFeatures
-    from glm_edge_ft.data.images import scales_bytes
-
-    pad_token_id = prepared.checkpoint.tokenizer.pad_token_id
-    text = PackedCollator() if form == "packed" else PaddedCollator(pad_token_id, form)
-    if prepared.image_processor is None:
-        return text
-    skip = show_notice_of_any if prepared.plan.config.on_bad_image == "skip" else None
-    store = images.store if isinstance(images, ImageFeatures) else None
-    emit_uint8 = images is not None and scales_bytes(prepared.image_processor)
-    return VisionCollator(text, prepared.image_processor, store, skip, emit_uint8)
-
-
 def complete_images(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | PixelNormalizer | None:
     """Return what adds to batches what the loader's processes leave out of images; None where they are complete.
 
@@ -332,42 +260,6 @@ def complete_images(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures 
     scale = pixel_normalizer(prepared.image_processor, prepared.training_arguments.device)
     pixels = functools.partial(decode, image_processor=prepared.image_processor)
     return open_image_features(prepared, base, pixels, scale) or scale
-
-
-def build_generation_context(
-    prepared: Prepared, images: ImageFeatures | PixelNormalizer | None = None
-) -> GenerationContext:
-    """Return what evaluation needs to generate: greedy unless the config says otherwise, up to a stop id."""
-    from glm_edge_ft.data.collator import PromptCollator
-    from glm_edge_ft.data.prompts import clean_prediction
-    from glm_edge_ft.model.adapters import generate
-    from glm_edge_ft.model.decoding import start_continuous_batch
-    from glm_edge_ft.training.replies import GenerationContext
-
-    tokenizer, settings = prepared.checkpoint.tokenizer, prepared.encoder.images
-
-    def shorten_images(text: str) -> str:  # one placeholder for each image is enough to read
-        if settings is None:
-            return text
-        placeholder = str(tokenizer.convert_ids_to_tokens(settings.placeholder_id))
-        return text.replace(placeholder * settings.placeholders_per_image, placeholder)
-
-    def generate_from(model: Any, **inputs: Any) -> torch.Tensor:
-        return generate(model, **(images.add_image_features(inputs) if images else inputs))
-
-    return GenerationContext(
-        generate=generate_from,
-        collate=PromptCollator(build_collator(prepared, "left", images)),
-        loader_processes=prepared.training_arguments.dataloader_num_workers if prepared.image_processor else 0,
-        clean=functools.partial(clean_prediction, prepared.encoder),
-        decode=lambda ids: shorten_images(str(tokenizer.decode(list(ids)))),
-        warn=show_notice,
-        options={"generation_config": prepared.generation_config},
-        add_image_features=images.add_image_features if images else dict,
-        start_continuous_batch=start_continuous_batch,
-        scoring_processes=prepared.plan.config.data_config.num_proc,
-        show_progress=is_main_process() and not prepared.training_arguments.disable_tqdm,
-    )
 
 
 def evaluate(trainer: GlmEdgeTrainer, evaluations: Mapping[str, EvaluationData], always: bool) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.checks.memory import format_bytes, memory_facts
+from glm_edge_ft.checks.memory import memory_facts
 from glm_edge_ft.checks.versions import read_versions
 from glm_edge_ft.console import is_main_process
-from glm_edge_ft.files import write_text_atomically
+from glm_edge_ft.files import format_bytes, write_text_atomically
 from glm_edge_ft.model.weight_files import weights_fingerprint
 from glm_edge_ft.training.checkpoints import RUN_RECORD
 

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from glm_edge_ft import recipe
 from glm_edge_ft.checks.preflight import check_inputs, prepare
 from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
-from glm_edge_ft.run import RunRequest
+from glm_edge_ft.run import RunRequest, build_collator
 from tests.launch import launch
 from tests.runs import LORA, losses, metrics, write_config
 
@@ -43,7 +43,7 @@ def loss_on_full_logits(folder: Path, data: Path, model: Path, kind: str, factor
     path = write_config(folder / "reference", **SMOOTHED)
     prepared = prepare(check_inputs(RunRequest(data, str(model), path, takes_images=kind == "vision")))
     dataset = prepared.datasets["train"]
-    batch = dict(recipe.build_collator(prepared, "right")([dataset[index] for index in range(len(dataset))]))
+    batch = dict(build_collator(prepared, "right")([dataset[index] for index in range(len(dataset))]))
     labels = batch.pop("labels")
     whole: Any = load_glm_edge_v(model, torch.float32) if kind == "vision" else GlmForCausalLM.from_pretrained(model)
     with torch.no_grad():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.checks.arguments import rows_per_step
-from glm_edge_ft.checks.memory import format_bytes
-from glm_edge_ft.files import nearest_folder
+from glm_edge_ft.files import format_bytes, free_bytes
 from glm_edge_ft.training.checkpoints import read_step
 
 if TYPE_CHECKING:
@@ -73,11 +71,6 @@ def count_checkpoints(prepared: Prepared) -> int:
         every = max(1, int(every))
         return max(1, steps // every - first // every)
     return max(1, -(-(steps - first) // steps_per_epoch))
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the room in a folder, or in the nearest one above it that exists."""
-    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def _size_of(path: Path) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.checks.arguments import tokens_per_pass
 from glm_edge_ft.environment import launch
+from glm_edge_ft.files import format_bytes
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
@@ -273,11 +274,6 @@ def ways_out(prepared: Prepared, batch: BatchShape, on_gpu: bool, offloads: bool
     elif on_gpu and not offloads:
         ways.append("training_args.deepspeed: ds_zero_3_offload.json")
     return ways
-
-
-def format_bytes(size: int) -> str:
-    """Return a size in GB, small ones in MB; both decimal."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def memory_facts(estimate: MemoryEstimate) -> dict[str, Any]:

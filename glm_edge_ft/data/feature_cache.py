@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.checks.arguments import rows_per_step
-from glm_edge_ft.checks.disk import free_bytes
-from glm_edge_ft.checks.memory import format_bytes
 from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.files import format_bytes, free_bytes
 from glm_edge_ft.node import is_first_of_node
 
 if TYPE_CHECKING:

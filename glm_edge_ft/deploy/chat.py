@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config import RunConfig
-from glm_edge_ft.console import is_unicode, show_notice
+from glm_edge_ft.console import is_unicode, quiet_libraries, show_notice
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source
 from glm_edge_ft.deploy.talk import Talk, find_picture, is_dropped_file
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.recipe import quiet_libraries
 
 if TYPE_CHECKING:
     from glm_edge_ft.model.checkpoint import Checkpoint

@@ -15,22 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config import RunConfig
-from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.console import quiet_libraries, show, show_notice
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_file, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.environment import launch
 from glm_edge_ft.errors import Problem, ProblemList, UserError
-from glm_edge_ft.files import DATA_SUFFIXES, can_be_made, did_you_mean, expand_home
+from glm_edge_ft.files import DATA_SUFFIXES, can_be_made, did_you_mean, expand_home, make_folder
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG
-from glm_edge_ft.recipe import (
-    build_collator,
-    build_generation_context,
-    load_evaluations,
-    make_output_dir,
-    quiet_libraries,
-)
-from glm_edge_ft.run import Prepared
+from glm_edge_ft.run import Prepared, build_collator, build_generation_context, load_evaluations
 from glm_edge_ft.training.checkpoints import (
     METRICS_FILE,
     PREDICTIONS_FOLDER,
@@ -66,7 +59,7 @@ def evaluate(request: EvaluateRequest) -> None:
     sources, config = _check(request)
     quiet_libraries()
     opened = _open_all(sources, config, request)
-    make_output_dir(request.out)
+    make_folder(request.out, "--out")
     earlier = [request.out / name for name in (METRICS_FILE, PREDICTIONS_FOLDER) if (request.out / name).exists()]
     if earlier:
         show_notice(f"what was in {request.out} now lies in {move_aside(request.out, earlier)}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.console import quiet_libraries, show, show_notice
 from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run
@@ -24,7 +24,6 @@ from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.files import atomic_path, can_be_made
-from glm_edge_ft.recipe import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.console import quiet_libraries, show, show_notice
 from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
 from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.files import atomic_path, can_be_made
-from glm_edge_ft.recipe import quiet_libraries
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,7 @@ from urllib.request import url2pathname
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.errors import UserError, shorten
 from glm_edge_ft.files import expand_home
-from glm_edge_ft.recipe import build_generation_context
-from glm_edge_ft.run import Prepared
+from glm_edge_ft.run import Prepared, build_generation_context
 
 if TYPE_CHECKING:
     import torch

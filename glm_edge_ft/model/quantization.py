@@ -12,7 +12,6 @@ a layer whose rows are no whole blocks: bitsandbytes 0.50.2 takes wrong scales f
 from __future__ import annotations
 
 import importlib.util
-import logging
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -133,14 +132,6 @@ def loading_settings(twin: PreTrainedModel, compute: torch.dtype) -> BitsAndByte
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=[f"{re.escape(name)}$" for name in plain],
     )
-
-
-def silence_bitsandbytes() -> None:
-    """Keep bitsandbytes from recommending a package for a way of computing that is never taken here.
-
-    PEFT imports it wherever it is installed.
-    """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def settle(model: PreTrainedModel, compute: torch.dtype) -> None:

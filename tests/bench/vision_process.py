@@ -51,9 +51,9 @@ def prepare_loader(folder: Path, model: str) -> Loader:
     import torch
 
     from glm_edge_ft.checks.preflight import check_inputs, prepare
+    from glm_edge_ft.console import quiet_libraries
     from glm_edge_ft.data.pixels import pixel_normalizer
-    from glm_edge_ft.recipe import build_collator, quiet_libraries
-    from glm_edge_ft.run import RunRequest
+    from glm_edge_ft.run import RunRequest, build_collator
 
     training = {**CONFIG["training_args"], "output_dir": str(folder / "output"), "max_steps": 1}  # type: ignore[dict-item]
     config = folder / "run.yaml"
