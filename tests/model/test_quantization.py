@@ -209,7 +209,10 @@ def test_the_readmes_tell_the_estimate_of_the_released_models(name: str) -> None
         quantize_twin(twin, quantization)
         estimate = estimate_memory(measure_size(wrap_meta_model(settings, twin)), "bfloat16")
         told.append(f"{estimate.weights / 1e9:.1f}")
-    for readme, words in (("README.md", "{} GB instead of {}"), ("README_zh.md", "占 {} GB，而不是 {} GB")):
+    for readme, words in (
+        ("configs/README.md", "{} GB instead of {}"),
+        ("configs/README_zh.md", "占 {} GB，而不是 {} GB"),
+    ):
         assert words.format(*told) in (ROOT / readme).read_text(encoding="utf-8")
 
 
