@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING
 from glm_edge_ft.checks.arguments import tokens_per_pass
 from glm_edge_ft.checks.disk import advise_on_disk, look_at_disk
 from glm_edge_ft.checks.preflight import check_inputs, prepare, processes_of
-from glm_edge_ft.checks.summary import show_check
+from glm_edge_ft.checks.processes import write_processes
+from glm_edge_ft.checks.summary import (
+    build_run_record,
+    describe_computation,
+    describe_model,
+    note_untested_versions,
+    read_versions,
+    show_check,
+    write_json,
+    write_run_record,
+)
 from glm_edge_ft.console import is_main_process, quiet_libraries, show, show_notice
 from glm_edge_ft.data.feature_cache import open_image_features
 from glm_edge_ft.distributed import keep_deepspeed_out, settle_gpus, start_deepspeed
@@ -28,15 +38,6 @@ from glm_edge_ft.files import make_folder
 from glm_edge_ft.machines import check_shared_folder, end_meetings, meet
 from glm_edge_ft.output_lock import hold_output_dir
 from glm_edge_ft.run import Plan, Prepared, RunRequest, build_collator, build_generation_context, load_evaluations
-from glm_edge_ft.run_record import (
-    build_run_record,
-    computed,
-    describe_computing,
-    describe_model,
-    run_title,
-    write_json,
-    write_run_record,
-)
 from glm_edge_ft.training.checkpoints import (
     CURVE_FILE,
     METRICS_FILE,
@@ -71,6 +72,8 @@ def run(request: RunRequest) -> None:
     with Termination() as termination:
         plan = check_inputs(request)
         quiet_libraries()
+        if notice := note_untested_versions(read_versions()):
+            show_notice(notice)
         settle_gpus(plan.config.training_args)
         prepared = prepare(plan)
         meet("the end of the preparations")
@@ -116,9 +119,14 @@ def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], t
     if notice := advise_on_disk(look_at_disk(prepared)):
         show_notice(notice)
     record = build_run_record(prepared)
-    trainer = build_trainer(prepared, evaluations, termination, functools.partial(write_run_record, record))
-    record["computed"] = computed(trainer, attention_of(prepared).said)
-    show(f"{describe_model(prepared)}\n{describe_computing(record['computed'])}")
+
+    def write_records(checkpoint: Path) -> None:
+        write_processes(checkpoint, processes_of(plan))
+        write_run_record(record, checkpoint)
+
+    trainer = build_trainer(prepared, evaluations, termination, write_records)
+    record["computed"], lines = describe_computation(trainer, attention_of(prepared).said)
+    show(f"{describe_model(prepared)}\n{lines}")
     termination.defer(trainer.args.device)  # from here on SIGTERM may find something worth saving
     make_room(plan)  # not before all that can go wrong has gone right: an earlier run stays where it is until then
     write_run_record(record, plan.output_dir)
@@ -184,11 +192,11 @@ def build_trainer(
     prepared: Prepared,
     evaluations: Mapping[str, EvaluationData],
     termination: Termination,
-    write_record: Callable[[Path], None],
+    write_records: Callable[[Path], None],
 ) -> GlmEdgeTrainer:
     """Read the weights, put the adapter on, and return the trainer with its data and its log.
 
-    `write_record` lays the record of the run into a checkpoint.
+    `write_records` writes the records of the run into a checkpoint.
     """
     import torch
     from transformers import PrinterCallback, ProgressCallback
@@ -216,6 +224,8 @@ def build_trainer(
         skip_input_cast(model)
     compute_lora_jointly(model)
     images = complete_images(prepared, base)
+    peft_type = config.peft_config["peft_type"] if config.peft_config else "full fine-tuning"
+    title = f"{checkpoint.location.name}, {peft_type}"
     trainer = GlmEdgeTrainer(
         model=model,
         args=args,
@@ -227,12 +237,11 @@ def build_trainer(
         generation_context=build_generation_context(prepared, images),
         on_nonfinite_loss=config.on_nonfinite_loss,
         complete_saved_folder=functools.partial(complete_saved_folder, checkpoint),
-        processes=processes_of(prepared.plan),
-        write_record=write_record,
+        write_records=write_records,
         termination=termination,
         max_tokens_per_pass=tokens_per_pass(config, args),
         images=images,
-        callbacks=[RunLog(prepared.plan.output_dir, run_title(prepared), is_main_process(), show_notice)],
+        callbacks=[RunLog(prepared.plan.output_dir, title, is_main_process(), show_notice)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -12,10 +12,12 @@ import pytest
 from glm_edge_ft import recipe
 from glm_edge_ft.checks.disk import DiskNeed, advise_on_disk, describe_disk, look_at_disk
 from glm_edge_ft.checks.preflight import check_inputs, prepare
+from glm_edge_ft.checks.summary import TESTED_VERSIONS, note_untested_versions
 from glm_edge_ft.data.dataset import build_dataset
 from glm_edge_ft.data.replies import ReplyEnds, count_reply_ends
 from glm_edge_ft.run import RunRequest
 from tests.conftest import EncoderMaker
+from tests.launch import REPOSITORY
 from tests.runs import LORA, do_run, write_config
 
 
@@ -111,3 +113,14 @@ def test_what_does_not_fit_is_said_with_what_to_write() -> None:
         f"disk: about 21.0 GB are more than the 1.0 GB that are free: {way}"
     )
     assert advise_on_disk(dataclasses.replace(need, checkpoints=7)) is None
+
+
+def test_other_versions_than_the_tested_ones_are_one_notice() -> None:
+    """The tested ones are those of requirements.txt; this package uses private parts of these libraries."""
+    pinned = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert {f"{name}=={version}" for name, version in TESTED_VERSIONS.items()} <= set(pinned)
+    assert note_untested_versions(TESTED_VERSIONS) == ""
+    notice = note_untested_versions(TESTED_VERSIONS | {"peft": "9.0.0"})
+    assert notice.startswith(f"peft 9.0.0 instead of {TESTED_VERSIONS['peft']}: ")
+    assert "requirements.txt" in notice
+    assert "\n" not in notice

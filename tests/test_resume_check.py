@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from glm_edge_ft.checks.processes import Processes, plan_processes, read_processes, write_processes
-from glm_edge_ft.checks.resume import compare_models, compare_processes, note_processes, note_versions
+from glm_edge_ft.checks.processes import Processes, note_processes, plan_processes, read_processes, write_processes
+from glm_edge_ft.checks.resume import compare_models, compare_processes, note_versions
 from glm_edge_ft.model.checkpoint import ModelLocation
 from glm_edge_ft.model.weight_files import weights_fingerprint
 
@@ -27,12 +27,12 @@ def test_an_optimizer_in_another_form_is_refused_with_the_ways_out() -> None:
     none, two, three = Processes(2, None, {}), Processes(2, 2, {}), Processes(2, 3, {})
     assert refusal(two, none) == (
         "training_args.deepspeed: output/checkpoint-4 was written by 2 processes with ZeRO-2, this run works without "
-        "DeepSpeed: its optimizer is kept in another form\n"
+        "DeepSpeed, which stores the optimizer in another form\n"
         "    -> name a file of stage 2, or start afresh (RESUME no)"
     )
     assert refusal(none, three, is_adapter=False) == (
         "training_args.deepspeed: output/checkpoint-4 was written by 2 processes without DeepSpeed, this run works "
-        "with ZeRO-3: its optimizer is kept in another form\n"
+        "with ZeRO-3, which stores the optimizer in another form\n"
         "    -> leave the key out, or start afresh (RESUME no), or from its weights: MODEL output/checkpoint-4, "
         "another output_dir, no RESUME"
     )
@@ -71,12 +71,12 @@ def test_without_deepspeed_any_number_goes_on_and_says_what_a_step_is_now() -> N
     (said,) = note_processes(two, one, batch, batch)
     assert said == (
         "the checkpoint was written by 2 processes, this run has 1: a step takes 4 conversations instead of 8, and the "
-        "place in the data goes by today's; training_args.gradient_accumulation_steps 2 keeps 8"
+        "position in the data is counted in today's; training_args.gradient_accumulation_steps 2 keeps 8"
     )
     (said,) = note_processes(two, one, batch, batch | {"gradient_accumulation_steps": 2})
     assert said.endswith("a step takes 8 conversations as before; dropout draws other numbers")
     (said,) = note_processes(one, Processes(8, None, {}), batch, batch)
-    assert said.endswith("choose batch size and accumulation anew to keep 4")
+    assert said.endswith("change batch size and accumulation to keep 4")
     assert note_processes(two, two, batch, batch) == []
 
 
@@ -128,20 +128,18 @@ def test_a_model_is_known_by_its_weights(tmp_path: Path) -> None:
     """R5: a folder that was renamed goes on with a line; other weights under the same name are refused."""
     first, second = model_at(tmp_path / "a", b"x" * 200_000), model_at(tmp_path / "b", b"x" * 199_999 + b"y")
     record = {"model": "old", "model_fingerprint": weights_fingerprint(first)}
-    assert compare_models(CHECKPOINT, record, first) == (
-        [],
-        f"MODEL old -> {first.name}: the same weights under another name",
-    )
-    assert compare_models(CHECKPOINT, record | {"model": first.name}, first) == ([], "")
+    notice = f"MODEL old -> {first.name}: the same weights under another name"
+    assert compare_models(CHECKPOINT, record, first) == ([], [notice])
+    assert compare_models(CHECKPOINT, record | {"model": first.name}, first) == ([], [])
     (problem,), _ = compare_models(CHECKPOINT, record | {"model": second.name}, second)
     assert problem.what == f"output/checkpoint-4 was trained from {second.name}, whose weights were others"
-    assert problem.fix == "give the model of then, or start afresh (RESUME no)"
+    assert problem.fix == "give that model, or start afresh (RESUME no)"
 
 
 def test_without_its_weights_a_model_is_known_by_its_name() -> None:
     """R5: a hub id that is not on this machine, and records of before."""
     hub = ModelLocation("owner/model", "owner/model", is_local=False)
-    assert compare_models(CHECKPOINT, {"model": "owner/model"}, hub) == ([], "")
+    assert compare_models(CHECKPOINT, {"model": "owner/model"}, hub) == ([], [])
     (problem,), _ = compare_models(CHECKPOINT, {"model": "owner/other"}, hub)
     assert problem.what == "output/checkpoint-4 was trained from owner/other"
 

@@ -229,13 +229,7 @@ def _check_resume(plan: Plan, train: EncodedDataset, structure: Structure, probl
     if plan.resume.path is None:
         return
     found, notices = compare_with_checkpoint(
-        plan.resume.path,
-        plan.config,
-        plan.location,
-        train.fingerprint,
-        structure.adapter,
-        structure.size.trained,
-        processes_of(plan),
+        plan, train.fingerprint, structure.adapter, structure.size.trained, processes_of(plan)
     )
     problems.problems += found
     for notice in notices:

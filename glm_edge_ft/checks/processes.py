@@ -1,7 +1,7 @@
-"""How a run shares its work among processes, and how the one that wrote a checkpoint did.
+"""How a run shares its work among processes, and how the run that wrote a checkpoint did.
 
-DeepSpeed writes the optimizer in as many parts as there are processes, cut by its stage: only the same number and the
-same cut can read them again. Without it every process holds the whole optimizer, and any number of them can go on.
+DeepSpeed writes the optimizer in one part for each process, divided by its stage: only the same number of processes and
+the same stage can read it again. Without DeepSpeed every process has the whole optimizer, and any number can continue.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-PROCESSES_FILE = "processes.json"
-"""In each checkpoint: the fields of `Processes`."""
+PROCESSES_FILE = "processes.json"  # in each checkpoint: the fields of `Processes`
 
 
 @dataclass(frozen=True)
 class Processes:
-    """What decides who holds which part of the optimizer.
+    """What decides which process holds which part of the optimizer.
 
     Attributes:
         world_size: number of processes; None where a checkpoint does not tell.
@@ -42,10 +41,6 @@ class Processes:
         return f"with ZeRO-{self.zero_stage}" if self.zero_stage else "with DeepSpeed, ZeRO off"
 
 
-ONE_PROCESS = Processes(1, None, {})
-"""Of a run that nothing shares."""
-
-
 def plan_processes(world_size: int, deepspeed: Mapping[str, Any] | None) -> Processes:
     """Return how a run with these DeepSpeed settings, or without any, shares its work."""
     if deepspeed is None:
@@ -61,7 +56,7 @@ def plan_processes(world_size: int, deepspeed: Mapping[str, Any] | None) -> Proc
 
 
 def write_processes(folder: Path, processes: Processes) -> None:
-    """Lay the record into a checkpoint."""
+    """Write the record into a checkpoint."""
     (folder / PROCESSES_FILE).write_text(json.dumps(asdict(processes)) + "\n", encoding="utf-8")
 
 
@@ -82,3 +77,27 @@ def read_processes(checkpoint: Path) -> Processes:
         return Processes(random_states, 0)
     is_sharded = any(checkpoint.glob("global_step*/*zero_pp_rank_*_model_states.pt"))
     return Processes(optimizers, 3 if is_sharded else 2)
+
+
+def note_processes(before: Processes, now: Processes, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return a notice of what another number of processes does to the steps of a run without DeepSpeed.
+
+    `old` and `new` are the `training_args` of the checkpoint's run and of this one.
+    """
+    if now.zero_stage is not None or now.world_size is None or before.world_size in (None, now.world_size):
+        return []
+    assert before.world_size is not None
+
+    def rows_per_step(settings: Mapping[str, Any], world_size: int) -> int:
+        batch = int(settings.get("per_device_train_batch_size") or 8)  # transformers' default
+        return batch * int(settings.get("gradient_accumulation_steps") or 1) * world_size
+
+    then, today = rows_per_step(old, before.world_size), rows_per_step(new, now.world_size)
+    text = f"the checkpoint was written by {before.world_size} processes, this run has {now.world_size}: a step takes "
+    if then == today:
+        return [f"{text}{today} conversations as before; dropout draws other numbers"]
+    text += f"{today} conversations instead of {then}, and the position in the data is counted in today's"
+    per_process = today // int(new.get("gradient_accumulation_steps") or 1)
+    if then % per_process == 0:
+        return [f"{text}; training_args.gradient_accumulation_steps {then // per_process} keeps {then}"]
+    return [f"{text}; change batch size and accumulation to keep {then}"]

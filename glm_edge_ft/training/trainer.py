@@ -26,7 +26,6 @@ from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zer
 from transformers.trainer_utils import EvalLoopOutput
 
 from glm_edge_ft import IGNORE_INDEX
-from glm_edge_ft.checks.processes import ONE_PROCESS, Processes, write_processes
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import (
     PREDICTIONS_FOLDER,
@@ -67,8 +66,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         generation_context: how prompts are batched, continued and turned into text.
         on_nonfinite_loss: stop with NonFiniteLossError, or warn and leave out the steps whose gradient is not finite.
         complete_saved_folder: adds to a folder that was just saved what other tools need in it.
-        processes: how the run shares its work, for the record in each checkpoint.
-        write_record: lays what else is to be known of the run into a checkpoint.
+        write_records: writes what is to be known of the run into a checkpoint.
         termination: whether the run was asked to end; None: it never will be.
         max_tokens_per_pass: most tokens that go through the model at once in training; None: the whole batch.
         images: completes batches by what the loader's processes leave out of images; None: batches are complete.
@@ -85,8 +83,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         generation_context: GenerationContext,
         on_nonfinite_loss: Literal["stop", "warn"] = "stop",
         complete_saved_folder: Callable[[Path], None],
-        processes: Processes = ONE_PROCESS,
-        write_record: Callable[[Path], None] = lambda folder: None,
+        write_records: Callable[[Path], None] = lambda folder: None,
         termination: Termination | None = None,
         max_tokens_per_pass: int | None = None,
         images: ImageFeatureSource | None = None,
@@ -96,8 +93,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self.generation_context = generation_context
         self.on_nonfinite_loss = on_nonfinite_loss
         self.complete_saved_folder = complete_saved_folder
-        self.processes = processes
-        self.write_record = write_record
+        self.write_records = write_records
         self.termination = termination or Termination()
         self.max_tokens_per_pass = max_tokens_per_pass
         self.images = images
@@ -408,8 +404,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             self.state.save_to_json(
                 str(staged / STATE_FILE)
             )  # again: it now names the best checkpoint by its final path
-            write_processes(staged, self.processes)
-            self.write_record(staged)
+            self.write_records(staged)
             publish(staged, output_dir)
             self._remove_old_checkpoints()
 
