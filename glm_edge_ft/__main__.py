@@ -24,7 +24,7 @@ from glm_edge_ft.deploy.chat import ChatRequest, chat
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
 from glm_edge_ft.deploy.export_gguf import TYPES, ExportRequest, export_gguf
 from glm_edge_ft.deploy.merge import Format, MergeRequest, merge
-from glm_edge_ft.environment import check_launcher, forget_launcher
+from glm_edge_ft.distributed import check_launcher, unset_launcher_variables
 from glm_edge_ft.files import expand_home
 from glm_edge_ft.report import report
 
@@ -68,7 +68,7 @@ def path_argument(metavar: str, text: str) -> Any:
 def main() -> None:
     """Work as one process, also where some of a launcher's variables were left in the environment."""
     if check_launcher():
-        forget_launcher()
+        unset_launcher_variables()
 
 
 @app.command("chat")

@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from glm_edge_ft import recipe
-from glm_edge_ft.console import is_main_process, is_unicode, prepare_streams, show_failure, show_problems
+from glm_edge_ft.console import is_unicode, prepare_streams, show_failure, show_problems
+from glm_edge_ft.distributed import is_main_process, report_failure
 from glm_edge_ft.errors import (
     EXIT_DONE,
     EXIT_UNEXPECTED,
@@ -25,7 +26,6 @@ from glm_edge_ft.errors import (
     shorten,
 )
 from glm_edge_ft.files import expand_home
-from glm_edge_ft.machines import tell_failure
 from glm_edge_ft.run import RunRequest
 from glm_edge_ft.training.termination import Terminated, end_helper_processes
 
@@ -191,6 +191,6 @@ def _refuse_undecodable(arguments: Sequence[str]) -> None:
 
 def _show_end(text: str) -> None:
     """Print what a signal did; it reaches all ranks of a machine."""
-    tell_failure(text)
     if is_main_process():
         print(text, file=sys.stderr, flush=True)
+    report_failure()

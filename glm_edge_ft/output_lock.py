@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from glm_edge_ft.console import is_main_process
+from glm_edge_ft.distributed import is_main_process
 from glm_edge_ft.errors import UserError
 
 LOCK_FILE = ".lock"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from glm_edge_ft.checks.arguments import tokens_per_pass
 from glm_edge_ft.checks.disk import advise_on_disk, look_at_disk
+from glm_edge_ft.checks.machines import check_same_on_all_machines
 from glm_edge_ft.checks.preflight import check_inputs, prepare, processes_of
 from glm_edge_ft.checks.processes import write_processes
 from glm_edge_ft.checks.summary import (
@@ -29,13 +30,19 @@ from glm_edge_ft.checks.summary import (
     write_json,
     write_run_record,
 )
-from glm_edge_ft.console import is_main_process, quiet_libraries, show, show_notice
+from glm_edge_ft.console import quiet_libraries, show, show_notice
 from glm_edge_ft.data.feature_cache import open_image_features
-from glm_edge_ft.distributed import keep_deepspeed_out, settle_gpus, start_deepspeed
+from glm_edge_ft.distributed import (
+    barrier,
+    close_control_group,
+    connect_machines,
+    explain_peer_failure,
+    is_main_process,
+    use_one_gpu,
+)
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.failures import explain_failures
 from glm_edge_ft.files import make_folder
-from glm_edge_ft.machines import check_shared_folder, end_meetings, meet
 from glm_edge_ft.output_lock import hold_output_dir
 from glm_edge_ft.run import Plan, Prepared, RunRequest, build_collator, build_generation_context, load_evaluations
 from glm_edge_ft.training.checkpoints import (
@@ -43,11 +50,12 @@ from glm_edge_ft.training.checkpoints import (
     METRICS_FILE,
     PREDICTIONS_FOLDER,
     RUN_RECORD,
+    how_to_go_on,
     remove_unfinished,
     set_aside,
     set_aside_earlier_run,
 )
-from glm_edge_ft.training.lost_process import explain_lost_process
+from glm_edge_ft.training.deepspeed import init_deepspeed, skip_deepspeed_import
 from glm_edge_ft.training.termination import Terminated, Termination
 
 if TYPE_CHECKING:
@@ -74,9 +82,11 @@ def run(request: RunRequest) -> None:
         quiet_libraries()
         if notice := note_untested_versions(read_versions()):
             show_notice(notice)
-        settle_gpus(plan.config.training_args)
+        if notice := use_one_gpu(plan.config.training_args):
+            show_notice(notice)
+        connect_machines(plan.config.training_args.get("ddp_timeout", 1800))
         prepared = prepare(plan)
-        meet("the end of the preparations")
+        barrier()
         if request.check:
             show_check(prepared)
         if request.preview is not None:
@@ -107,9 +117,9 @@ def train(prepared: Prepared, termination: Termination) -> None:
     with hold_output_dir(plan.output_dir):
         rows = {split: [len(data), zlib.crc32(data.lengths.tobytes())] for split, data in prepared.datasets.items()}
         rows |= {f"prompts of {split}": [len(data.prompts)] for split, data in evaluations.items()}
-        check_shared_folder(plan.output_dir, plan.resume.path.name if plan.resume.path else None, rows)
-        end_meetings()
-        with explain_lost_process(plan.output_dir):
+        with explain_peer_failure(functools.partial(how_to_go_on, plan.output_dir, on_all_machines=True)):
+            check_same_on_all_machines(plan.output_dir, plan.resume.path.name if plan.resume.path else None, rows)
+            close_control_group()
             train_together(prepared, evaluations, termination)
 
 
@@ -133,10 +143,10 @@ def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], t
     try:
         train_and_evaluate(trainer, plan, evaluations)
     except Terminated:  # in all processes alike
-        leave_together(trainer)
+        destroy_process_group(trainer)
         raise
     show_results(trainer, plan)
-    leave_together(trainer)
+    destroy_process_group(trainer)
     if trainer.images is not None:
         trainer.images.remove()
 
@@ -168,7 +178,7 @@ def train_and_evaluate(trainer: GlmEdgeTrainer, plan: Plan, evaluations: Mapping
         ) from None
 
 
-def leave_together(trainer: GlmEdgeTrainer) -> None:
+def destroy_process_group(trainer: GlmEdgeTrainer) -> None:
     """End the process group; a rank that leaves it early can hang, or end with an abort."""
     trainer.accelerator.wait_for_everyone()
     trainer.end()
@@ -213,7 +223,7 @@ def build_trainer(
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
     config, checkpoint, args = prepared.plan.config, prepared.checkpoint, prepared.training_arguments
-    start_deepspeed() if args.deepspeed else keep_deepspeed_out()
+    init_deepspeed() if args.deepspeed else skip_deepspeed_import()
     base = load_weights(checkpoint, getattr(torch, prepared.precision.weights), config.quantization, args.device)
     use_attention(base, attention_of(prepared))
     install_supervised_loss(base, label_smoothing=args.label_smoothing_factor)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from glm_edge_ft.console import is_main_process, show_notice, show_notice_of_any
+from glm_edge_ft.console import show_notice, show_notice_once
+from glm_edge_ft.distributed import is_main_process
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,7 @@ def build_collator(
     text = PackedCollator() if form == "packed" else PaddedCollator(pad_token_id, form)
     if prepared.image_processor is None:
         return text
-    skip = show_notice_of_any if prepared.plan.config.on_bad_image == "skip" else None
+    skip = show_notice_once if prepared.plan.config.on_bad_image == "skip" else None
     store = images.store if isinstance(images, ImageFeatures) else None
     emit_uint8 = images is not None and scales_bytes(prepared.image_processor)
     return VisionCollator(text, prepared.image_processor, store, skip, emit_uint8)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "glm_edge_ft"
 # What holds today; lower a number with the change that makes it smaller. The goal stands beside it.
 MOST_LINES = 21_340  # 13,500
 MOST_MODULES = 127  # 80
-MOST_FILES_AT_THE_ROOT = 15  # 10
+MOST_FILES_AT_THE_ROOT = 11  # 10
 MOST_PROBES = 63  # 13, 1 in 1,000 lines: calls of getattr and hasattr
 MOST_UPWARD_IMPORTS = 8  # 0
 MOST_CIRCLES = 1  # 0
@@ -26,7 +26,7 @@ MOST_MUTUAL_ROOMS = 5  # 0
 
 # From low to high: a room imports from its own row and the rows above it here.
 LEVELS = (
-    {"errors", "files", "console", "distributed", "environment", "machines", "node"},
+    {"errors", "files", "console", "distributed"},
     {"config"},
     {"data", "model", "training"},
     {"run"},

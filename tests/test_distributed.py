@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from glm_edge_ft import distributed
 from glm_edge_ft.config.deepspeed import USED
-from glm_edge_ft.distributed import check_deepspeed_values, wait_for_compilations
 from glm_edge_ft.errors import UserError
+from glm_edge_ft.training import deepspeed
+from glm_edge_ft.training.deepspeed import check_deepspeed_values, wait_for_compilations
 from tests.launch import REPOSITORY, launch, start_script
 from tests.runs import do_run, losses, write_config
 
@@ -72,7 +72,7 @@ def test_a_compilation_that_goes_on_is_waited_for_until_its_process_is_gone(
 ) -> None:
     """K6: the message names the process; when it is killed, its lock counts as left behind, however new."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(distributed, "SECONDS_TO_SEE_A_LOCK", 0.0)
+    monkeypatch.setattr(deepspeed, "SECONDS_TO_SEE_A_LOCK", 0.0)
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
@@ -165,17 +165,15 @@ def test_a_rank_that_fails_alone_ends_all_with_its_message(tmp_path: Path, kind:
 
 SILENT_SCRIPT = """
 import os, time, typer
-from pathlib import Path
 from glm_edge_ft.cli import run_command
-from glm_edge_ft.distributed import join_group_on_cpu
-from glm_edge_ft.training.lost_process import explain_lost_process
+from glm_edge_ft.distributed import explain_peer_failure, init_cpu_process_group
 
 def act():
     import torch
-    join_group_on_cpu(None, 3)
+    init_cpu_process_group(None, 3)
     if os.environ["RANK"] == "1":
         time.sleep(3600)
-    with explain_lost_process(Path("output")):
+    with explain_peer_failure(lambda: "start again"):
         torch.distributed.barrier()
 
 app = typer.Typer()

@@ -13,8 +13,7 @@ import torch
 
 from glm_edge_ft.__main__ import main
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
-from glm_edge_ft.distributed import settle_gpus
-from glm_edge_ft.environment import Launch, check_launcher, drop_settings, launch
+from glm_edge_ft.distributed import Launch, check_launcher, launch, unset_overriding_variables, use_one_gpu
 from glm_edge_ft.errors import UserError
 from tests.launch import REPOSITORY
 from tests.runs import write_config
@@ -160,7 +159,7 @@ def test_which_gpus_a_process_sees(
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    settle_gpus({})
+    use_one_gpu({})
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
 
 
@@ -169,9 +168,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     set_variables(monkeypatch, WHOLE | {"LOCAL_WORLD_SIZE": "4"})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    settle_gpus({"use_cpu": True})
+    use_one_gpu({"use_cpu": True})
     with pytest.raises(UserError, match="4 processes were started on a machine with 2 GPUs"):
-        settle_gpus({})
+        use_one_gpu({})
 
 
 def test_variables_that_only_name_the_machine_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,4 +183,4 @@ def test_variables_that_only_name_the_machine_stay(monkeypatch: pytest.MonkeyPat
     }
     for name, value in kept.items():
         monkeypatch.setenv(name, value)
-    assert not set(kept) & {text.partition("=")[0] for text in drop_settings()}
+    assert not set(kept) & {text.partition("=")[0] for text in unset_overriding_variables()}

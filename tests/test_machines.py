@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from glm_edge_ft import machines
-from glm_edge_ft.errors import ProcessLost, UserError
+from glm_edge_ft.checks.machines import MachineState, check_same_on_all_machines, compare_machines
+from glm_edge_ft.distributed import barrier, connect_machines, explain_peer_failure, report_failure
+from glm_edge_ft.errors import Problem, ProcessLost, UserError
 from glm_edge_ft.training.checkpoints import find_checkpoints
-from glm_edge_ft.training.lost_process import explain_lost_process
 from tests.conftest import TokenizerMaker
 from tests.launch import REPOSITORY, Started, end_all, launch, start_machines
 from tests.model_folders import save_model_folder
 from tests.runs import LORA, assert_close, assert_same_bits, do_run, losses, write_chat_data, write_config
 
-# The second machine finds a mistake in its input, or has a folder of its own, while the first waits for it.
-MEETING_SCRIPT = """
+# The second machine finds an error in its input, dies, or has a folder of its own, while the first waits for it.
+BARRIER_SCRIPT = """
 import os, sys, typer
 from pathlib import Path
-from glm_edge_ft import machines
+from glm_edge_ft.checks import machines
 from glm_edge_ft.cli import run_command
+from glm_edge_ft.distributed import barrier, connect_machines, init_cpu_process_group
 from glm_edge_ft.errors import UserError
 
 machines.SECONDS_TO_SEE_A_FILE = 1
 
 def act():
-    if sys.argv[1] == "input" and os.environ["RANK"] == "1":
+    kind, is_second = sys.argv[1], os.environ["RANK"] == "1"
+    if kind == "input" and is_second:
         raise UserError.single("MODEL glm", "there is no such folder", "copy it there")
-    machines.meet("the end of the preparations")
-    machines.check_shared_folder(Path(sys.argv[2]), None, {})
+    connect_machines(60)
+    barrier()
+    if kind == "rows" and is_second:
+        raise UserError.single("train.jsonl:7", "is no row", "correct it")
+    if kind == "dies" and is_second:
+        os.kill(os.getpid(), 9)
+    barrier()
+    init_cpu_process_group(None, 60)
+    machines.check_same_on_all_machines(Path(sys.argv[2]), None, {})
     print("all are here")
 
 app = typer.Typer()
@@ -40,10 +50,10 @@ app()
 """
 
 
-def hold_meeting(folder: Path, kind: str, output_dirs: tuple[Path, Path]) -> list[str]:
-    """Run MEETING_SCRIPT on two machines with these output folders, and return what each printed."""
+def meet(folder: Path, kind: str, output_dirs: tuple[Path, Path]) -> list[str]:
+    """Run BARRIER_SCRIPT on two machines with these output folders, and return what each printed."""
     script = folder / "meeting.py"
-    script.write_text(MEETING_SCRIPT, encoding="utf-8")
+    script.write_text(BARRIER_SCRIPT, encoding="utf-8")
     for output in output_dirs:
         output.mkdir(exist_ok=True)
     arguments = [[kind, str(output)] for output in output_dirs]
@@ -51,49 +61,63 @@ def hold_meeting(folder: Path, kind: str, output_dirs: tuple[Path, Path]) -> lis
     return end_all(runs, code=1)  # torchrun's own
 
 
-def test_a_mistake_on_one_machine_ends_the_others_with_its_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "problem"), [("input", "MODEL glm: there is no such folder"), ("rows", "train.jsonl:7: is no row")]
+)
+def test_an_error_on_one_machine_ends_the_others_at_once(tmp_path: Path, kind: str, problem: str) -> None:
     """T7: they would wait for it in a collective for half an hour; torchrun knows of its own machine alone."""
-    said = sorted(hold_meeting(tmp_path, "input", (tmp_path / "a", tmp_path / "a")))
-    mistake = "error: 1 problem in the input\nMODEL glm: there is no such folder\n"
-    assert [text.count(mistake) for text in said] == [1, 1]
-    assert [text.count(f", failed:\n{mistake}") for text in said] == [0, 1]
-    assert said[1].startswith("stopped: process 1, on machine ")
+    said = meet(tmp_path, kind, (tmp_path / "a", tmp_path / "a"))
+    assert sorted(text.count(f"error: 1 problem in the input\n{problem}\n") for text in said) == [0, 1]
+    assert sorted(text.count("stopped: process 1 of 2 failed; its output, perhaps on ") for text in said) == [0, 1]
+
+
+def test_a_process_that_dies_ends_the_others_at_once(tmp_path: Path) -> None:
+    """T7: it could say nothing; the connection to it is closed."""
+    said = meet(tmp_path, "dies", (tmp_path / "a", tmp_path / "a"))
+    assert sorted(text.count("stopped: another process of the run is gone, or does not") for text in said) == [0, 1]
 
 
 def test_an_output_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
-    """R3: each process lays its part of a checkpoint there, and looks for it there."""
-    for said in hold_meeting(tmp_path, "folder", (tmp_path / "a", tmp_path / "b")):
+    """R3: each process writes its part of a checkpoint there, and looks for it there."""
+    for said in meet(tmp_path, "folder", (tmp_path / "a", tmp_path / "b")):
         assert "where process 0 writes\n    -> name a folder that all machines share" in said
     assert [list(folder.iterdir()) for folder in (tmp_path / "a", tmp_path / "b")] == [[], []]
 
 
-def test_another_checkpoint_than_that_of_the_first_process_is_refused(tmp_path: Path) -> None:
-    """R3: a network folder may show the newest one late; the machines would train from different steps."""
-    (tmp_path / "mark").touch()
-    first = {"machine": "one", "mark": "mark", "resume": "checkpoint-4"}
-    machines._compare_folders(tmp_path, "checkpoint-4", first)
-    with pytest.raises(UserError, match=r"found no checkpoint in .*, machine one checkpoint-4\n    -> start again"):
-        machines._compare_folders(tmp_path, None, first)
+FIRST = MachineState("one", "checkpoint-4", {"train": [1204, 7], "val": [5, 3]}, sees_folder=True)
 
 
-def test_other_rows_than_those_of_the_first_process_are_refused() -> None:
-    """K1, T3: machines with other numbers of rows would take other numbers of steps, and wait without end."""
-    first = {"machine": "one", "rows": {"train": [1204, 7], "val": [5, 3]}}
-    machines._compare_rows({"train": [1204, 7], "val": [5, 3]}, first)
-    with pytest.raises(UserError) as caught:
-        machines._compare_rows({"train": [1203, 8], "val": [5, 4]}, first)
-    assert [problem.where for problem in caught.value.problems] == ["DATA_DIR: train", "DATA_DIR: val"]
-    assert "1,203 rows on machine " in caught.value.problems[0].what
-    assert ", 1,204 on machine one" in caught.value.problems[0].what
+@pytest.mark.parametrize(
+    ("changes", "places", "text"),
+    [
+        ({}, [], ""),
+        ({"resume": None}, ["RESUME"], "machine two found no checkpoint in out, machine one checkpoint-4"),
+        (
+            {"rows": {"train": [1203, 8], "val": [5, 4]}},
+            ["DATA_DIR: train", "DATA_DIR: val"],
+            "1,203 rows on machine two, 1,204 on machine one",
+        ),
+    ],
+)
+def test_machines_that_differ_are_refused(changes: dict[str, Any], places: list[str], text: str) -> None:
+    """R3, K1, T3: a network folder may show the newest checkpoint late; other rows would be other steps."""
+    problems: tuple[Problem, ...] = ()
+    try:
+        compare_machines([FIRST, replace(FIRST, machine="two", **changes)], Path("out"))
+    except UserError as error:
+        problems = error.problems
+    assert [problem.where for problem in problems] == places
+    assert text in "".join(problem.what for problem in problems)
 
 
 def test_one_machine_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """T7: torchrun itself ends all its processes; no connection is made."""
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    machines.meet("nowhere")
-    machines.tell_failure("nothing")
-    machines.check_shared_folder(tmp_path, None, {})
+    connect_machines(1)
+    barrier()
+    report_failure()
+    check_same_on_all_machines(tmp_path, None, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,20 +127,19 @@ GLOO = (
 )
 
 
-def test_a_closed_connection_is_explained(tmp_path: Path) -> None:
-    """T7, R1: what happened, and that there is nothing to go on from."""
-    with pytest.raises(ProcessLost) as caught, explain_lost_process(tmp_path):
+def test_a_closed_connection_is_explained() -> None:
+    """T7, R1: what happened, and what to do."""
+    with pytest.raises(ProcessLost) as caught, explain_peer_failure(lambda: "start again"):
         raise RuntimeError(GLOO)
     assert str(caught.value) == (
-        "another process of the run is gone, or does not answer (Connection closed by peer [10.0.0.2]:5); why, its own "
-        "output says, perhaps on another machine; no checkpoint was written yet, so the same command, on all machines, "
-        "starts from the beginning"
+        "another process of the run is gone, or does not answer (Connection closed by peer [10.0.0.2]:5); its output, "
+        "perhaps on another machine, says why; start again"
     )
 
 
-def test_an_error_of_this_process_stays_what_it_is(tmp_path: Path) -> None:
+def test_an_error_of_this_process_stays_what_it_is() -> None:
     """T7: it is shown with its traceback."""
-    with pytest.raises(RuntimeError, match="the size of tensor a"), explain_lost_process(tmp_path):
+    with pytest.raises(RuntimeError, match="the size of tensor a"), explain_peer_failure(lambda: ""):
         raise RuntimeError("the size of tensor a must match")
 
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
 from glm_edge_ft.console import show_notice
-from glm_edge_ft.distributed import be_group_of_one, check_deepspeed_values, join_group_on_cpu
-from glm_edge_ft.environment import count_cores
+from glm_edge_ft.distributed import barrier, count_cores, init_cpu_process_group, set_single_process_env
 from glm_edge_ft.errors import ProblemList, UserError
-from glm_edge_ft.machines import meet
+from glm_edge_ft.training.deepspeed import check_deepspeed_values
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, Seq2SeqTrainingArguments
@@ -47,7 +46,7 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
     settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), count_cores())
     if settings.get("deepspeed"):
-        be_group_of_one()
+        set_single_process_env()
         settings["deepspeed"] = complete_deepspeed(
             read_deepspeed(settings["deepspeed"]),
             has_gpu=on_gpu,
@@ -57,9 +56,9 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
         _refuse_deepspeed_values(plan, settings["deepspeed"])
     if plan.resume.path is not None:
         settings["eval_on_start"] = False  # the base model was evaluated when the run began
-    meet("the start of the process group")
+    barrier()
     if settings.get("use_cpu"):
-        join_group_on_cpu(settings.get("ddp_backend"), settings.get("ddp_timeout", 1800))
+        init_cpu_process_group(settings.get("ddp_backend"), settings.get("ddp_timeout", 1800))
     try:
         args = Seq2SeqTrainingArguments(**settings)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.checks.arguments import tokens_per_pass
-from glm_edge_ft.environment import launch
+from glm_edge_ft.distributed import launch
 from glm_edge_ft.files import format_bytes
 
 if TYPE_CHECKING:

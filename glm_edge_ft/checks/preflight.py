@@ -28,14 +28,13 @@ from glm_edge_ft.checks.trial import check_generation, check_ids, check_training
 from glm_edge_ft.checks.vision import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.config.deepspeed import read_deepspeed
-from glm_edge_ft.console import is_main_process, show_notice
-from glm_edge_ft.environment import check_launcher, launch
+from glm_edge_ft.console import show_notice
+from glm_edge_ft.distributed import check_launcher, is_local_main_process, is_main_process, launch, poll
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.files import can_be_made, expand_home
 from glm_edge_ft.model.checkpoint import ModelLocation
 from glm_edge_ft.model.loading import locate_model
 from glm_edge_ft.model.quantization import is_installed, not_installed
-from glm_edge_ft.node import is_first_of_node, wait_for
 from glm_edge_ft.run import Plan, Prepared, RunRequest
 from glm_edge_ft.training.checkpoints import RUN_RECORD, ResumePlan, find_checkpoints, resolve_resume
 
@@ -266,9 +265,9 @@ def _encode(path: Path, encoder: ConversationEncoder, config: RunConfig, opens_i
     from glm_edge_ft.data.dataset import build_dataset, dataset_folder, open_if_whole
     from glm_edge_ft.data.image_check import ImageCheck
 
-    if not is_first_of_node():
+    if not is_local_main_process():
         folder = dataset_folder([path], encoder)
-        return wait_for(lambda: open_if_whole(folder))
+        return poll(lambda: open_if_whole(folder))
     progress = is_main_process()
     check = ImageCheck(config.on_bad_image, progress).problems_of if opens_images else None
     dataset, notices = build_dataset(

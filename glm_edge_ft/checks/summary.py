@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.checks.disk import advise_on_disk, describe_disk, disk_facts, look_at_disk
 from glm_edge_ft.checks.memory import advise, describe_memory, look_at_memory, memory_facts, run_memory_facts
-from glm_edge_ft.console import is_main_process, show, show_notice
+from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.distributed import is_main_process
 from glm_edge_ft.files import format_bytes, write_text_atomically
 from glm_edge_ft.model.weight_files import weights_fingerprint
 from glm_edge_ft.training.checkpoints import RUN_RECORD

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config.values import shown
-from glm_edge_ft.console import is_main_process, show_notice
+from glm_edge_ft.console import show_notice
+from glm_edge_ft.distributed import is_main_process
 from glm_edge_ft.errors import ProblemList, UserError
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.console import is_main_process, show_notice
+from glm_edge_ft.console import show_notice
+from glm_edge_ft.distributed import compute_on_local_main, is_main_process
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.node import shared_on_node
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +97,7 @@ def check_images(
     from glm_edge_ft.data.image_check import ImageCheck
 
     check = ImageCheck(config.on_bad_image, progress=is_main_process())
-    bad = shared_on_node("images", default_cache_dir() / "checks", lambda: check.find_bad(datasets))
+    bad = compute_on_local_main("images", default_cache_dir() / "checks", lambda: check.find_bad(datasets))
     check.take_over(datasets, bad)
     kept, notices = check.of_datasets(datasets)
     for notice in notices:

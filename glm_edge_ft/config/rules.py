@@ -15,7 +15,7 @@ from glm_edge_ft.config.draft import PEFT, TRAINING, Draft
 from glm_edge_ft.config.schema import PEFT_TYPES, reporting_integrations
 from glm_edge_ft.config.unsupported import check_generation, check_unsupported_peft, check_unsupported_training
 from glm_edge_ft.config.values import shown
-from glm_edge_ft.environment import launch
+from glm_edge_ft.distributed import launch
 from glm_edge_ft.files import did_you_mean, expand_home
 
 # Where the file is silent, this toolkit chooses otherwise than transformers:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.checks.arguments import rows_per_step
 from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.distributed import is_local_main_process
 from glm_edge_ft.files import format_bytes, free_bytes
-from glm_edge_ft.node import is_first_of_node
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class ImageFeatures:
 
     def remove(self) -> None:
         """Remove what is kept; the run has ended."""
-        if is_first_of_node():
+        if is_local_main_process():
             self.store.remove()
 
 
@@ -138,7 +138,7 @@ def open_image_features(
     shape = (model.config.tokens_per_image, model.config.hidden_size)
     record_bytes = shape[0] * shape[1] * dtype.itemsize
     folder = default_cache_dir() / FEATURES_FOLDER
-    if is_first_of_node():
+    if is_local_main_process():
         remove_abandoned(folder)
     if not images or not _has_room(folder, len(images) * record_bytes):
         return None

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from glm_edge_ft.environment import count_cores
+from glm_edge_ft.distributed import count_cores
 from glm_edge_ft.errors import Problem, UserError, shorten
 from glm_edge_ft.files import LFS_POINTER, expand_home
 

@@ -23,7 +23,7 @@ from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.encoding import ConversationEncoder, DroppedRow, EncodedRow
 from glm_edge_ft.data.parts import claimed_pictures
 from glm_edge_ft.data.rows import RawRow
-from glm_edge_ft.environment import count_cores
+from glm_edge_ft.distributed import count_cores
 from glm_edge_ft.errors import Problem, RunStopped, UserError, elide
 
 CHUNK_ROWS = 256

@@ -19,7 +19,7 @@ from glm_edge_ft.console import quiet_libraries, show, show_notice
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_file, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
-from glm_edge_ft.environment import launch
+from glm_edge_ft.distributed import launch
 from glm_edge_ft.errors import Problem, ProblemList, UserError
 from glm_edge_ft.files import DATA_SUFFIXES, can_be_made, did_you_mean, expand_home, make_folder
 from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG

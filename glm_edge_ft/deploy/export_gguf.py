@@ -21,9 +21,9 @@ from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, 
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
-from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.files import atomic_path, can_be_made
+from glm_edge_ft.training.deepspeed import skip_deepspeed_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ def export_gguf(request: ExportRequest) -> None:
     generation = (settings_of_run(source) or default_settings()).generation_config
     _show_what_is_left(generation)
     quiet_libraries()
-    keep_deepspeed_out()
+    skip_deepspeed_import()
     checkpoint = open_checkpoint(source)
     vocabulary = _check_model(source, checkpoint)
     parts = _parts(request, source, checkpoint, vocabulary)

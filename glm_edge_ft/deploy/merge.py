@@ -10,9 +10,9 @@ from glm_edge_ft.console import quiet_libraries, show, show_notice
 from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
-from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.files import atomic_path, can_be_made
+from glm_edge_ft.training.deepspeed import skip_deepspeed_import
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def merge(request: MergeRequest) -> None:
     """
     source = _check(request)
     quiet_libraries()
-    keep_deepspeed_out()
+    skip_deepspeed_import()
     checkpoint = open_checkpoint(source)
     check_not_quantized(source, checkpoint)
     model = load_merged(checkpoint, quantization_of_run(source))

@@ -10,11 +10,11 @@ from glm_edge_ft.checks.preflight import prepare
 from glm_edge_ft.config import RunConfig
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.deploy.source import Source
-from glm_edge_ft.distributed import keep_deepspeed_out
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.quantization import REQUIREMENT, is_installed
 from glm_edge_ft.run import Plan, Prepared, RunRequest
 from glm_edge_ft.training.checkpoints import ResumePlan
+from glm_edge_ft.training.deepspeed import skip_deepspeed_import
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def load_model(prepared: Prepared) -> PreTrainedModel | PeftModel:
     from glm_edge_ft.model.loading import load_weights
     from glm_edge_ft.model.saved_adapter import load_adapter
 
-    keep_deepspeed_out()
+    skip_deepspeed_import()
     adapter = prepared.plan.location.adapter
     quantization, device = prepared.plan.config.quantization, prepared.training_arguments.device
     model = load_weights(prepared.checkpoint, _weights_format(prepared), quantization, device)

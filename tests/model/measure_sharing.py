@@ -18,9 +18,9 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
-from glm_edge_ft.distributed import start_deepspeed
 from glm_edge_ft.model.activations import BatchShape
 from glm_edge_ft.model.loading import load_weights, locate_model, read_checkpoint
+from glm_edge_ft.training.deepspeed import init_deepspeed
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.model.measure_memory import make_batch, memory_status, reset_peak
 
@@ -46,7 +46,7 @@ def measure(model_folder: str, deepspeed_file: str, output: Path) -> dict[str, i
     if settings is None:
         import deepspeed.comm  # noqa: F401  # so that all processes have imported the same
     else:
-        start_deepspeed()
+        init_deepspeed()
     checkpoint = read_checkpoint(locate_model(model_folder))
     reset_peak()
     before = memory_status("VmRSS")
