@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from glm_edge_ft.cli import Overrides, run_command
+from glm_edge_ft.cli import Overrides, argument, option, run_command
 from glm_edge_ft.console import show
 from glm_edge_ft.data.convert import convert_file
 from glm_edge_ft.data.convert_formats import READERS
@@ -33,35 +33,23 @@ app = typer.Typer(
     add_completion=False, rich_markup_mode=None, no_args_is_help=True, context_settings=HELP, help=__doc__
 )
 
-SOURCE = "MODEL_OR_CHECKPOINT"
-SOURCE_HELP = (
+SOURCE = (
     "Output folder of a run, one of its checkpoints such as output/demo/checkpoint-240, an adapter's or a model's "
     "folder, a hub id, or an embedded model: glm-edge-nano, glm-edge-v-nano."
 )
-Source = Annotated[str, typer.Argument(metavar=SOURCE, help=SOURCE_HELP, show_default=False)]
-Sources = Annotated[
-    list[str],
-    typer.Argument(metavar=f"{SOURCE}...", help=f"One or more, for a table. {SOURCE_HELP}", show_default=False),
-]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        "--base",
-        metavar="MODEL",
-        help="The model below an adapter, where it is not the one that the adapter names, e.g. --base glm-edge-nano.",
-        show_default=False,
-    ),
-]
-
-
-def option(flag: str, metavar: str, text: str, **limits: Any) -> Any:
-    """Return an option without a default."""
-    return typer.Option(flag, metavar=metavar, help=text, show_default=False, **limits)
+BASE = "The model below an adapter, where it is not the one that the adapter names, e.g. --base glm-edge-nano."
+Source = Annotated[str, argument("MODEL_OR_CHECKPOINT", SOURCE)]
+Base = Annotated[str | None, option("--base", "MODEL", BASE)]
 
 
 def path_argument(metavar: str, text: str) -> Any:
     """Return an argument that is a path."""
-    return typer.Argument(metavar=metavar, help=text, show_default=False, parser=expand_home)
+    return argument(metavar, text, parser=expand_home)
+
+
+def path_option(flag: str, metavar: str, text: str, show_default: bool = False) -> Any:
+    """Return an option that is a path."""
+    return option(flag, metavar, text, show_default, parser=expand_home)
 
 
 @app.callback()
@@ -75,14 +63,14 @@ def main() -> None:
 def chat_command(
     model: Source,
     base: Base = None,
-    image: Annotated[str | None, option("--image", "PATH", "A picture beside the first question.")] = None,
+    image: Annotated[str | None, option("--image", "PATH", "An image beside the first question.")] = None,
     system: Annotated[str | None, option("--system", "TEXT", "A system turn before all others.")] = None,
     prompt: Annotated[
         str | None, option("--prompt", "TEXT", "Print the answer to this one question, and nothing else, and end.")
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        option("--max-new-tokens", "N", "Longest reply, in tokens; the run's own, or 512, if not given.", min=1),
+        option("--max-new-tokens", "N", "Longest reply, in tokens; the run's own, or 512, by default.", min=1),
     ] = None,
     temperature: Annotated[
         float | None, option("--temperature", "T", "Sample, with this temperature; 0: no sampling.", min=0.0)
@@ -105,7 +93,7 @@ def chat_command(
         python -m glm_edge_ft chat output/demo
     One answer for a script:
         python -m glm_edge_ft chat output/demo/checkpoint-120 --prompt "Hello"
-    About a picture:
+    About an image:
         python -m glm_edge_ft chat output/demo_vision --image dog.jpg
 
     A run's model answers with the generation settings of its run, any other greedily, unless options say otherwise.
@@ -124,20 +112,15 @@ def chat_command(
 @app.command("evaluate")
 def evaluate_command(
     data_file: Annotated[Path, path_argument("DATA_FILE", "Conversations, e.g. data/demo/test.jsonl.")],
-    models: Sources,
+    models: Annotated[list[str], argument("MODEL_OR_CHECKPOINT...", f"One or more, for a table. {SOURCE}")],
     config: Annotated[
         Path | None,
-        option(
-            "--config",
-            "YAML",
-            "Settings to measure with; otherwise those of the first run among the models.",
-            parser=expand_home,
-        ),
+        path_option("--config", "YAML", "Settings to measure with; otherwise those of the first run among the models."),
     ] = None,
     overrides: Overrides = None,
     base: Base = None,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where metrics.jsonl and predictions/ go.", parser=expand_home)
+        Path, path_option("--out", "DIR", "Where metrics.jsonl and predictions/ go.", show_default=True)
     ] = Path("output/evaluate"),
 ) -> None:
     """Measure models on a data file: loss, ROUGE, BLEU and exact match, as a run's own evaluation does.
@@ -156,8 +139,7 @@ def evaluate_command(
 def report_command(
     output_dirs: Annotated[list[Path], path_argument("OUTPUT_DIR...", "Output folders of runs, e.g. output/demo.")],
     out: Annotated[
-        Path | None,
-        option("--out", "PAGE.html", "The page; report.html in the first folder if not given.", parser=expand_home),
+        Path | None, path_option("--out", "PAGE.html", "The page; report.html in the first folder by default.")
     ] = None,
     language: Annotated[
         str, typer.Option("--language", metavar="en|zh|both", help="Of the labels; both: with a switch on the page.")
@@ -176,19 +158,14 @@ def report_command(
 
 @app.command("merge")
 def merge_command(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            metavar="CHECKPOINT", help="Folder of a LoRA adapter: a run's output, or a checkpoint.", show_default=False
-        ),
-    ],
+    checkpoint: Annotated[str, argument("CHECKPOINT", "Folder of a LoRA adapter: a run's output, or a checkpoint.")],
     out_dir: Annotated[Path, path_argument("OUT_DIR", "Where the merged model goes: a new folder.")],
     base: Base = None,
     dtype: Annotated[
         Format | None, option("--dtype", "FORMAT", "float32, bfloat16 or float16; the base model's if not given.")
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest size of one weight file.")
+        str, option("--max-shard-size", "SIZE", "Largest size of one weight file.", True)
     ] = "5GB",
 ) -> None:
     """Merge a LoRA adapter into its base model: a folder that loads like the base model, with nothing of PEFT in it.
@@ -207,12 +184,7 @@ def export_gguf_command(
     model: Source,
     out: Annotated[Path, path_argument("OUT.gguf", "The new file; nothing is written over.")],
     kind: Annotated[
-        str,
-        typer.Option(
-            "--type",
-            metavar="|".join(TYPES),
-            help="Number format of the matrices: f32 is exact, q8_0 the smallest.",
-        ),
+        str, option("--type", "|".join(TYPES), "Number format of the matrices: f32 is exact, q8_0 the smallest.", True)
     ] = "f16",
     base: Base = None,
 ) -> None:
@@ -233,8 +205,7 @@ def convert_command(
     target: Annotated[Path, path_argument("OUT.jsonl", "The new file; nothing is written over.")],
     form: Annotated[str, typer.Option("--from", metavar="FORMAT", help=f"One of {', '.join(READERS)}.")],
     images: Annotated[
-        Path | None,
-        option("--images", "DIR", "Where the paths of images start; INPUT's folder if not given.", parser=expand_home),
+        Path | None, path_option("--images", "DIR", "Where the paths of images start; INPUT's folder by default.")
     ] = None,
 ) -> None:
     """Turn another tool's data file into conversations to train on, and say which rows could not be converted.
@@ -242,7 +213,7 @@ def convert_command(
     \b
     Instructions and outputs:
         python -m glm_edge_ft convert alpaca.json data/mine/train.jsonl --from alpaca
-    Questions about pictures, which lie in a folder of their own:
+    Questions about images, which are in a folder of their own:
         python -m glm_edge_ft convert llava.json data/pictures/train.jsonl --from llava --images coco/train2017
     """
     run_command(lambda: show("\n".join(convert_file(source, target, form, images).lines(target))))

@@ -1,4 +1,4 @@
-"""What the scripts share: arguments, exit codes, how errors are shown. Light: `--help` answers in under a second."""
+"""Arguments and exit codes of all commands, and how errors are shown; `--help` answers in under a second."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,121 +29,72 @@ from glm_edge_ft.files import expand_home
 from glm_edge_ft.run import RunRequest
 from glm_edge_ft.training.termination import Terminated, end_helper_processes
 
-DataDir = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DATA_DIR",
-        parser=expand_home,
-        help="Folder of the data files that the config names, e.g. data/demo with train.jsonl and dev.jsonl.",
-        show_default=False,
-    ),
-]
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Folder of a model, a hub id such as THUDM/glm-edge-1.5b-chat or THUDM/glm-edge-v-2b, or an embedded "
-        "model: glm-edge-nano, glm-edge-v-nano.",
-        show_default=False,
-    ),
-]
-Config = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG",
-        parser=expand_home,
-        help="YAML file with the settings of the run, e.g. configs/lora.yaml.",
-        show_default=False,
-    ),
-]
-Resume = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="RESUME",
-        help="yes: continue from the newest whole checkpoint; a number, e.g. 600: from checkpoint-600; no or nothing: "
-        "start afresh.",
-        show_default=False,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override one value of the config, e.g. --set training_args.max_steps=20. May be given several times.",
-        show_default=False,
-    ),
-]
-Check = Annotated[
-    bool,
-    typer.Option(
-        "--check",
-        help="Check everything, print the data and memory report, train nothing, e.g. "
-        "finetune.py data/demo glm-edge-nano configs/demo.yaml --check",
-    ),
-]
-Preview = Annotated[
-    int | None,
-    typer.Option(
-        "--preview",
-        metavar="N",
-        min=1,
-        help="Print the first N training rows token by token, supervised ones marked, e.g. --preview 3.",
-        show_default=False,
-    ),
-]
-JsonPath = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        metavar="PATH",
-        parser=expand_home,
-        help="With --check or --preview: write the same as JSON, e.g. --json report.json.",
-        show_default=False,
-    ),
-]
+
+def argument(metavar: str, text: str, **settings: Any) -> Any:
+    """Return a command's argument without a default."""
+    return typer.Argument(metavar=metavar, help=text, show_default=False, **settings)
+
+
+def option(flag: str, metavar: str, text: str, show_default: bool = False, **settings: Any) -> Any:
+    """Return a command's option."""
+    return typer.Option(flag, metavar=metavar, help=text, show_default=show_default, **settings)
+
+
+DATA_DIR = "Folder of the data files that the config names, e.g. data/demo with train.jsonl and dev.jsonl."
+MODEL = (
+    "Folder of a model, a hub id such as THUDM/glm-edge-1.5b-chat or THUDM/glm-edge-v-2b, or an embedded model: "
+    "glm-edge-nano, glm-edge-v-nano."
+)
+CONFIG = "YAML file with the settings of the run, e.g. configs/lora.yaml."
+RESUME = (
+    "yes: continue from the newest whole checkpoint; a number, e.g. 600: from checkpoint-600; no or nothing: start "
+    "afresh."
+)
+SET = "Override one value of the config, e.g. --set training_args.max_steps=20. May be given several times."
+CHECK = (
+    "Check everything, print the data and memory report, train nothing, e.g. "
+    "finetune.py data/demo glm-edge-nano configs/demo.yaml --check"
+)
+PREVIEW = "Print the first N training rows token by token, supervised ones marked, e.g. --preview 3."
+JSON = "With --check or --preview: write the same as JSON, e.g. --json report.json."
+Overrides = Annotated[list[str] | None, option("--set", "KEY=VALUE", SET)]
 
 
 def make_app(help_text: str, takes_images: bool) -> typer.Typer:
     """Return a script's command: its arguments and options, handed to the recipe.
 
     Args:
-        help_text: what `--help` shows; each block after a line with a backslash and a b keeps its lines.
+        help_text: what `--help` shows; a block after a line with `\\b` keeps its lines.
         takes_images: whether it trains vision models.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
     @app.command(help=help_text, context_settings={"help_option_names": ["-h", "--help"]})
     def main(
-        data_dir: DataDir,
-        model: Model,
-        config: Config,
-        resume: Resume = None,
+        data_dir: Annotated[Path, argument("DATA_DIR", DATA_DIR, parser=expand_home)],
+        model: Annotated[str, argument("MODEL", MODEL)],
+        config: Annotated[Path, argument("CONFIG", CONFIG, parser=expand_home)],
+        resume: Annotated[str | None, argument("RESUME", RESUME)] = None,
         overrides: Overrides = None,
-        check: Check = False,
-        preview: Preview = None,
-        json_path: JsonPath = None,
+        check: Annotated[bool, typer.Option("--check", help=CHECK)] = False,
+        preview: Annotated[int | None, option("--preview", "N", PREVIEW, min=1)] = None,
+        json_path: Annotated[Path | None, option("--json", "PATH", JSON, parser=expand_home)] = None,
     ) -> None:
-        """Hand the command line to the recipe."""
         overridden = tuple(overrides or ())
-        execute(RunRequest(data_dir, model, config, resume, overridden, check, preview, json_path, takes_images))
+        request = RunRequest(data_dir, model, config, resume, overridden, check, preview, json_path, takes_images)
+        again = "; the same command with `yes` at its end continues from the last checkpoint"
+        run_command(lambda: recipe.run(request), problems_end="; nothing was trained", stopped_end=again)
 
     return app
 
 
-def execute(request: RunRequest) -> None:
-    """Run the request and end the process with its exit code: 0 done, 2 the user's input is wrong, 1 anything else."""
-    again = "; the same command with `yes` at its end continues from the last checkpoint"
-    run_command(lambda: recipe.run(request), problems_end="; nothing was trained", stopped_end=again)
-
-
 def run_command(action: Callable[[], None], problems_end: str = "", stopped_end: str = "") -> None:
-    """Do `action` and end the process with its exit code, as `execute` does.
+    """Do `action` and end the process with its exit code: 0 done, 2 the user's input is wrong, 1 anything else.
 
     Args:
         action: what the command does.
-        problems_end: ends the line that counts the mistakes in the input.
-        stopped_end: ends the line that Ctrl-C gives.
+        problems_end: ends the line that counts the errors in the input.
+        stopped_end: ends the line after Ctrl-C.
     """
     prepare_streams()
     # Read when torch is imported. Threads that wait busily for one another slow a CPU run tenfold and more as soon as

@@ -6,7 +6,8 @@ when a step is complete. `cli.py` prints it on stderr and exits with code 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 EXIT_DONE = 0
@@ -75,6 +76,14 @@ class ProblemList:
     def extend(self, error: UserError) -> None:
         """Take over the problems of an error that was caught."""
         self.problems.extend(error.problems)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Take over the problems of a UserError raised inside, and go on after the block."""
+        try:
+            yield
+        except UserError as error:
+            self.extend(error)
 
     def raise_if_any(self) -> None:
         """Raise one `UserError` that lists everything noted so far; do nothing when the list is empty."""

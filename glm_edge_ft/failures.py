@@ -1,6 +1,6 @@
-"""A run that breaks off in the middle: what happened, what to change, and from where it goes on.
+"""A run that breaks off: what happened, what to change, and how to continue.
 
-What a user can do something about becomes one line; any other failure keeps its traceback, with the way to go on.
+What a user can change becomes one line; any other failure keeps its traceback, with a note on how to continue.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm_edge_ft.checks.memory import largest_batch, ways_out
+from glm_edge_ft.checks.memory import NOTHING_TO_LOWER, largest_batch, ways_out
 from glm_edge_ft.errors import ProcessLost, RunStopped, UserError
 from glm_edge_ft.files import format_bytes
 from glm_edge_ft.training.checkpoints import how_to_go_on
@@ -40,19 +40,18 @@ _FROM_LOADER = re.compile(r"\ACaught RunStopped in DataLoader .*\bRunStopped: (.
 
 @contextmanager
 def explain_failures(prepared: Prepared) -> Iterator[None]:
-    """Turn what breaks a run off inside into one line that says what to do, where that is known.
+    """Turn a failure inside into one line that says what to do, where that is known.
 
     Raises:
         RunStopped: for a full or read-only disk, a lack of memory, a loader process that died, and what the run itself
-            stopped for; with the checkpoint from which it goes on.
+            stopped for; with the checkpoint from which it continues.
     """
     try:
         yield
     except (Terminated, ProcessLost, UserError):
         raise
     except Exception as error:
-        what = what_happened(error, prepared)
-        how = how_to_go_on(prepared.plan.output_dir)
+        what, how = what_happened(error, prepared), how_to_go_on(prepared.plan.output_dir)
         if what is None:
             error.add_note(how)
             raise
@@ -60,7 +59,7 @@ def explain_failures(prepared: Prepared) -> Iterator[None]:
 
 
 def what_happened(error: Exception, prepared: Prepared) -> str | None:
-    """Return in words what stopped the run, and what to change; None where nothing is known of it."""
+    """Return what stopped the run, and what to change; None where nothing is known of it."""
     if isinstance(error, RunStopped):
         return _FROM_LOADER.sub(r"\1", str(error)).strip()
     if trouble := disk_trouble(error, prepared.plan.output_dir):
@@ -83,20 +82,18 @@ def disk_trouble(error: BaseException, folder: Path) -> str | None:
         number = _try_to_write(folder) or 0
     if number is None:
         return None
-    what = _DISK_ERRORS.get(number, "a file could not be written")
     free = ""
     with contextlib.suppress(OSError):
         free = f" ({format_bytes(shutil.disk_usage(folder).free)} free)"
-    more = "mount it for writing" if number == errno.EROFS else "make room, or lower training_args.save_total_limit"
-    return f"{folder}: {what}{free}: {more}"
+    way = "mount it for writing" if number == errno.EROFS else "make room, or lower training_args.save_total_limit"
+    return f"{folder}: {_DISK_ERRORS.get(number, 'a file could not be written')}{free}: {way}"
 
 
 def _disk_error(error: BaseException | None) -> int | None:
     """Return the error number of the disk in an exception, or in what it was raised from."""
     while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        if number is None and (match := _RUST_ERROR.search(str(error))):
-            number = int(match.group(1))
+        match = _RUST_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) and error.errno else int(match[1]) if match else None
         if number in _DISK_ERRORS:
             return number
         error = error.__cause__ or error.__context__
@@ -104,7 +101,7 @@ def _disk_error(error: BaseException | None) -> int | None:
 
 
 def _try_to_write(folder: Path) -> int | None:
-    """Return the error number of an attempt to write a megabyte, or None where it goes well."""
+    """Return the error number of an attempt to write a megabyte, or None where it succeeds."""
     probe = folder / ".probe"
     try:
         probe.write_bytes(b"\0" * 1_000_000)
@@ -125,19 +122,16 @@ def is_lack_of_memory(error: BaseException) -> bool:
 
 def _memory_trouble(error: Exception, prepared: Prepared) -> str:
     args = prepared.training_arguments
-    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if names & {"evaluation_loop", "generate_and_score"}:
+    if {frame.name for frame in traceback.extract_tb(error.__traceback__)} & {"evaluation_loop", "generate_and_score"}:
         size = args.per_device_eval_batch_size
-        way = f"training_args.per_device_eval_batch_size {size} -> {max(1, size // 4)}" if size > 1 else ""
-        ways = [way or "training_args.generation_config.max_new_tokens, and a smaller max_input_length"]
         where = f"in an evaluation with batches of {size} rows"
+        ways = ["training_args.generation_config.max_new_tokens, and a smaller max_input_length"]
+        if size > 1:
+            ways = [f"training_args.per_device_eval_batch_size {size} -> {max(1, size // 4)}"]
     else:
         batch = largest_batch(prepared)
-        offloads = prepared.memory.host.total > 0
-        ways = ways_out(prepared, batch, not args.use_cpu, offloads) or [
-            "take a smaller model, or a machine with more memory"
-        ]
         where = f"in a step of up to {batch.rows} x {batch.length:,} tokens"
+        ways = ways_out(prepared, batch, not args.use_cpu, prepared.memory.host.total > 0) or [NOTHING_TO_LOWER]
     return f"out of memory {where} ({_first_line(error)}). Lower, in this order: {'; '.join(ways)}"
 
 

@@ -7,10 +7,13 @@ import difflib
 import itertools
 import os
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from glm_edge_ft.errors import UserError
 
@@ -75,6 +78,63 @@ def append_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
         raise
+
+
+@contextmanager
+def lock_folder(folder: Path, where: str) -> Iterator[None]:
+    """Keep other runs out of an output folder while the block runs.
+
+    The lock is the kernel's: it ends with the process that holds it, so that a killed run can be resumed at once. It
+    holds between machines whose shared file system keeps such locks, as NFS does. There is none on Windows.
+
+    Raises:
+        UserError: another run, which the message names, works there; `where` is the key that names the folder.
+    """
+    path = folder / ".lock"
+    try:
+        lock = _flock(path)
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        what = f"{folder} is in use by another run: {holder or 'it has just begun'}"
+        raise UserError.single(where, what, "name another folder, or wait until that run has ended") from None
+    if lock is not None:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without a name
+            path.write_text(
+                f"process {os.getpid()} on machine {socket.gethostname()}, since {since}\n", encoding="utf-8"
+            )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a disk that can only be read by now
+            path.unlink()
+        if lock is not None:
+            lock.close()
+
+
+def _flock(path: Path) -> BinaryIO | None:
+    """Lock a file, made where it is missing; None where there are no locks. Raises BlockingIOError where it is locked.
+
+    It is open for reading, so that its disk can still be mounted read-only; NFS locks only what is open for writing.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    for mode in (os.O_RDONLY, os.O_RDWR):
+        try:
+            while True:
+                file = os.fdopen(os.open(path, mode | os.O_CREAT, 0o644), "rb")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(FileNotFoundError):  # the run that held this file may have just removed it
+                    if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                        os.register_at_fork(after_in_child=file.close)  # loader processes can outlive a killed run
+                        return file
+        except BlockingIOError:
+            raise
+        except OSError:
+            continue
+    return None
 
 
 def nearest_folder(path: Path) -> Path:

@@ -9,13 +9,14 @@ Nothing heavy is imported before `check_inputs` has found the command line right
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.checks.arguments import tokens_per_pass
+from glm_edge_ft.checks.arguments import rows_per_step, tokens_per_pass
 from glm_edge_ft.checks.disk import advise_on_disk, look_at_disk
 from glm_edge_ft.checks.machines import check_same_on_all_machines
 from glm_edge_ft.checks.preflight import check_inputs, prepare, processes_of
@@ -31,7 +32,6 @@ from glm_edge_ft.checks.summary import (
     write_run_record,
 )
 from glm_edge_ft.console import quiet_libraries, show, show_notice
-from glm_edge_ft.data.feature_cache import open_image_features
 from glm_edge_ft.distributed import (
     barrier,
     close_control_group,
@@ -42,8 +42,7 @@ from glm_edge_ft.distributed import (
 )
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.failures import explain_failures
-from glm_edge_ft.files import make_folder
-from glm_edge_ft.output_lock import hold_output_dir
+from glm_edge_ft.files import lock_folder, make_folder
 from glm_edge_ft.run import Plan, Prepared, RunRequest, build_collator, build_generation_context, load_evaluations
 from glm_edge_ft.training.checkpoints import (
     CURVE_FILE,
@@ -113,8 +112,9 @@ def train(prepared: Prepared, termination: Termination) -> None:
     for split, dataset in prepared.datasets.items():
         for remark in dataset.report.remarks():
             show_notice(f"{split}: {remark}")
-    make_folder(plan.output_dir, "training_args.output_dir")
-    with hold_output_dir(plan.output_dir):
+    key = "training_args.output_dir"
+    make_folder(plan.output_dir, key)
+    with lock_folder(plan.output_dir, key) if is_main_process() else contextlib.nullcontext():
         rows = {split: [len(data), zlib.crc32(data.lengths.tobytes())] for split, data in prepared.datasets.items()}
         rows |= {f"prompts of {split}": [len(data.prompts)] for split, data in evaluations.items()}
         with explain_peer_failure(functools.partial(how_to_go_on, plan.output_dir, on_all_machines=True)):
@@ -269,16 +269,37 @@ def attention_of(prepared: Prepared) -> Attention:
 def complete_images(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | PixelNormalizer | None:
     """Return what adds to batches what the loader's processes leave out of images; None where they are complete.
 
-    That is the vectors of images that the base model's vision part makes, where they are kept, else the scaling.
+    That is the features that a frozen vision part computes once, where images are seen again, else the normalization.
+    They are not kept under ZeRO-3, which shares the vision part among processes.
     """
-    from glm_edge_ft.data.collator import decode
+    import torch
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from glm_edge_ft.data.feature_cache import open_image_features
     from glm_edge_ft.data.pixels import pixel_normalizer
 
-    if prepared.image_processor is None:
-        return None
-    scale = pixel_normalizer(prepared.image_processor, prepared.training_arguments.device)
-    pixels = functools.partial(decode, image_processor=prepared.image_processor)
-    return open_image_features(prepared, base, pixels, scale) or scale
+    processor, device = prepared.image_processor, prepared.training_arguments.device
+    normalizer = pixel_normalizer(processor, device)
+    model: Any = base
+    if processor is None or is_deepspeed_zero3_enabled() or not prepared.plan.config.cache_image_features:
+        return normalizer
+    if any(parameter.requires_grad for parameter in model.model.vision.parameters()):
+        return normalizer
+    dtype = getattr(torch, prepared.precision.compute)
+    return open_image_features(base, images_seen_again(prepared), processor, dtype, device, normalizer) or normalizer
+
+
+def images_seen_again(prepared: Prepared) -> list[str]:
+    """Return the images that the run needs more than once: in epochs, or in an evaluation by loss and by replies."""
+    args, datasets = prepared.training_arguments, prepared.datasets
+    rows = len(datasets["train"])
+    again = {
+        "train": args.max_steps * rows_per_step(args) > rows if args.max_steps > 0 else args.num_train_epochs > 1,
+        "val": args.eval_strategy != "no" or args.eval_on_start,
+        "test": args.predict_with_generate,
+    }
+    seen = [datasets[split] for split in datasets if again[split]]
+    return list(dict.fromkeys(path for data in seen for index in range(len(data)) for path in data.images(index)))
 
 
 def evaluate(trainer: GlmEdgeTrainer, evaluations: Mapping[str, EvaluationData], always: bool) -> None:

@@ -236,7 +236,7 @@ def test_a_form_that_is_not_kept_is_refused_before_weights_are_read(form: str, p
     config = load_config(write_config(tmp_path / "out", peft=LORA | REFUSED[form]))
     meta = build_meta_model(read_checkpoint(locate_model(str(place / "plain"))))
     with pytest.raises(UserError) as caught:
-        look_at_structure(config, meta, keep_vision=False)
+        look_at_structure(config, meta, keeps_vision=False)
     (problem,) = caught.value.problems
     is_no_package = form == "megatron_config" or ("loftq" in form and importlib.util.find_spec("scipy") is None)
     assert problem.where == ("peft_config" if is_no_package else f"peft_config.{form.partition(':')[0]}")

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler
 from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from glm_edge_ft.checks.arguments import check_shared_batches
+from glm_edge_ft.checks.arguments import check_batches
 from glm_edge_ft.errors import UserError
 from tests.collective_ranks import KINDS
 from tests.launch import REPOSITORY, ZERO_2, ZERO_3, launch, start, start_script
@@ -59,13 +59,13 @@ def test_processes_get_as_many_batches(tmp_path: Path, monkeypatch: pytest.Monke
     assert [len(batches) for batches in uneven] == [3, 2]
     for setting in ({"even_batches": False}, {"dispatch_batches": True}):
         args: Any = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, accelerator_config=setting)
-        check_shared_batches(args)
+        check_batches(args, padding_free=False)
         with monkeypatch.context() as patch:
             patch.setattr(args.distributed_state, "num_processes", 2)
             with pytest.raises(UserError, match=f"accelerator_config: {next(iter(setting))}"):
-                check_shared_batches(args)
+                check_batches(args, padding_free=False)
             args.accelerator_config = AcceleratorConfig()
-            check_shared_batches(args)
+            check_batches(args, padding_free=False)
 
 
 # ---- the scripts on the embedded models ----

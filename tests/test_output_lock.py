@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from glm_edge_ft.errors import UserError
+from glm_edge_ft.files import lock_folder
 from tests.launch import Started, launch, start
 from tests.runs import losses
 
@@ -40,3 +44,29 @@ def _second(output: Path, data: Path, model: Path) -> Started:
     (output.parent / "second").mkdir()
     other = output.parent / "second" / output.name  # its config and log; the folder that it names is the first one's
     return start(other, data, model, output_dir=str(output), max_steps=1)
+
+
+def test_a_lock_file_that_its_run_removes_meanwhile_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K18: else a start in the moment in which a run ends would hold a file that nobody else can see."""
+    import fcntl
+
+    lock_a_file = fcntl.flock
+    opened: list[Any] = []
+
+    def remove_first(file: Any, how: int) -> None:
+        if not opened:
+            (tmp_path / ".lock").unlink()
+        opened.append(file)
+        lock_a_file(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with lock_folder(tmp_path, "here"):
+        assert len(opened) == 2
+        with (
+            pytest.raises(UserError, match=r"here: .* is in use by another run: process"),
+            lock_folder(tmp_path, "here"),
+        ):
+            pass
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import MistralConfig, MistralForCausalLM, Seq2SeqTrainingArguments
 
-from glm_edge_ft.checks.arguments import check_packed_arguments
+from glm_edge_ft.checks.arguments import check_batches
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.training.trainer import GlmEdgeTrainer
 from tests.conftest import TokenizerMaker
@@ -136,8 +136,8 @@ def test_what_would_cut_a_packed_batch_is_refused(tmp_path: Path) -> None:
     """T3: batches dispatched by one process."""
     args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), accelerator_config={"dispatch_batches": True})
     with pytest.raises(UserError, match=r"training_args\.accelerator_config: dispatch_batches"):
-        check_packed_arguments(args)
-    check_packed_arguments(Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+        check_batches(args, padding_free=True)
+    check_batches(Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True), padding_free=True)
 
 
 @pytest.mark.slow

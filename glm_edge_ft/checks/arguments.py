@@ -44,7 +44,10 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     # Every trained weight takes part in every step: a batch without image runs the vision part on a blank one.
     settings.setdefault("ddp_find_unused_parameters", False)
     settings.setdefault("log_level", "error")  # the Trainer's own lines repeat ours
-    settings["dataloader_num_workers"] = clamp_workers(settings.get("dataloader_num_workers", 0), count_cores())
+    workers, cores = settings.get("dataloader_num_workers", 0), count_cores()
+    if workers > cores:
+        show_notice(f"training_args.dataloader_num_workers {workers} -> {cores}: this machine has {cores} cores")
+        settings["dataloader_num_workers"] = cores
     if settings.get("deepspeed"):
         set_single_process_env()
         settings["deepspeed"] = complete_deepspeed(
@@ -88,30 +91,19 @@ def tokens_per_pass(config: RunConfig, args: Seq2SeqTrainingArguments) -> int | 
     return config.max_tokens_per_pass or (CPU_TOKENS_PER_PASS if args.use_cpu else None)
 
 
-def check_packed_arguments(args: Seq2SeqTrainingArguments) -> None:
-    """See to it that packed batches reach the model whole.
-
-    Raises UserError where the Trainer would cut a batch by its first dimension, which in a packed one has no rows.
-    """
-    if getattr(args.accelerator_config, "dispatch_batches", None):
-        what = "dispatch_batches would cut batches that padding_free: true has put together"
-        fix = "leave it out, or write padding_free: false"
-        raise UserError.single("training_args.accelerator_config", what, fix)
-
-
-def check_shared_batches(args: Seq2SeqTrainingArguments) -> None:
-    """See to it that all processes get as many batches: each waits for the others at every step.
-
-    Raises UserError where accelerate would share them out otherwise.
-    """
+def check_batches(args: Seq2SeqTrainingArguments, padding_free: bool) -> None:
+    """Refuse what would give processes other numbers of batches, or cut packed batches. Raises UserError."""
     settings: Any = args.accelerator_config
+    what, fix = "", "leave it out"
     if args.world_size > 1 and not settings.even_batches and not args.dataloader_drop_last:
         what = "even_batches: false gives processes other numbers of batches, so that they wait without end"
         fix = "leave it out, or write dataloader_drop_last: true"
-        raise UserError.single("training_args.accelerator_config", what, fix)
-    if args.world_size > 1 and settings.dispatch_batches:
+    elif args.world_size > 1 and settings.dispatch_batches:
         what = "dispatch_batches: true joins the batches of all processes, which are padded to other lengths"
-        raise UserError.single("training_args.accelerator_config", what, "leave it out: each process reads its own")
+    elif padding_free and settings.dispatch_batches:
+        what, fix = "dispatch_batches would cut packed batches", "leave it out, or write padding_free: false"
+    if what:
+        raise UserError.single("training_args.accelerator_config", what, fix)
 
 
 def _refuse_deepspeed_values(plan: Plan, settings: Mapping[str, Any]) -> None:
@@ -125,14 +117,6 @@ def _refuse_deepspeed_values(plan: Plan, settings: Mapping[str, Any]) -> None:
             "correct it there, or leave it out",
         )
     problems.raise_if_any()
-
-
-def clamp_workers(wanted: int, cores: int) -> int:
-    """Return the number of loader processes, at most one for each core, with a notice when that is less than wanted."""
-    if wanted <= cores:
-        return wanted
-    show_notice(f"training_args.dataloader_num_workers {wanted} -> {cores}: this machine has {cores} cores")
-    return cores
 
 
 def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> GenerationConfig:

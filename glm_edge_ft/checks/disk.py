@@ -1,9 +1,8 @@
-"""Do the checkpoints fit on the disk? An estimate of what a run will write, beside the room that there is."""
+"""Do the checkpoints fit on the disk? An estimate of what a run will write, beside the free space."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.checks.arguments import rows_per_step
@@ -13,8 +12,7 @@ from glm_edge_ft.training.checkpoints import read_step
 if TYPE_CHECKING:
     from glm_edge_ft.run import Prepared
 
-BYTES_PER_SAVED_NUMBER = 4  # trained weights are kept and saved in float32, without DeepSpeed
-SMALL_FILES = 100_000  # configs, states, random state; the tokenizer is measured
+SMALL_FILES = 100_000  # bytes of configs, states, random state; the tokenizer is measured
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class DiskNeed:
 
     Attributes:
         checkpoint: of one checkpoint: weights, optimizer states, tokenizer.
-        checkpoints: how many of them lie there at the most, the one that is being written included.
+        checkpoints: most of them at one time, the one that is being written included.
         final: of the final model.
         free: what is free in the output folder's place now.
         limit: `save_total_limit`.
@@ -43,18 +41,18 @@ class DiskNeed:
 
 def look_at_disk(prepared: Prepared) -> DiskNeed:
     """Estimate what the rest of the run writes, and ask the disk what it has."""
-    args = prepared.training_arguments
+    args, tokenizer = prepared.training_arguments, prepared.checkpoint.folder / "tokenizer.json"
     trained, parameters = prepared.parameters
-    is_adapter = prepared.plan.config.peft_config is not None
-    saved = trained if is_adapter else parameters
-    weights = saved * (2 if args.deepspeed and (args.bf16 or args.fp16) else BYTES_PER_SAVED_NUMBER)
-    copies = prepared.memory.optimizer * (args.world_size if args.deepspeed else 1)
-    small = SMALL_FILES + _size_of(prepared.checkpoint.folder / "tokenizer.json")
-    checkpoint = weights + (0 if args.save_only_model else copies) + small
+    saved = parameters if prepared.plan.config.peft_config is None else trained
+    weights = saved * (2 if args.deepspeed and (args.bf16 or args.fp16) else 4)  # else they are saved in float32
+    states = prepared.memory.optimizer * (args.world_size if args.deepspeed else 1)
+    final = weights + SMALL_FILES + (tokenizer.stat().st_size if tokenizer.is_file() else 0)
     limit = args.save_total_limit if args.save_total_limit and args.save_total_limit > 0 else None
-    written = count_checkpoints(prepared)
-    kept = written if limit is None else min(written, limit + 1 + int(bool(args.load_best_model_at_end and limit == 1)))
-    return DiskNeed(checkpoint, kept, weights + small, free_bytes(prepared.plan.output_dir), limit)
+    count = count_checkpoints(prepared)
+    if limit is not None:
+        count = min(count, limit + 1 + int(bool(args.load_best_model_at_end and limit == 1)))
+    checkpoint = final + (0 if args.save_only_model else states)
+    return DiskNeed(checkpoint, count, final, free_bytes(prepared.plan.output_dir), limit)
 
 
 def count_checkpoints(prepared: Prepared) -> int:
@@ -67,14 +65,9 @@ def count_checkpoints(prepared: Prepared) -> int:
     if strategy == "no" or first >= steps:
         return 0
     if strategy == "steps":
-        every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
-        every = max(1, int(every))
+        every = max(1, int(args.save_steps if args.save_steps >= 1 else args.save_steps * steps))
         return max(1, steps // every - first // every)
     return max(1, -(-(steps - first) // steps_per_epoch))
-
-
-def _size_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def describe_disk(need: DiskNeed) -> str:
@@ -90,10 +83,9 @@ def advise_on_disk(need: DiskNeed) -> str | None:
     """Return what to change where the checkpoints do not fit; None where they do."""
     if need.total <= need.free:
         return None
-    fitting = int((need.free - need.final) // need.checkpoint) - 1 if need.checkpoint else 0
-    if fitting < 1:
-        way = "make room, or name another training_args.output_dir"
-    else:
+    fitting = int((need.free - need.final) // need.checkpoint) - 1
+    way = "make room, or name another training_args.output_dir"
+    if fitting >= 1:
         way = f"training_args.save_total_limit {need.limit or 'null'} -> {fitting}, or make room"
     return f"disk: about {format_bytes(need.total)} are more than the {format_bytes(need.free)} that are free: {way}"
 

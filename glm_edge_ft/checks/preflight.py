@@ -1,31 +1,24 @@
 """Everything that can be known before the weights are read, cheapest first.
 
-`check_inputs` needs the standard library and PyYAML alone: config, data folder, MODEL and RESUME are
-checked within a second. `prepare` reads the tokenizer, checks adapter and precision against the real model's
-structure, and encodes the data. Each collects all mistakes before it raises.
+`check_inputs` needs the standard library and the config's parser alone: config, data folder, MODEL and RESUME are
+checked within a second. `prepare` reads the tokenizer, checks adapter and precision against the real model's structure,
+and encodes the data. Each collects all errors before it raises.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.checks.arguments import (
-    build_generation_config,
-    build_training_arguments,
-    check_packed_arguments,
-    check_shared_batches,
-)
+from glm_edge_ft.checks.arguments import build_generation_config, build_training_arguments, check_batches
 from glm_edge_ft.checks.memory import estimate_states
 from glm_edge_ft.checks.processes import Processes, plan_processes
 from glm_edge_ft.checks.resume import compare_with_checkpoint
 from glm_edge_ft.checks.trial import check_generation, check_ids, check_training_parts, vocabulary_of
-from glm_edge_ft.checks.vision import check_images, check_kind_of_model, check_vectors, image_settings, keeps_vision
+from glm_edge_ft.checks.vision import check_features, check_images, check_kind_of_model, image_settings
 from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
 from glm_edge_ft.config.deepspeed import read_deepspeed
 from glm_edge_ft.console import show_notice
@@ -54,29 +47,22 @@ SPLITS = ("train", "val", "test")
 def check_inputs(request: RunRequest) -> Plan:
     """Check the command line and every file that it names. Raises UserError with all that is wrong."""
     problems = ProblemList()
-    problems.problems += check_launcher()
-    location = None
-    with _collect(problems):
+    problems.problems += [*check_launcher(), *_check_json_path(request)]
+    location = config = None
+    with problems.collect():
         location = locate_model(request.model)
-    problems.problems += _check_json_path(request)
-    config = None
-    with _collect(problems):
+    with problems.collect():
         config = load_config(request.config, request.overrides)
     if config is not None:
         data_config, output_dir = config.data_config, expand_home(config.training_args["output_dir"])
-    else:  # what its mistakes leave readable, so that the rest of the command line is checked in the same go
+        problems.problems += _check_installed(config)
+    else:  # what its errors leave readable, so that the rest of the command line is checked in the same go
         data_config, output_dir = peek(request.config, request.overrides)
     problems.problems += check_data_files(data_config, request.data_dir)
-    if config is not None and config.training_args.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        problems.add(
-            "training_args.deepspeed", "is set, but DeepSpeed is not installed", "pip install deepspeed==0.19.8"
-        )
-    if config is not None and config.quantization is not None and not is_installed():
-        problems.problems.append(not_installed("quantization", f"is {config.quantization}"))
     resume = ResumePlan(None)
     if output_dir is not None:
         problems.problems += _check_output_dir(output_dir, request.data_dir, location)
-        with _collect(problems):
+        with problems.collect():
             resume = resolve_resume(request.resume, output_dir)
     problems.raise_if_any()
     assert location is not None and config is not None and output_dir is not None  # each has its problem otherwise
@@ -86,6 +72,16 @@ def check_inputs(request: RunRequest) -> Plan:
     named = zip(SPLITS, (data.train_file, data.val_file, data.test_file), strict=True)
     files = {split: request.data_dir / expand_home(name) for split, name in named if name is not None}
     return Plan(request, config, location, resume, output_dir, files)
+
+
+def _check_installed(config: RunConfig) -> list[Problem]:
+    problems = []
+    if config.training_args.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        what = "is set, but DeepSpeed is not installed"
+        problems.append(Problem("training_args.deepspeed", what, "pip install deepspeed==0.19.8"))
+    if config.quantization is not None and not is_installed():
+        problems.append(not_installed("quantization", f"is {config.quantization}"))
+    return problems
 
 
 def _check_json_path(request: RunRequest) -> list[Problem]:
@@ -102,24 +98,24 @@ def _check_json_path(request: RunRequest) -> list[Problem]:
 
 
 def _check_output_dir(output_dir: Path, data_dir: Path, location: ModelLocation | None) -> list[Problem]:
-    """Refuse an output folder that cannot be made, or in which a run would write over what is not its own."""
-    where, target = "training_args.output_dir", output_dir.resolve()
+    """Refuse an output folder that cannot be made, or in which a run would overwrite what is not its own."""
+    target, what, fix = output_dir.resolve(), "", "name another folder"
+    model = Path(location.source).resolve() if location is not None and location.is_local else None
     if output_dir.exists() and not output_dir.is_dir():
-        return [Problem(where, f"{output_dir} is a file", "name a folder")]
-    if not can_be_made(target):
-        return [Problem(where, f"{output_dir} cannot be made or written to", "name a folder of yours")]
-    if target == data_dir.resolve():
-        return [Problem(where, f"{output_dir} is DATA_DIR", "name a folder of its own")]
-    if location is not None and location.is_local:
-        model = Path(location.source).resolve()
-        if model == target or target in model.parents:
-            what = f"{output_dir} holds MODEL {location.name}, which the run would move or write over"
-            return [Problem(where, what, "name another folder")]
-    is_run = (output_dir / RUN_RECORD).is_file() or bool(find_checkpoints(output_dir))
-    if not is_run and any(output_dir.glob("*model*.safetensors")):
-        what = f"{output_dir} holds a model that no run of this toolkit left there"
-        return [Problem(where, what, "name another folder, so that it is not written over")]
-    return []
+        what, fix = "is a file", "name a folder"
+    elif not can_be_made(target):
+        what, fix = "cannot be made or written to", "name a folder of yours"
+    elif target == data_dir.resolve():
+        what, fix = "is DATA_DIR", "name a folder of its own"
+    elif location is not None and model is not None and target in (model, *model.parents):
+        what = f"holds MODEL {location.name}, which the run would move or write over"
+    elif (
+        any(output_dir.glob("*model*.safetensors"))
+        and not (output_dir / RUN_RECORD).is_file()
+        and not find_checkpoints(output_dir)
+    ):
+        what = "holds a model that no run of this toolkit left there"
+    return [Problem("training_args.output_dir", f"{output_dir} {what}", fix)] if what else []
 
 
 def prepare(plan: Plan) -> Prepared:
@@ -131,44 +127,46 @@ def prepare(plan: Plan) -> Prepared:
     from glm_edge_ft.model.loading import load_image_processor, read_checkpoint
     from glm_edge_ft.model.precision import choose_precision, look_at_machine
 
-    config, problems, takes_images = plan.config, ProblemList(), plan.request.takes_images
+    config, takes_images, problems = plan.config, plan.request.takes_images, ProblemList()
     precision = checkpoint = None
-    with _collect(problems):
+    with problems.collect():
         precision = choose_precision(config.training_args, config.peft_config is not None, look_at_machine())
-    with _collect(problems):
+    with problems.collect():
         found = read_checkpoint(plan.location)
         check_kind_of_model(found, config, takes_images)
         checkpoint = found
     if checkpoint is None:  # nothing further can be checked without it
         problems.raise_if_any()
         raise AssertionError("a checkpoint that cannot be used has its problem")
-    keep_vision = keeps_vision(checkpoint, config, takes_images)
+    keeps_vision = checkpoint.is_vision and (config.freezeV or not takes_images)
     images = image_settings(checkpoint, config, takes_images)
-    structure = _check_model(plan, checkpoint, images, keep_vision, problems)
-    encoder = image_processor = None
-    with _collect(problems):
+    structure = _check_model(plan, checkpoint, images, keeps_vision, problems)
+    encoder = image_processor = training_arguments = generation_config = None
+    with problems.collect():
         budgets = config.max_input_length, config.max_output_length
         encoder = ConversationEncoder(checkpoint.tokenizer, frozenset(checkpoint.stop_ids), *budgets, images)
     if takes_images:
-        with _collect(problems):
+        with problems.collect():
             image_processor = load_image_processor(plan.location)
-    training_arguments = generation_config = None
-    with _collect(problems):
+    with problems.collect():
         generation_config = build_generation_config(config, checkpoint)
         check_generation(config.generation_config, generation_config, vocabulary_of(checkpoint))
     if precision is not None:
-        with _collect(problems):
+        with problems.collect():
             training_arguments = build_training_arguments(plan, precision)
-            check_shared_batches(training_arguments)
-            if config.padding_free:
-                check_packed_arguments(training_arguments)
+            check_batches(training_arguments, config.padding_free)
     datasets, image_check = _read_data(plan, encoder, checkpoint, problems)
     if training_arguments is not None:
-        with _collect(problems):
+        with problems.collect():
             rows = len(datasets["train"]) if "train" in datasets else None
             check_training_parts(training_arguments, config.training_args, rows)
-    if structure is not None and "train" in datasets:
-        _check_resume(plan, datasets["train"], structure, problems)
+    if structure is not None and "train" in datasets and plan.resume.path is not None:
+        refused, notices = compare_with_checkpoint(
+            plan, datasets["train"].fingerprint, structure.adapter, structure.size.trained, processes_of(plan)
+        )
+        problems.problems += refused
+        for notice in notices:
+            show_notice(notice)
     problems.raise_if_any()
     assert precision is not None and encoder is not None and structure is not None  # each has its problem otherwise
     assert training_arguments is not None and generation_config is not None
@@ -183,56 +181,39 @@ def prepare(plan: Plan) -> Prepared:
         memory=estimate_states(structure.size, precision, training_arguments, checkpoint),
         training_arguments=training_arguments,
         generation_config=generation_config,
-        keeps_vision=keep_vision,
+        keeps_vision=keeps_vision,
         image_processor=image_processor,
         image_check=image_check,
     )
 
 
 def _check_model(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    images: ImageSettings | None,
-    keep_vision: bool,
-    problems: ProblemList,
+    plan: Plan, checkpoint: Checkpoint, images: ImageSettings | None, keeps_vision: bool, problems: ProblemList
 ) -> Structure | None:
-    """Check adapter, weight files and image vectors against the model's structure; None where it does not fit."""
+    """Check adapter, weight files and image features against the model's structure; None where it does not fit."""
     from glm_edge_ft.model.loading import build_meta_model
+    from glm_edge_ft.model.packed_attention import check_packing
     from glm_edge_ft.model.quantization import check_stored_form
     from glm_edge_ft.model.weight_files import check_weights
 
     config, meta_model = plan.config, None
-    with _collect(problems):
+    with problems.collect():
         meta_model = build_meta_model(checkpoint)
     if meta_model is None:
         return None
-    with _collect(problems):
+    with problems.collect():
         check_weights(checkpoint, meta_model)
-    if config.padding_free:
-        from glm_edge_ft.model.packed_attention import check_packing
-
-        with _collect(problems):
+    with problems.collect():
+        if config.padding_free:
             check_packing(meta_model)
-    if images is not None and images.max_images > 0:
-        with _collect(problems):
-            check_vectors(meta_model, checkpoint, images)
-    with _collect(problems):
+    with problems.collect():
+        if images is not None and images.max_images > 0:
+            check_features(meta_model, checkpoint, images)
+    with problems.collect():
         check_stored_form(checkpoint, config.quantization, plan.trains and config.peft_config is None)
-    with _collect(problems):
-        return look_at_structure(config, meta_model, keep_vision)
+    with problems.collect():
+        return look_at_structure(config, meta_model, keeps_vision)
     return None
-
-
-def _check_resume(plan: Plan, train: EncodedDataset, structure: Structure, problems: ProblemList) -> None:
-    """Compare the run with the checkpoint that it is to continue from."""
-    if plan.resume.path is None:
-        return
-    found, notices = compare_with_checkpoint(
-        plan, train.fingerprint, structure.adapter, structure.size.trained, processes_of(plan)
-    )
-    problems.problems += found
-    for notice in notices:
-        show_notice(notice)
 
 
 def processes_of(plan: Plan) -> Processes:
@@ -246,17 +227,22 @@ def _read_data(
 ) -> tuple[dict[str, EncodedDataset], ImageCheck | None]:
     """Encode the data files and open their images; a preview shows rows alone, and opens none."""
     datasets: dict[str, EncodedDataset] = {}
-    image_check = None
     if encoder is None:
-        return datasets, image_check
+        return datasets, None
     opens_images = plan.request.takes_images and plan.request.preview is None
+    limit = getattr(checkpoint.config, "max_position_embeddings", None)
     for split, path in plan.data_files.items():
-        with _collect(problems):
+        with problems.collect():
             datasets[split] = _encode(path, encoder, plan.config, opens_images)
             check_ids(datasets[split], checkpoint)
-            _check_longest_row(path, datasets[split], checkpoint)
+            longest = int(datasets[split].lengths.max())
+            if limit is not None and longest > limit:
+                what = f"its longest row has {longest} tokens, the model takes {limit}"
+                fix = f"lower max_input_length and max_output_length until they add up to at most {limit}"
+                raise UserError.single(str(path), what, fix)
+    image_check = None
     if opens_images:
-        with _collect(problems):
+        with problems.collect():
             datasets, image_check = check_images(datasets, plan.config)
     return datasets, image_check
 
@@ -278,17 +264,6 @@ def _encode(path: Path, encoder: ConversationEncoder, config: RunConfig, opens_i
     return dataset
 
 
-def _check_longest_row(path: Path, dataset: EncodedDataset, checkpoint: Checkpoint) -> None:
-    """Refuse rows with more tokens than the model has positions for."""
-    limit, longest = getattr(checkpoint.config, "max_position_embeddings", None), int(dataset.lengths.max())
-    if limit is not None and longest > limit:
-        raise UserError.single(
-            str(path),
-            f"its longest row has {longest} tokens, the model takes {limit}",
-            f"lower max_input_length and max_output_length until they add up to at most {limit}",
-        )
-
-
 @dataclass(frozen=True)
 class Structure:
     """What is known of the model's structure without its weights.
@@ -302,30 +277,21 @@ class Structure:
     adapter: dict[str, Any] | None
 
 
-def look_at_structure(config: RunConfig, meta_model: PreTrainedModel, keep_vision: bool) -> Structure:
-    """Put the adapter on the model's twin on the meta device. Raises UserError if it does not fit, or is not kept."""
+def look_at_structure(config: RunConfig, meta_model: PreTrainedModel, keeps_vision: bool) -> Structure:
+    """Put the adapter on a copy of `meta_model`. Raises UserError if it does not fit, or is not saved as trained."""
     from glm_edge_ft.model.adapters import check_is_kept, wrap_meta_model
     from glm_edge_ft.model.memory import measure_size
-    from glm_edge_ft.model.quantized_twin import quantize_twin
+    from glm_edge_ft.model.meta_model import quantize_meta_model
 
-    twin = copy.deepcopy(meta_model)
-    quantize_twin(twin, config.quantization)
-    wrapped: Any = wrap_meta_model(config.peft_config, twin, keep_vision)
-    if config.peft_config is None:
+    model, settings = copy.deepcopy(meta_model), config.peft_config
+    quantize_meta_model(model, config.quantization)
+    wrapped: Any = wrap_meta_model(settings, model, keeps_vision)
+    if settings is None:
         return Structure(measure_size(wrapped), None)
-    check_is_kept(config.peft_config, wrapped)
+    check_is_kept(settings, wrapped)
     trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    if config.peft_config.get("bias", "none") != "none" and not any(name.endswith(".bias") for name in trained):
+    if settings.get("bias", "none") != "none" and not any(name.endswith(".bias") for name in trained):
         show_notice("peft_config.bias has no effect: the layers that it means have none")
-    if config.peft_config.get("ensure_weight_tying") and not meta_model.config.get_text_config().tie_word_embeddings:
+    if settings.get("ensure_weight_tying") and not meta_model.config.get_text_config().tie_word_embeddings:
         show_notice("peft_config.ensure_weight_tying has no effect: this model's embeddings and head are not tied")
     return Structure(measure_size(wrapped), wrapped.peft_config["default"].to_dict())
-
-
-@contextmanager
-def _collect(problems: ProblemList) -> Iterator[None]:
-    """Note the problems of a UserError raised inside, and go on after the block."""
-    try:
-        yield
-    except UserError as error:
-        problems.extend(error)

@@ -1,7 +1,7 @@
-"""What a run builds of its settings, built once in small before the weights are read.
+"""What a run builds of its settings is built once before the weights are read.
 
-Optimizer, schedule and generation are the libraries' own, with the run's own numbers: what they refuse after an hour,
-they refuse here, and a key that changes nothing is named.
+Optimizer, schedule, reporting and generation are the libraries' own, with the run's own numbers: what they would refuse
+after an hour, they refuse here, and a key that changes nothing is named.
 """
 
 from __future__ import annotations
@@ -24,22 +24,17 @@ if TYPE_CHECKING:
     from glm_edge_ft.model.checkpoint import Checkpoint
 
 _OTHER_PART = "choose another, install what it names, correct its settings, or give those it asks for"
+_ONLINE = "log in where there is a network (hf auth login, or hub_token), or leave push_to_hub out"
 _TRIED_STEPS = 1000
-# texts for an argument of an optimizer, of which at least one gives another optimizer than a known argument's value
+# Values for an argument of an optimizer; at least one gives another optimizer than the value of a known argument.
 _TRIED_VALUES = ("0.123", "7", "true", "false", "std", "bfloat16")
-_ADAM_KEYS: Mapping[str, float] = {"adam_beta1": 0.123, "adam_beta2": 0.123, "adam_epsilon": 0.123}
 _ID_KEYS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "sequence_bias")
 
 
 def count_steps(args: Seq2SeqTrainingArguments, rows: int) -> int:
-    """Return how many optimizer steps a fresh run takes, as the Trainer counts them.
-
-    Raises:
-        UserError: it would take none.
-    """
-    size, ranks = args.train_batch_size, args.world_size
-    if args.accelerator_config.split_batches:  # type: ignore[union-attr]
-        ranks = 1
+    """Return how many optimizer steps a fresh run takes, as the Trainer counts them. Raises UserError for none."""
+    size = args.train_batch_size
+    ranks = 1 if args.accelerator_config.split_batches else args.world_size  # type: ignore[union-attr]
     batches = rows // size // ranks if args.dataloader_drop_last else math.ceil(math.ceil(rows / size) / ranks)
     if batches == 0:
         processes = f" for each of {ranks} processes" if ranks > 1 else ""
@@ -54,165 +49,143 @@ def count_steps(args: Seq2SeqTrainingArguments, rows: int) -> int:
 
 
 def check_training_parts(args: Seq2SeqTrainingArguments, written: Mapping[str, Any], rows: int | None) -> None:
-    """Build optimizer, schedule and reporting once, for one small parameter, as the Trainer will after the weights.
+    """Build optimizer, schedule and reporting once, for one small parameter, as the Trainer does after the weights.
 
     Args:
         args: the Trainer's arguments.
         written: `training_args` of the config.
-        rows: training rows; None where they could not be read, and the run's length is not known.
+        rows: training rows; None where they could not be read, so that the run's length is not known.
 
     Raises:
-        UserError: for each that cannot be built, or could not do what it is there for.
+        UserError: for each that cannot be built, or would have no use.
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
-    problems = ProblemList()
-    steps = max(args.max_steps, 10)
+    problems, steps = ProblemList(), max(args.max_steps, 10)
     if rows is not None:
-        try:
+        with problems.collect():
             steps = count_steps(args, rows)
-        except UserError as error:
-            problems.extend(error)
     parts: dict[str, Callable[[], object]] = {
-        "training_args.optim": lambda: _check_optimizer(args, written, problems),
-        "training_args.lr_scheduler_type": lambda: _check_schedule(args, written, steps, problems),
-        "training_args.report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(args.report_to)],
+        "optim": lambda: _check_optimizer(args, written, problems),
+        "lr_scheduler_type": lambda: _check_schedule(args, written, steps, problems),
+        "report_to": lambda: [kind() for kind in get_reporting_integration_callbacks(args.report_to)],
     }
     if args.activation_checkpointing_kwargs:
-        parts["training_args.activation_checkpointing_kwargs"] = lambda: _check_checkpointing(args)
+        parts["activation_checkpointing_kwargs"] = lambda: _check_checkpointing(args.activation_checkpointing_kwargs)
     if args.push_to_hub and is_main_process():
-        parts["training_args.push_to_hub"] = lambda: _check_hub(args)
+        parts["push_to_hub"] = lambda: _check_login(args.hub_token)
     for key, build in parts.items():
         try:
             build()
         except Exception as error:  # whatever the package behind it raises, the key is what the user can change
-            value = getattr(args, key.rpartition(".")[2])
-            text = str(getattr(value, "value", value))
+            value = getattr(args, key)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            fix = _ONLINE if key.endswith("hub") else _OTHER_PART
-            problems.add(key, f"{text} cannot be used here: {reason}", fix)
+            what = f"{getattr(value, 'value', value)} cannot be used here: {reason}"
+            problems.add(f"training_args.{key}", what, _ONLINE if key == "push_to_hub" else _OTHER_PART)
     problems.raise_if_any()
 
 
-_ONLINE = "log in where there is a network (hf auth login, or hub_token), or leave push_to_hub out"
-
-
-def _check_hub(args: Seq2SeqTrainingArguments) -> None:
+def _check_login(token: str | None) -> None:
     from huggingface_hub import HfApi
 
-    HfApi().whoami(token=args.hub_token)
+    HfApi().whoami(token=token)
 
 
-def _check_checkpointing(args: Seq2SeqTrainingArguments) -> None:
+def _check_checkpointing(kwargs: Any) -> None:
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    settings: dict[str, Any] = {"use_reentrant": False, **args.activation_checkpointing_kwargs}  # type: ignore[dict-item]
+    settings: dict[str, Any] = {"use_reentrant": False, **kwargs}
     for name in ("use_reentrant", "preserve_rng_state"):
         if not isinstance(settings.get(name, False), bool):
             raise ValueError(f"{name} takes true or false")
     checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **settings).backward()
 
 
-def _optimizer_of(args: Seq2SeqTrainingArguments, **changes: Any) -> tuple[Any, Any]:
+def _check_optimizer(args: Seq2SeqTrainingArguments, written: Mapping[str, Any], problems: ProblemList) -> None:
+    """Build the optimizer; name settings that it does not read: those without which it is the same."""
+    import torch
     from transformers import Trainer
 
-    changed = copy.copy(args)
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    return Trainer.get_optimizer_cls_and_kwargs(changed)
+    def optimizer(**changes: Any) -> tuple[Any, Any]:
+        changed = copy.copy(args)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        return Trainer.get_optimizer_cls_and_kwargs(changed)
 
+    def reads(argument: str, value: str) -> bool:
+        others = [part for part in arguments if part.partition("=")[0] != argument]
+        try:
+            return bool(optimizer(optim_args=",".join([*others, f"{argument}={value}"]))[1] != settings)
+        except Exception:  # a value that it does not take was read
+            return True
 
-def _check_optimizer(args: Seq2SeqTrainingArguments, written: Mapping[str, Any], problems: ProblemList) -> None:
-    """Build the optimizer; name arguments that it does not read."""
-    import torch
-
-    kind, settings = _optimizer_of(args)
+    kind, settings = optimizer()
     kind([torch.nn.Parameter(torch.zeros(4, 4))], **settings)
     name = getattr(args.optim, "value", args.optim)
-    for key, other in _ADAM_KEYS.items():
-        if key in written and _optimizer_of(args, **{key: other}) == (kind, settings):
+    others = {key: 0.123 for key in ("adam_beta1", "adam_beta2", "adam_epsilon") if key in written}
+    for key, other in {**others, **({"optim_target_modules": None} if args.optim_target_modules else {})}.items():
+        if optimizer(**{key: other}) == (kind, settings):
             show_notice(f"training_args.{key} has no effect: {name} does not read it")
-    if args.optim_target_modules and _optimizer_of(args, optim_target_modules=None) == (kind, settings):
-        show_notice(f"training_args.optim_target_modules has no effect: {name} does not read it")
-    for argument in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
-        key = argument.partition("=")[0]
-        if not any(_reads_argument(args, key, value, settings) for value in _TRIED_VALUES):
-            what = f"{shown(args.optim_args)}: {name} reads no argument {shown(key)}"
+    arguments = [part for part in (args.optim_args or "").replace(" ", "").split(",") if part]
+    for argument in (part.partition("=")[0] for part in arguments):
+        if not any(reads(argument, value) for value in _TRIED_VALUES):
+            what = f"{shown(args.optim_args)}: {name} reads no argument {shown(argument)}"
             problems.add("training_args.optim_args", what, "correct its name, or leave it out")
-
-
-def _reads_argument(args: Seq2SeqTrainingArguments, key: str, value: str, settings: Any) -> bool:
-    others = [part for part in (args.optim_args or "").split(",") if part.partition("=")[0].strip() != key]
-    try:
-        return bool(_optimizer_of(args, optim_args=",".join([*others, f"{key}={value}"]))[1] != settings)
-    except Exception:  # a value that it does not take was read
-        return True
 
 
 def _check_schedule(
     args: Seq2SeqTrainingArguments, written: Mapping[str, Any], steps: int, problems: ProblemList
 ) -> None:
-    """Build the schedule with the run's own rate and steps, and go through its rates."""
-    schedule = _schedule_of(args, steps, args.get_warmup_steps(steps), args.lr_scheduler_kwargs)
-    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    if args.lr_scheduler_kwargs and _takes_anything(args, steps):
-        show_notice(f"training_args.lr_scheduler_kwargs has no effect: {name} takes none")
-    rates = _rates(schedule, steps)
-    without = _rates(_schedule_of(args, steps, 0, args.lr_scheduler_kwargs), steps)
-    if args.get_warmup_steps(steps) and rates == without and steps > 1:
-        show_notice(f"training_args.warmup_steps has no effect: {name} has no warmup")
-    of_run = f"with learning_rate {args.learning_rate:g} in a run of {steps} steps {name}"
-    bad = [rate for rate in rates if not (isinstance(rate, float) and math.isfinite(rate) and rate >= 0)]
-    if bad:
-        what = f"{of_run} would come to a rate of {bad[0]}"
-    elif rates and max(rates) > args.learning_rate * (1 + 1e-6):
-        what = f"{of_run} would rise to {max(rates):g}"
-    else:
-        if rates and max(rates) < args.learning_rate * 0.5:
-            warmup = f"; warmup_steps is {written['warmup_steps']:g}" if written.get("warmup_steps") else ""
-            show_notice(f"training_args.lr_scheduler_type: {of_run} comes to a rate of {max(rates):g} at most{warmup}")
-        return
-    key = "lr_scheduler_kwargs" if args.lr_scheduler_kwargs else "lr_scheduler_type"
-    problems.add(f"training_args.{key}", what, "correct it, so that rates stay between 0 and learning_rate")
-
-
-def _schedule_of(args: Seq2SeqTrainingArguments, steps: int, warmup: int, specific: Any) -> Any:
+    """Build the schedule with the run's own learning rate and steps, and go through its rates."""
     import torch
     from transformers import get_scheduler
 
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, 4))], lr=args.learning_rate)
-    return get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, specific)
+    def rates(warmup: int, specific: Any) -> list[Any]:
+        """Return the rates of some thousand steps; none where they follow the evaluation loss."""
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, 4))], lr=args.learning_rate)
+        schedule: Any = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, specific)
+        functions = getattr(schedule, "lr_lambdas", None)
+        tried = {*range(0, steps, max(1, steps // _TRIED_STEPS)), *range(min(steps, 100)), steps - 1}
+        return [args.learning_rate * functions[0](step) for step in sorted(tried)] if functions else []
 
-
-def _takes_anything(args: Seq2SeqTrainingArguments, steps: int) -> bool:
-    try:
-        _schedule_of(args, steps, 0, {"no such argument": 0})
-    except TypeError:
-        return False
-    return True
-
-
-def _rates(schedule: Any, steps: int) -> list[Any]:
-    """Return the rates of the run's steps, of long runs some a thousand; none where they follow the evaluation loss."""
-    functions = getattr(schedule, "lr_lambdas", None)
-    if not functions:
-        return []
-    every = max(1, steps // _TRIED_STEPS)
-    tried = sorted({*range(0, steps, every), *range(min(steps, 100)), steps - 1})
-    return [schedule.base_lrs[0] * functions[0](step) for step in tried]
+    warmup, specific = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+    found = rates(warmup, specific)
+    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    if specific:
+        try:
+            rates(0, {"no such argument": 0})
+            show_notice(f"training_args.lr_scheduler_kwargs has no effect: {name} takes none")
+        except TypeError:
+            pass
+    if warmup and steps > 1 and found == rates(0, specific):
+        show_notice(f"training_args.warmup_steps has no effect: {name} has no warmup")
+    what, of_run = "", f"with learning_rate {args.learning_rate:g} in a run of {steps} steps {name}"
+    bad = [rate for rate in found if not (isinstance(rate, float) and math.isfinite(rate) and rate >= 0)]
+    if bad:
+        what = f"{of_run} would come to a rate of {bad[0]}"
+    elif found and max(found) > args.learning_rate * (1 + 1e-6):
+        what = f"{of_run} would rise to {max(found):g}"
+    elif found and max(found) < args.learning_rate * 0.5:
+        written_warmup = f"; warmup_steps is {written['warmup_steps']:g}" if written.get("warmup_steps") else ""
+        show_notice(
+            f"training_args.lr_scheduler_type: {of_run} comes to a rate of {max(found):g} at most{written_warmup}"
+        )
+    if what:
+        key = "lr_scheduler_kwargs" if specific else "lr_scheduler_type"
+        problems.add(f"training_args.{key}", what, "correct it, so that rates stay between 0 and learning_rate")
 
 
 def check_generation(settings: Mapping[str, Any], config: GenerationConfig, vocab_size: int) -> None:
-    """Generate some tokens with a model of a few weights and the run's vocabulary, in the way the config asks for.
+    """Generate some tokens with a model of a few weights and the run's vocabulary, as the config asks for.
 
     Args:
         settings: `generation_config` of the run's config.
-        config: the whole.
+        config: what evaluation generates with.
         vocab_size: ids that the model has.
 
     Raises:
-        UserError: that fails, or an id is none of the vocabulary.
+        UserError: that fails, or an id is not in the vocabulary.
     """
     import torch
     from transformers import GlmConfig, GlmForCausalLM
@@ -226,14 +199,9 @@ def check_generation(settings: Mapping[str, Any], config: GenerationConfig, voca
             what = f"{beyond[0]} is no token of this model, whose ids go from 0 to {vocab_size - 1}"
             problems.add(f"{path}.{key}", what, "correct the id, or leave it out")
     problems.raise_if_any()
-    sizes: dict[str, Any] = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "head_dim": 8,
-    }
-    model = GlmForCausalLM(GlmConfig(vocab_size=vocab_size, **sizes, num_key_value_heads=1, pad_token_id=0)).eval()
+    sizes: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 8)
+    sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    model = GlmForCausalLM(GlmConfig(vocab_size=vocab_size, pad_token_id=0, **sizes)).eval()
 
     def failure(*without: str) -> str:
         tried = copy.deepcopy(config)
@@ -251,9 +219,10 @@ def check_generation(settings: Mapping[str, Any], config: GenerationConfig, voca
     if reason := failure():
         keys = sorted(settings, key=lambda key: key in ("do_sample", "num_beams"))  # without these, others are not read
         guilty = next((key for key in keys if not failure(key)), None)
-        where = f"{path}.{guilty}" if guilty else path
         seen = f"{shown(settings[guilty])} cannot be used" if guilty else "these settings cannot be used together"
-        raise UserError.single(where, f"{seen}: {reason}", "correct it, or leave it out")
+        raise UserError.single(
+            f"{path}.{guilty}" if guilty else path, f"{seen}: {reason}", "correct it, or leave it out"
+        )
 
 
 def _numbers(value: Any) -> Iterator[int]:
@@ -278,7 +247,7 @@ def check_ids(dataset: EncodedDataset, checkpoint: Checkpoint) -> None:
         token = shown(str(checkpoint.tokenizer.convert_ids_to_tokens(highest)))
         raise UserError.single(
             dataset.place(row),
-            f"token {highest} ({token}) of the tokenizer is none of the model, whose ids go up to {vocab_size - 1}",
+            f"token {highest} ({token}) of the tokenizer is not in the model, whose ids go up to {vocab_size - 1}",
             f"use the tokenizer that belongs to MODEL {checkpoint.location.name}, or a model with its vocab_size",
         )
 

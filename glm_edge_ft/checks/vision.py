@@ -1,4 +1,4 @@
-"""What a run has to know of images before the weights are read: does the model take them, and can each be opened?"""
+"""What a run must know of images before the weights are read: does the model take them, and can each be opened?"""
 
 from __future__ import annotations
 
@@ -20,15 +20,9 @@ if TYPE_CHECKING:
 
 
 def check_kind_of_model(checkpoint: Checkpoint, config: RunConfig, takes_images: bool) -> None:
-    """Compare the model with the script, and say which settings have no meaning for it.
+    """Refuse a chat model in finetune_vision.py (`takes_images`); give a notice of a vision model in finetune.py.
 
-    Args:
-        checkpoint: the model.
-        config: the run's config.
-        takes_images: whether this is finetune_vision.py.
-
-    Raises:
-        UserError: a chat model in the vision script. A vision model in the chat script is said.
+    Raises UserError.
     """
     name = checkpoint.location.name
     if takes_images and not checkpoint.is_vision:
@@ -39,16 +33,11 @@ def check_kind_of_model(checkpoint: Checkpoint, config: RunConfig, takes_images:
         )
     if not takes_images and checkpoint.is_vision:
         show_notice(
-            f"MODEL {name} is a vision model: this script trains its language part on text and leaves its vision part "
-            "as it is; finetune_vision.py trains on images"
+            f"MODEL {name} is a vision model: this script trains its language part on text and freezes its vision "
+            "part; finetune_vision.py trains on images"
         )
     elif not takes_images and config.freezeV:
         show_notice("freezeV: true has no meaning here: a chat model has no vision tower")
-
-
-def keeps_vision(checkpoint: Checkpoint, config: RunConfig, takes_images: bool) -> bool:
-    """Return whether the vision part stays as it is: where the config says so, and where no image is trained on."""
-    return checkpoint.is_vision and (config.freezeV or not takes_images)
 
 
 def image_settings(checkpoint: Checkpoint, config: RunConfig, takes_images: bool) -> ImageSettings | None:
@@ -65,24 +54,21 @@ def image_settings(checkpoint: Checkpoint, config: RunConfig, takes_images: bool
     return ImageSettings(model.boi_token_id, count, config.max_images if takes_images else 0)
 
 
-def check_vectors(meta_model: PreTrainedModel, checkpoint: Checkpoint, settings: ImageSettings) -> None:
-    """Compare the number of placeholders with the number of vectors that the model's own vision part makes.
-
-    `meta_model` is what `build_meta_model` returns: its shapes are computed, no number is. Raises UserError with both.
-    """
+def check_features(meta_model: PreTrainedModel, checkpoint: Checkpoint, settings: ImageSettings) -> None:
+    """Raise UserError where an image has another number of placeholders than the vision part makes features of it."""
     import torch
 
     vision: Any = meta_model.model.vision
     tower = vision.vit.model.vision_model.config
     pixels = torch.empty(1, tower.num_channels, tower.image_size, tower.image_size, device="meta")
     with torch.no_grad():
-        vectors = int(vision(pixels).shape[1])
-    if vectors != settings.placeholders_per_image:
+        count = int(vision(pixels).shape[1])
+    if count != settings.placeholders_per_image:
         raise UserError.single(
             "image_placeholder_tokens",
-            f"is {settings.placeholders_per_image}, but MODEL {checkpoint.location.name} makes {vectors} vectors of an "
+            f"is {settings.placeholders_per_image}, but MODEL {checkpoint.location.name} makes {count} vectors of an "
             "image, and each takes the place of one token",
-            f"leave it out, or write {vectors}",
+            f"leave it out, or write {count}",
         )
 
 

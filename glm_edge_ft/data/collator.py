@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glm_edge_ft import IGNORE_INDEX
-from glm_edge_ft.data.feature_store import FeatureStore
+from glm_edge_ft.data.feature_cache import FeatureStore
 from glm_edge_ft.data.images import BACKGROUND, fit, fitted_shape, load_image, preprocess
 from glm_edge_ft.errors import RunStopped, UserError
 
@@ -201,11 +201,6 @@ def open_again(path: str) -> Image.Image:
         (problem,) = error.problems
         what = f"an image that was there before training cannot be read now: {problem.where}: {problem.what}"
         raise RunStopped(what) from None
-
-
-def decode(path: str, image_processor: Any) -> NDArray[np.float32]:
-    """Return an image as the model gets it, (3, 672, 672). Raises RunStopped when it can no longer be read."""
-    return preprocess(open_again(path), image_processor)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,19 @@
-"""What one training step holds besides weights and optimizer states: found by running it without memory.
+"""The memory that one training step takes besides weights and optimizer states, found by running it without memory.
 
-The model's own forward and backward passes are run on fake tensors (`torch._subclasses.fake_tensor`): each operator of
-PyTorch is called and gives tensors of the right shape and dtype that have no storage behind them. Every storage that
-would be allocated is counted until it would be freed. So the count follows what the layers really keep for the backward
-pass: fused attention without its matrix, the copies that autocast and LoRA make, checkpointed layers that are computed
-again, the loss that sees supervised tokens only, in chunks. It takes seconds, and no weights are read.
+The model's own forward and backward pass run on fake tensors (`torch._subclasses.fake_tensor`): every operator gives
+tensors of the right shape and dtype without storage, and every storage that would be allocated is counted until it
+would be freed. So the count follows what the layers really keep for the backward pass: fused attention, the copies of
+autocast and LoRA, checkpointed layers, the chunked loss of supervised tokens. It takes seconds and reads no weights.
 
-What differs on a GPU: dropout keeps a mask of one byte a number, which is followed here; fused attention keeps the keys
-and values of grouped heads once instead of repeated, which is not, so that without checkpointing it says a little much.
+On a GPU dropout keeps a mask of one byte a number, which is followed here; fused attention keeps keys and values of
+grouped heads once instead of repeated, which is not, so that without checkpointing the estimate is a little high.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +33,10 @@ class BatchShape:
     """The batch of a step.
 
     Attributes:
-        rows: number of rows.
-        length: tokens of the longest row; others are padded to it, unless they are packed.
+        rows, length: number of rows, and tokens of the longest; others are padded to it, unless they are packed.
         supervised: supervised tokens of all rows.
-        images: pixels of a vision model's batch, `(images, channels, side, side)`; None: there are none.
-        packed: tokens of all rows, which stand one behind another; None: they are padded.
+        images: shape of the pixels, `(images, channels, side, side)`; None: there are none.
+        packed: tokens of all rows where they are packed; None: they are padded.
     """
 
     rows: int
@@ -50,12 +48,12 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class StepFormats:
-    """Number formats of a step.
+    """Dtypes of a step.
 
     Attributes:
         frozen, trained: of the weights as the layers see them.
-        autocast: in which autocast computes; None: as the weights are.
-        on_gpu: keep of dropout what a GPU keeps.
+        autocast: in which autocast computes; None: without it.
+        on_gpu: whether dropout keeps what it keeps on a GPU.
     """
 
     frozen: torch.dtype
@@ -71,7 +69,7 @@ class StepTrace:
     Attributes:
         kept: bytes that the forward pass leaves for the backward pass.
         moments: `(trained, bytes)`, in order: the most bytes in use while the gradients of so many trained numbers are
-            complete. A gradient is counted in bytes only while it is being computed.
+            complete; a gradient counts in bytes only while it is computed.
     """
 
     kept: int
@@ -80,9 +78,7 @@ class StepTrace:
     def peak(self, gradient_bytes: float, held: float = 0.0) -> int:
         """Return the most bytes that activations and gradients take together.
 
-        Args:
-            gradient_bytes: bytes that a trained number's gradient takes from when it is complete; 0.0 for none.
-            held: bytes of gradients that are there from the beginning.
+        A complete gradient takes `gradient_bytes` a number; gradients of `held` bytes are there from the beginning.
         """
         return int(max(size + max(done * gradient_bytes, held) for done, size in self.moments))
 
@@ -90,8 +86,7 @@ class StepTrace:
 class _Storages(TorchDispatchMode):
     """Counts the bytes of storages that operators make, until they are freed.
 
-    A mask of supervised positions has no content here, so that nobody knows how many they are: where its places are
-    asked for, the batch's number of them comes back.
+    A fake mask of supervised positions has no content: `nonzero` returns as many places as the batch supervises.
     """
 
     def __init__(self, supervised: int) -> None:
@@ -99,10 +94,6 @@ class _Storages(TorchDispatchMode):
         self.supervised = supervised
         self.live = self.highest = 0
         self.known: set[int] = set()
-
-    def ignore(self, tensors: Iterator[torch.Tensor]) -> None:
-        """Leave these tensors out of the count."""
-        self.known.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def take_highest(self) -> int:
         """Return the most bytes in use since this was last asked."""
@@ -139,10 +130,9 @@ def trace_step(
     """Run one forward and backward pass of `model` without memory and return what it would allocate.
 
     Args:
-        model: a causal language model, with its PEFT adapter if it gets one, on the meta device, `requires_grad` as in
-            training. It is used up: afterwards its weights are fake tensors.
-        batch: the batch. Attention gets a mask beside a trained prefix alone, as `GlmEdgeTrainer` hands it on.
-        formats: number formats.
+        model: on the meta device, with its adapter, `requires_grad` as in training. Afterwards its weights are fake.
+        batch: the batch. Attention gets a mask only beside a trained prefix, as in `GlmEdgeTrainer`.
+        formats: dtypes.
         install_loss: makes a model compute its loss as training does.
         checkpointing: `activation_checkpointing_kwargs` of the training arguments; None: it is off.
     """
@@ -158,8 +148,11 @@ def trace_step(
     if formats.autocast is not None:
         skip_input_cast(model)
     compute_lora_jointly(model)
-    if formats.on_gpu:
-        _take_dropout_of_gpu(model)
+    if formats.on_gpu:  # its fused dropout keeps a mask of one byte a number
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                name = "drop" if isinstance(module, LoraDropout) else "forward"
+                setattr(module, name, functools.partial(_fused_dropout, module.p))
     counter = _Storages(batch.supervised)
     moments: list[tuple[int, int]] = []
     done = 0
@@ -177,7 +170,8 @@ def trace_step(
                 weight.register_post_accumulate_grad_hook(note_gradient)
         has_prefix = model is not base and model.active_peft_config.is_prompt_learning
         inputs = _make_batch(base, batch, needs_mask=has_prefix)
-        counter.ignore(tensor for tensor in (*model.parameters(), *model.buffers(), *inputs.values()))
+        for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
+            counter.known.add(tensor.untyped_storage()._cdata)
         with counter:
             with torch.autocast("cpu", dtype=formats.autocast, enabled=formats.autocast is not None):
                 loss = model(**inputs, num_items_in_batch=1).loss
@@ -187,14 +181,6 @@ def trace_step(
     return StepTrace(kept, tuple(moments))
 
 
-def _take_dropout_of_gpu(model: nn.Module) -> None:
-    """Put the fused dropout, which keeps a mask of one byte a number, in the place of the CPU's."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            name = "drop" if isinstance(module, LoraDropout) else "forward"
-            setattr(module, name, functools.partial(_fused_dropout, module.p))
-
-
 def _fused_dropout(rate: float, hidden_states: torch.Tensor) -> torch.Tensor:
     return torch.native_dropout(hidden_states, rate, True)[0]
 
@@ -202,14 +188,12 @@ def _fused_dropout(rate: float, hidden_states: torch.Tensor) -> torch.Tensor:
 def _make_fake(model: nn.Module, formats: StepFormats) -> None:
     """Replace weights and buffers on the meta device by fake tensors that act as if they were on the CPU."""
     for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                dtype = formats.trained if weight.requires_grad else formats.frozen
-                fake = torch.empty(weight.shape, dtype=dtype, device="cpu")
-                module._parameters[name] = nn.Parameter(fake, requires_grad=weight.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            dtype = formats.trained if weight.requires_grad else formats.frozen
+            fake = torch.empty(weight.shape, dtype=dtype, device="cpu")
+            module._parameters[name] = nn.Parameter(fake, requires_grad=weight.requires_grad)
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
 def _make_batch(base: Any, batch: BatchShape, needs_mask: bool) -> dict[str, torch.Tensor]:

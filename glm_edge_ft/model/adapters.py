@@ -188,9 +188,9 @@ def wrap_meta_model(
 
 def _check_whole_weights(settings: Mapping[str, Any], meta_model: PreTrainedModel) -> None:
     """Refuse `target_parameters` that are kept in 4 bits: PEFT adds its matrices to the bytes."""
-    from glm_edge_ft.model.quantized_twin import QuantizedTwin
+    from glm_edge_ft.model.meta_model import MetaLinear4bit
 
-    names = [f"{name}.weight" for name, module in meta_model.named_modules() if isinstance(module, QuantizedTwin)]
+    names = [f"{name}.weight" for name, module in meta_model.named_modules() if isinstance(module, MetaLinear4bit)]
     for entry in settings.get("target_parameters") or ():
         if any(name == entry or name.endswith(f".{entry}") for name in names):
             what = f"{entry!r} is kept in 4 bits, and PEFT can add only to plain numbers"
@@ -201,12 +201,12 @@ def _check_whole_weights(settings: Mapping[str, Any], meta_model: PreTrainedMode
 
 def _check_quantized_is_frozen(settings: Mapping[str, Any], wrapped: torch.nn.Module) -> None:
     """Refuse to train a layer in 4 bits itself: its weight cannot be, and bitsandbytes rounds its bias in each pass."""
-    from glm_edge_ft.model.quantized_twin import QuantizedTwin
+    from glm_edge_ft.model.meta_model import MetaLinear4bit
 
     trained = {
         name.rpartition(".")[2]: name
         for module_name, module in wrapped.named_modules()
-        if isinstance(module, QuantizedTwin)
+        if isinstance(module, MetaLinear4bit)
         for name in [f"{module_name}.{key}" for key, values in module.named_parameters() if values.requires_grad]
     }
     if not trained:

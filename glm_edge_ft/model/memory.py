@@ -1,17 +1,16 @@
-"""What a run will need: an estimate of the memory of each process, on its GPU (or CPU) and in the machine's memory.
+"""The memory that a run needs: an estimate for each process, on its GPU (or CPU) and in the machine's memory.
 
-P counts all parameters, T the trained ones, n the processes; c is the bytes of the format in which DeepSpeed keeps the
+P counts all parameters, T the trained ones, n the processes; c is the bytes of the dtype in which DeepSpeed keeps the
 model: 2 under bf16 and fp16, else 4; f is what a float32 copy takes besides: 4 under bf16 and fp16, else 0. AdamW keeps
 two float32 states of each trained parameter: 8 T.
 
-Without DeepSpeed (`model/precision.py`): frozen weights are in the 16-bit format or in float32, or in 4 bits with their
-scales (`model/quantization.py`); trained ones, their
-gradients and AdamW's states in float32. On several processes DDP keeps a second copy of the gradients, in which it
-averages them (torch.nn.parallel.DistributedDataParallel, `gradient_as_bucket_view=False`): 4 T.
+Without DeepSpeed (`model/precision.py`): frozen weights are in 16 bits or float32, or in 4 bits with their scales;
+trained ones, their gradients and AdamW's states in float32. On several processes DDP averages gradients in a second
+copy (torch.nn.parallel.DistributedDataParallel, `gradient_as_bucket_view=False`): 4 T.
 
-With DeepSpeed 0.19.8 all weights of the model are in the format of the run; nothing is autocast. Each process has a
-share T/n of the trained ones in float32 as well, and AdamW's states of it (Rajbhandari et al., "ZeRO: Memory
-Optimizations Toward Training Trillion Parameter Models", section 3; `runtime/zero/stage_1_and_2.py` and `stage3.py`):
+With DeepSpeed 0.19.8 all weights are in the dtype of the run, without autocast. Each process has a share T/n of the
+trained ones in float32 as well, and AdamW's states of it (Rajbhandari et al., "ZeRO: Memory Optimizations Toward
+Training Trillion Parameter Models", section 3; `runtime/zero/stage_1_and_2.py` and `stage3.py`):
 
     stage                   1           2               3
     weights               c P         c P           c P/n, and what is gathered: c min(P, stage3_max_live_parameters)
@@ -21,10 +20,9 @@ Optimizations Toward Training Trillion Parameter Models", section 3; `runtime/ze
     when it steps   (c + f) T/n   (c + f) T/n   (c + f) min(T/n, sub_group_size): gradients in a row, then in float32
     buffers         twice `reduce_bucket_size` where communication overlaps, else once; c each
 
-`offload_optimizer` moves float32 weights, states and gradients, these in float32 too, to the machine's memory; stage 2
-keeps there a copy of the share in c as well, and here and there a buffer for the largest gradient. `offload_param`
-(stage 3) moves the share of the weights too. Pinned buffers are counted as they are asked for. On CPUs gloo gathers the
-weights of stages 1 and 2 into a copy, c T, when it steps.
+`offload_optimizer` moves float32 weights, states and gradients, in float32 too, to the machine's memory; stage 2 keeps
+a copy of the share in c there as well, and on both sides a buffer for the largest gradient. `offload_param` (stage 3)
+moves the share of the weights too. On CPUs gloo gathers the weights of stages 1 and 2 into a copy, c T, when it steps.
 
 Activations, logits and the gradients that come while activations go: `model/activations.py`. Not counted: CUDA's
 context and libraries, buffers of NCCL, gaps between allocations, the program itself.
@@ -38,13 +36,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config.deepspeed import AUTO, find
+from glm_edge_ft.model.meta_model import MetaLinear4bit
 
 if TYPE_CHECKING:
     from glm_edge_ft.model.activations import StepTrace
 
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32 = 4
-ADAMW_BYTES = 8  # two float32 states
+ADAMW_BYTES = 8
 # DeepSpeed's defaults (`runtime/zero/config.py`).
 DEFAULT_BUCKET = 500_000_000
 DEFAULT_LIVE = 1_000_000_000
@@ -56,11 +55,10 @@ class ModelSize:
     """Parameters of a model, its adapter's included.
 
     Attributes:
-        parameters: number of all.
-        trained: number of those that are trained.
+        parameters, trained: number of all, and of the trained ones.
         largest: number of those in the largest trained tensor.
-        quantized: number of those that are kept in 4 bits.
-        quantized_bytes: what these take, scales included, in every format of the others.
+        quantized: number of those in 4 bits.
+        quantized_bytes: what these take, scales included.
     """
 
     parameters: int
@@ -77,10 +75,9 @@ class Sharding:
     Attributes:
         stage: of ZeRO; None without DeepSpeed.
         processes: number of processes.
-        offload_optimizer, offload_weights: whether these are kept in the machine's memory.
+        offload_optimizer, offload_weights: whether these are in the machine's memory.
         buffers: numbers in DeepSpeed's communication buffers.
-        live: most numbers that stage 3 keeps gathered.
-        sub_group: most numbers that stage 3 updates at once.
+        live, sub_group: most numbers that stage 3 keeps gathered, and that it updates at once.
         gathers_copy: whether weights are gathered into a copy, as gloo does.
     """
 
@@ -110,17 +107,16 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that one process needs on its GPU, or on a machine without one in its memory.
+    """Bytes that one process needs on its GPU, or without one in the machine's memory.
 
     Attributes:
         weights: of the model, frozen and trained; under ZeRO-3 the share.
-        gradients: of the trained parameters, at their most.
+        gradients: of the trained parameters, at most.
         optimizer: its states, and the float32 copy of the trained weights that DeepSpeed keeps.
         buffers: for communication, and under ZeRO-3 what is gathered of the weights.
         activations: what the forward pass keeps for the backward pass; None where it was not traced.
-        total: the most that is in use at any time. Gradients come while activations go, and what is needed while a
-            layer or the loss is computed is freed at once; so this is not the sum of the others.
-        host: what lies in the machine's memory besides.
+        total: the most that is in use at any time; not the sum, since gradients come while activations go.
+        host: what offloading takes besides.
     """
 
     weights: int
@@ -144,21 +140,21 @@ def estimate_memory(
 
     Args:
         size: parameter counts.
-        dtype: format of the frozen weights, with DeepSpeed of all weights.
+        dtype: of the frozen weights, with DeepSpeed of all weights.
         sharding: how the processes share.
-        trace: a step of this model in these formats; None: without activations.
-        accumulates: whether several batches make one step, so that gradients are there from the beginning.
-        state_bytes: of the optimizer's states of one trained number, see `optimizer_state_bytes`.
+        trace: a step of this model in these dtypes; None: without activations.
+        accumulates: whether a step takes several batches, so that gradients are there from the beginning.
+        state_bytes: see `optimizer_state_bytes`.
     """
+    width, kept = BYTES_PER_WEIGHT[dtype], trace.kept if trace else None
     if sharding.stage is not None:
-        return _estimate_deepspeed(size, BYTES_PER_WEIGHT[dtype], sharding, trace, accumulates, state_bytes)
+        return _estimate_deepspeed(size, width, sharding, trace, accumulates, state_bytes)
     frozen = size.parameters - size.trained - size.quantized
-    weights = frozen * BYTES_PER_WEIGHT[dtype] + size.quantized_bytes + size.trained * FLOAT32
+    weights = frozen * width + size.quantized_bytes + size.trained * FLOAT32
     gradients = size.trained * FLOAT32
     optimizer = size.trained * state_bytes
     buffers = gradients if sharding.processes > 1 else 0
     step = max(gradients, trace.peak(FLOAT32, gradients if accumulates else 0) if trace else 0)
-    kept = trace.kept if trace else None
     return MemoryEstimate(weights, gradients, optimizer, buffers, kept, weights + optimizer + buffers + step)
 
 
@@ -167,8 +163,8 @@ def _estimate_deepspeed(
 ) -> MemoryEstimate:
     stage, processes = sharding.stage, sharding.processes
     share = math.ceil(size.trained / processes) if stage else size.trained
-    plain = size.parameters - size.quantized  # there is none in 4 bits at stage 3
-    weights = width * (math.ceil(plain / processes) if stage == 3 else plain) + size.quantized_bytes
+    unquantized = size.parameters - size.quantized  # stage 3 has none in 4 bits
+    weights = width * (math.ceil(unquantized / processes) if stage == 3 else unquantized) + size.quantized_bytes
     optimizer = share * (FLOAT32 + state_bytes)
     gradients = width * (size.trained if stage in (0, 1) else share)
     copies = width + (FLOAT32 if width < FLOAT32 else 0)  # of gradients, while the optimizer steps
@@ -197,24 +193,24 @@ def _estimate_deepspeed(
 def optimizer_state_bytes(name: str) -> int:
     """Return the bytes of an optimizer's states for one trained number, by its name in `training_args.optim`.
 
-    AdamW keeps two float32 states, in 8-bit variants two bytes; Lion, RMSprop and Adagrad one state; plain SGD none,
+    AdamW keeps two float32 states, two bytes in its 8-bit variants; Lion, RMSprop and Adagrad one state; SGD none,
     Adafactor next to none (a row and a column of each matrix). Others are taken to be like AdamW.
     """
-    states = 1 if any(part in name for part in ("lion", "rmsprop", "adagrad")) else 2
     if name.startswith(("sgd", "adafactor")):
         return 0
+    states = 1 if any(part in name for part in ("lion", "rmsprop", "adagrad")) else 2
     return states * (1 if "8bit" in name else FLOAT32)
 
 
 def read_sharding(
     settings: Mapping[str, Any] | None, processes: int, hidden_size: int, on_gpu: bool = True
 ) -> Sharding:
-    """Return what a DeepSpeed JSON's checked content means for memory; without one, plain processes.
+    """Return what a checked DeepSpeed JSON, completed for the machine, means for memory.
 
     Args:
-        settings: the JSON's content, completed for the machine; None: no DeepSpeed.
+        settings: the JSON's content; None: no DeepSpeed.
         processes: number of processes of the run.
-        hidden_size: of the model; transformers makes the buffers its square where the JSON says "auto".
+        hidden_size: of the model; its square is the size of buffers that the JSON leaves "auto".
         on_gpu: whether the processes run on GPUs, over NCCL, or on CPUs, over gloo.
     """
     if settings is None:
@@ -243,20 +239,14 @@ def read_sharding(
 
 
 def measure_size(model: Any) -> ModelSize:
-    """Return the parameter counts of a model, wrapped or not; one on the meta device will do."""
-    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
-    trained = [count for count, is_trained in sizes if is_trained]
-    stored = [(module.weight.numel(), module.stored_bytes) for module in model.modules() if _is_quantized(module)]
+    """Return the parameter counts of a model, wrapped by PEFT or not; on the meta device is enough."""
+    weights = list(model.parameters())
+    trained = [weight.numel() for weight in weights if weight.requires_grad]
+    quantized = [layer for layer in model.modules() if isinstance(layer, MetaLinear4bit)]
     return ModelSize(
-        sum(count for count, _ in sizes),
-        sum(trained),
-        max(trained, default=0),
-        sum(count for count, _ in stored),
-        sum(size for _, size in stored),
+        parameters=sum(weight.numel() for weight in weights),
+        trained=sum(trained),
+        largest=max(trained, default=0),
+        quantized=sum(layer.weight.numel() for layer in quantized),
+        quantized_bytes=sum(layer.stored_bytes for layer in quantized),
     )
-
-
-def _is_quantized(module: Any) -> bool:
-    from glm_edge_ft.model.quantized_twin import QuantizedTwin
-
-    return isinstance(module, QuantizedTwin)

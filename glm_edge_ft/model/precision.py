@@ -40,6 +40,11 @@ class Precision:
     fp16: bool
     reason: str
 
+    @property
+    def compute(self) -> str:
+        """Dtype name in which the run computes."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
 
 def look_at_machine() -> Machine:
     """Return what this machine has; imports torch."""

@@ -18,8 +18,8 @@ from glm_edge_ft.model.adapters import apply_adapter, wrap_meta_model
 from glm_edge_ft.model.checkpoint import Checkpoint
 from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
 from glm_edge_ft.model.memory import estimate_memory, measure_size
+from glm_edge_ft.model.meta_model import quantize_meta_model
 from glm_edge_ft.model.quantization import check_stored_form, find_layers
-from glm_edge_ft.model.quantized_twin import quantize_twin
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.bench.memory_table import build_released_model
 from tests.closeness import assert_same_gradients
@@ -192,7 +192,7 @@ def test_the_estimate_knows_every_byte_of_the_weights(name: str, dtype: torch.dt
     checkpoint = read_checkpoint(locate_model(name))
     settings = {**LORA, "target_modules": ["q_proj", "down_proj"]}
     twin: Any = build_meta_model(checkpoint)
-    quantize_twin(twin, "nf4")
+    quantize_meta_model(twin, "nf4")
     size = measure_size(wrap_meta_model(settings, twin))
     model = apply_adapter(load_weights(checkpoint, dtype, "nf4"), settings)
     assert size.quantized == sum(layer.weight.quant_state.shape.numel() for layer in four_bit_layers(model).values())
@@ -206,7 +206,7 @@ def test_the_readmes_tell_the_estimate_of_the_released_models(name: str) -> None
     told = []
     for quantization in ("nf4", None):
         twin = build_released_model(name)
-        quantize_twin(twin, quantization)
+        quantize_meta_model(twin, quantization)
         estimate = estimate_memory(measure_size(wrap_meta_model(settings, twin)), "bfloat16")
         told.append(f"{estimate.weights / 1e9:.1f}")
     for readme, words in (
@@ -232,7 +232,7 @@ def test_what_would_train_the_4_bits_themselves_is_refused(
 ) -> None:
     """Before the weights are read; the same settings stand beside plain numbers."""
     twin = build_meta_model(checkpoint)
-    quantize_twin(twin, "nf4")
+    quantize_meta_model(twin, "nf4")
     with pytest.raises(UserError) as caught:
         wrap_meta_model({**LORA, "target_modules": ["v_proj"], **settings}, twin)
     (problem,) = caught.value.problems
@@ -245,7 +245,7 @@ def test_whole_modules_that_stay_plain_are_trained_beside_4_bits(checkpoint: Che
     """`embed_tokens`, `lm_head`, and the layer that is not in 4 bits."""
     settings = {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head", "down_proj"]}
     twin = build_meta_model(checkpoint)
-    quantize_twin(twin, "nf4")
+    quantize_meta_model(twin, "nf4")
     size = measure_size(wrap_meta_model(settings, twin))
     model = with_adapter(load_weights(checkpoint, torch.float32, "nf4"), settings)
     _, gradients = loss_and_gradients(model)
@@ -285,7 +285,7 @@ def test_a_base_that_is_stored_in_4_bits_computes_as_its_own_numbers(
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert_same_gradients(gradients, expected_gradients)
     twin = build_meta_model(stored)
-    quantize_twin(twin, None)
+    quantize_meta_model(twin, None)
     size = measure_size(twin)
     assert size.quantized == sum(layer.weight.quant_state.shape.numel() for layer in four_bit_layers(model).values())
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +14,8 @@ import pytest
 import torch
 
 from glm_edge_ft.data import collator, feature_cache
-from glm_edge_ft.data.feature_cache import ImageFeatures
-from glm_edge_ft.data.feature_store import RECORDS_FILE, FeatureStore
+from glm_edge_ft.data.cache import ABANDONED_AFTER_SECONDS
+from glm_edge_ft.data.feature_cache import FeatureStore, ImageFeatures
 from tests.runs import LORA, assert_close, assert_same_bits, do_run, metrics
 
 Run = Callable[..., Path]
@@ -96,19 +99,28 @@ def test_loader_processes_change_nothing(run: Run) -> None:
 def test_a_run_goes_on_with_what_a_killed_one_left(
     run: Run, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The vectors stay where they are until a run has ended; a damaged one is made anew, bit for bit the same."""
+    """The features stay where they are until a run has ended, and train bit for bit the same."""
+    monkeypatch.setattr(feature_cache, "_boot_time", lambda: 1)
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureStore, "remove", lambda _: None)
+        patch.setattr(ImageFeatures, "remove", lambda _: None)
         first = run("first")
     assert len(computed) == IMAGES_OF_TRAIN
-    (store,) = folders(first)
-    records = bytearray((store / RECORDS_FILE).read_bytes())
-    records[5] ^= 1
-    (store / RECORDS_FILE).write_bytes(records)
     second = run("second")
-    assert len(computed) == IMAGES_OF_TRAIN + 1
+    assert len(computed) == IMAGES_OF_TRAIN
     assert_same_bits(first, second)
     assert folders(second) == []
+
+
+def test_after_a_restart_of_the_machine_all_is_computed_anew(
+    run: Run, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that lost power may have noted features whose bytes never reached the disk."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFeatures, "remove", lambda _: None)
+        patch.setattr(feature_cache, "_boot_time", lambda: 1)
+        run("first")
+    run("second")
+    assert len(computed) == 2 * IMAGES_OF_TRAIN
 
 
 @pytest.mark.parametrize(
@@ -131,5 +143,46 @@ def test_too_little_room_is_said_and_the_run_goes_on(
     run()
     assert computed == []
     printed = capsys.readouterr()
-    assert "vectors of images are not kept: they need" in printed.err + printed.out
+    assert "features of images are not kept: they need" in printed.err + printed.out
     assert "GLM_EDGE_FT_CACHE" in printed.err + printed.out
+
+
+def store_of(path: Path) -> FeatureStore:
+    """Return a store of three images whose features have four bytes."""
+    return FeatureStore(path, ["a.png", "b.png", "c.png"], 4)
+
+
+def test_features_are_there_once_they_were_written(tmp_path: Path) -> None:
+    """In any order, and for other processes; others stay absent, and so does what has the number -1."""
+    store = store_of(tmp_path / "new" / "store")
+    copy = pickle.loads(pickle.dumps(store))  # as a loader's process gets it
+    store.write(2, b"cccc")
+    store.write(-1, b"xxxx")
+    assert store.numbers == {"a.png": 0, "b.png": 1, "c.png": 2}
+    for other in (store, copy, store_of(store.path)):
+        assert [other.holds(number) for number in (-1, 0, 1, 2)] == [False, False, False, True]
+        assert other.read(2) == b"cccc"
+
+
+def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full takes no byte, as a full disk does."""
+    (tmp_path / "store").symlink_to("/dev/full")
+    store = store_of(tmp_path / "store")
+    features = ImageFeatures(store, lambda pixels: pixels, torch.float32, (1, 1), torch.device("cpu"))
+    batch = {"image_records": torch.tensor([0, 1]), "image_pixels": torch.tensor([0, 1])}
+    pixels = torch.tensor([1.0, 2.0]).view(2, 1, 1)
+    completed = features.add_image_features({**batch, "pixel_values": pixels})
+    assert completed["image_features"].tolist() == pixels.tolist()
+    assert features.is_full
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_files_of_killed_runs_are_removed_after_two_days(tmp_path: Path) -> None:
+    """One that is in use is younger."""
+    for name in ("old", "new"):
+        store_of(tmp_path / name).write(0, b"aaaa")
+    long_ago = time.time() - ABANDONED_AFTER_SECONDS - 60
+    os.utime(tmp_path / "old", (long_ago, long_ago))
+    feature_cache._remove_abandoned(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    feature_cache._remove_abandoned(tmp_path / "nothing here")
