@@ -1,10 +1,8 @@
-"""What the READMEs of all folders say holds: commands, keys, links, examples, messages, outputs, and code that runs."""
+"""What the READMEs of all folders say holds: commands, keys, links, examples, messages, outputs."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
 import json
 import re
 import shlex
@@ -16,7 +14,6 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 import finetune
@@ -32,20 +29,24 @@ from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.run import RunRequest
 from tests.conftest import TokenizerMaker
+from tests.documents import (
+    DATA,
+    DEPLOY,
+    DOCUMENTS,
+    ENGLISH,
+    FOLDERS,
+    ROOT,
+    TEXTS,
+    TRANSLATED,
+    blocks,
+    codes,
+    commands,
+    prose,
+    table_rows,
+)
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, do_run, metrics
-from tests.vision_folders import draw, image_part, save_vision_folder, text_part, turns
+from tests.vision_folders import draw
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (".", "configs", "data", "glm_edge_ft/deploy")  # a README in English and one in Chinese in each
-TRANSLATED = [(ROOT / folder / "README.md", ROOT / folder / "README_zh.md") for folder in FOLDERS]
-DOCUMENTS = [
-    *(path for pair in TRANSLATED for path in pair),
-    *(ROOT / name for name in ("glm_edge_ft/README.md", "tests/README.md", "tests/bench/RESULTS.md")),
-]
-TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
-ENGLISH = [path for path in DOCUMENTS if not path.name.endswith("_zh.md")]
-DEPLOY, DATA = ROOT / "glm_edge_ft/deploy/README.md", ROOT / "data/README.md"
 TWO_COMMANDS = (
     "pip install -r requirements.txt && python finetune.py data/demo glm-edge-nano configs/demo.yaml",
     "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest",
@@ -56,32 +57,6 @@ OF_THE_READER = {  # stand for the reader's own data
 }
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 each_translation = pytest.mark.parametrize("pair", TRANSLATED, ids=FOLDERS)
-
-
-def blocks(path: Path, language: str = r"\w*") -> list[str]:
-    """Return the contents of the fenced blocks of one language, or of all, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXTS[path], flags=re.MULTILINE | re.DOTALL)
-
-
-def prose(path: Path) -> str:
-    """Return a document without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", TEXTS[path], flags=re.MULTILINE | re.DOTALL)
-
-
-def codes(path: Path) -> list[str]:
-    """Return what stands between single backticks outside of blocks."""
-    return re.findall(r"`([^`\n]+)`", prose(path))
-
-
-def table_rows(path: Path) -> list[list[str]]:
-    """Return the cells of all rows of all tables."""
-    lines = re.findall(r"^\|(.*)\|$", prose(path), flags=re.MULTILINE)
-    return [[cell.strip() for cell in line.split("|")] for line in lines]
-
-
-def commands(*paths: Path) -> list[str]:
-    """Return every line of the bash blocks, each once."""
-    return list(dict.fromkeys(line for path in paths for block in blocks(path, "bash") for line in block.splitlines()))
 
 
 # ---- the documents beside one another, and what they name ----
@@ -212,7 +187,7 @@ def test_every_line_of_the_bash_blocks_is_a_command() -> None:
             assert (ROOT / parsed["data_dir"]).is_dir() or f"{parsed['data_dir']}/" in OF_THE_READER
         elif maker := next((start for start in MAKERS if line.startswith(start)), None):
             app = typer.Typer()
-            app.command()(MAKERS[maker])
+            app.command()(MAKERS[maker])  # type: ignore[type-var]
             parse(app, maker, line.removeprefix(maker))
         else:
             assert re.match(
@@ -363,80 +338,3 @@ def test_report_and_preview_of_the_demo_data_are_what_the_program_prints(
     monkeypatch.chdir(ROOT)
     recipe.run(RunRequest(Path("data/demo"), "glm-edge-nano", Path("configs/demo.yaml"), **option))
     assert capsys.readouterr().out.partition("val: ")[0] == blocks(DATA, "text")[shown]
-
-
-# ---- results: the files of a run, and the code that loads them ----
-
-QUESTION = "类型#裤*版型#宽松*颜色#黑色"
-LEARNS: dict[str, Any] = {"generation_config": {"max_new_tokens": 128}, "learning_rate": 3e-2, "max_steps": 4}
-
-
-OF_AN_ADAPTER = ["adapter_model.safetensors", "adapter_config.json"]
-OF_THE_MODEL = ["model.safetensors", "config.json"]
-(OUTPUT_TABLE,) = re.findall(r"^\| in `output_dir` .*\n((?:^\|.*\n)+)", TEXTS[ROOT / "README.md"], flags=re.MULTILINE)
-FILES = {name for line in OUTPUT_TABLE.splitlines() for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
-FILES -= {"earlier/", "preprocessor_config.json"}  # where there is an earlier run, a vision model
-
-
-def snippet(kind: str) -> str:
-    """Return the code that loads `output/KIND`."""
-    (found,) = (block for block in blocks(DEPLOY, "python") if f'"output/{kind}"' in block)
-    return found
-
-
-def answer(kind: str, output: Path, capsys: pytest.CaptureFixture[str], image: Path | None = None) -> str:
-    """Run the code that loads a folder of this kind; expect and return what the evaluation of the run predicted."""
-    capsys.readouterr()
-    code = snippet(kind).replace(f'"output/{kind}"', repr(str(output))).replace('"images/dog.jpg"', repr(str(image)))
-    exec(code, {})
-    (prediction,) = (output / "predictions" / "test-4.jsonl").read_text(encoding="utf-8").splitlines()
-    printed = capsys.readouterr().out.strip()
-    assert printed == json.loads(prediction)["prediction"].strip()
-    return printed
-
-
-def untrained_reply(folder: Path) -> str:
-    """Return what a model answers before it is trained, by the code that loads a model."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(snippet("sft").replace('"output/sft"', repr(str(folder))), {})
-    return printed.getvalue().strip()
-
-
-def test_snippets_answer_as_the_evaluation_did(
-    tmp_path: Path, make_tokenizer: TokenizerMaker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """R7, T1: the code loads each kind of output folder and replies as predictions/ says.
-
-    The folder holds what README lists, metrics.jsonl the keys that it names.
-    """
-    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
-    save_model_folder(tmp_path / "model", make_tokenizer("glm"))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(turns(QUESTION, "你喜欢什么颜色？")), encoding="utf-8")
-    said = set()
-    for kind, peft in (("lora", LORA), ("sft", None), ("prefix", PREFIX)):
-        data: dict[str, Any] = {"peft": peft, "val": "train.jsonl", "test": "train.jsonl"}
-        evaluated = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
-        output = do_run(tmp_path / kind, tmp_path / "data", tmp_path / "model", **data, **LEARNS, **evaluated)
-        said.add(answer(kind, output, capsys))
-        names = {name.rstrip("/").replace("N", "4") for name in FILES - set(OF_THE_MODEL if peft else OF_AN_ADAPTER)}
-        assert [name for name in names if not (output / name).exists()] == []
-        assert {path.name for path in output.iterdir()} == {name.split("/")[0] for name in names}
-    logged = {key for line in metrics(output) for key in line}
-    assert {"step", "loss", "learning_rate", "eval_loss", "eval_rouge-l", "train_runtime"} <= logged
-    assert untrained_reply(tmp_path / "model") not in said
-
-
-def test_the_vision_snippet_answers_as_the_evaluation_did(
-    tmp_path: Path, backend: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """R7: adapter, tokenizer and image processor of the output folder, and the base model that it names."""
-    monkeypatch.setenv("GLM_EDGE_FT_CACHE", str(tmp_path / "cache"))
-    model = save_vision_folder(tmp_path / "model", backend)
-    (question,) = re.findall(r'"text": "([^"]+)"', snippet("vision"))
-    image = draw(tmp_path / "data" / "dog.png", 1)
-    row = turns([image_part("dog.png"), text_part(question)], "今天天气很好")
-    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    output = do_run(tmp_path / "output", tmp_path / "data", model, test="train.jsonl", takes_images=True, **LEARNS)
-    assert answer("vision", output, capsys, image)
-    assert (output / "preprocessor_config.json").is_file()

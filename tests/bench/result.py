@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -137,12 +138,22 @@ def installed(*names: str) -> dict[str, str]:
     return found
 
 
+def processor(record: Mapping[str, Any]) -> str:
+    """Return the name of the processor that a record was measured on."""
+    return str(record["machine"]).partition(",")[0]
+
+
 def keep(result: Result) -> None:
-    """Print a result, keep it and render the page."""
+    """Print a result, keep it and render the page; what another processor measured is kept beside it."""
     record = asdict(result) | {"versions": installed(*PACKAGES) | dict(result.versions)}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{result.name}.json"
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if path.exists() and processor(before := json.loads(path.read_text(encoding="utf-8"))) != processor(record):
+        suffix = re.sub(r"[^a-z0-9]+", "-", processor(before).lower()).strip("-")
+        for plot in before["plots"]:
+            plot["name"] += f"-{suffix}"
+        path.with_stem(f"{result.name}-{suffix}").write_text(_as_json(before), encoding="utf-8")
+    path.write_text(_as_json(record), encoding="utf-8")
     print(_section(record))
     render()
 
@@ -151,7 +162,12 @@ def render() -> None:
     """Write `RESULTS.md` and its pictures from all results that are kept."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
     records.sort(key=lambda record: (ORDER.index(record["name"]) if record["name"] in ORDER else 99, record["name"]))
-    summary = [_ratio_line(ratio) for record in records for ratio in record["ratios"] if ratio["target"] is not None]
+    summary = [
+        f"{_ratio_line(ratio)} {processor(record)} |"
+        for record in records
+        for ratio in record["ratios"]
+        if ratio["target"] is not None
+    ]
     head = [
         "# What it costs, and what others cost",
         "",
@@ -159,8 +175,8 @@ def render() -> None:
         "`python -m tests.bench.result`. Ratios carry over to other machines, seconds do not. Peers have virtual "
         "environments of their own: `tests/bench/requirements.txt` has their versions.",
         "",
-        "| what | measured | target | |",
-        "|---|---|---|---|",
+        "| what | measured | target | | processor |",
+        "|---|---|---|---|---|",
         *summary,
     ]
     for record in records:
@@ -168,6 +184,10 @@ def render() -> None:
             _draw(plot)
     text = "\n".join(head) + "\n" + "".join("\n" + _section(record) for record in records)
     PAGE.write_text(text, encoding="utf-8")
+
+
+def _as_json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
 def _number(value: Any) -> str:
