@@ -175,7 +175,7 @@ def test_a_model_that_cannot_be_traced_is_said_to_be_estimated_in_part(chat: Run
 def test_zero_3_shares_weights_in_the_estimate(chat: RunRequest) -> None:
     """With the whole of transformers set to ZeRO-3, the trace still sees a whole model, and leaves it so set."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
-    file = Path(__file__).resolve().parents[1] / "configs" / "ds_zero_3_offload.json"
+    file = Path(__file__).resolve().parents[2] / "configs" / "ds_zero_3_offload.json"
     prepared = with_lora(chat, deepspeed=str(file))
     memory = look_at_memory(prepared)
     assert memory.failure is None
