@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from glm_edge_ft.config.deepspeed import USED
-from glm_edge_ft.errors import UserError
 from glm_edge_ft.training import deepspeed
-from glm_edge_ft.training.deepspeed import check_deepspeed_values, wait_for_compilations
-from tests.launch import REPOSITORY, launch, start_script
-from tests.runs import do_run, losses, write_config
+from glm_edge_ft.training.deepspeed import wait_for_compilations
+from tests.launch import REPOSITORY, start_script
 
 # Rank 1 fails while rank 0 waits for it in a collective; or both fail alike.
 FAILING_SCRIPT = """
@@ -88,57 +83,6 @@ def test_a_compilation_that_goes_on_is_waited_for_until_its_process_is_gone(
     assert not lock.exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, []),
-        (
-            {"zero_optimization": {"stage": 3, "reduce_bucket_size": "big", "offload_param": {"pin_memory": "so"}}},
-            ["zero_optimization.reduce_bucket_size is `big`", "zero_optimization.offload_param.pin_memory is `so`"],
-        ),
-        (
-            {"communication_data_type": "int3"},
-            [" DeepSpeed refuses these settings: ValueError: Invalid communication_data_type"],
-        ),
-        ({"communication_data_type": 3}, [" DeepSpeed refuses these settings: AttributeError: "]),
-        ({"wall_clock_breakdown": "yes"}, [" DeepSpeed refuses these settings: TypeError: "]),
-        ({"zero_optimization": {"mics_shard_size": 2}}, [" DeepSpeed refuses these settings: DeepSpeedConfigError: "]),
-        ({"fp16": {"enabled": True, "min_loss_scale": 0}}, ["fp16"]),
-    ],
-)
-def test_values_that_deepspeed_refuses_are_found_before_the_weights(
-    settings: dict[str, Any], expected: list[str]
-) -> None:
-    """C6, K5: each with its key, whatever its parser raises; DeepSpeed says so only once the model is there."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
-    found = [f"{key} {reason}" for key, reason in check_deepspeed_values(settings)]
-    assert [text[: len(start)] for text, start in zip(found, expected, strict=True)] == expected
-
-
-@pytest.mark.parametrize(
-    ("compiler", "device", "expected"),
-    [
-        ("c++", "nvme", ["zero_optimization.offload_optimizer.device"]),
-        ("no-such-compiler", "none", []),
-        ("no-such-compiler", "cpu", [""]),
-    ],
-)
-def test_what_deepspeed_lacks_to_compile_is_found_before_the_weights(
-    compiler: str, device: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """K5: DeepSpeed says so with a trace of the build, once the model is there."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    monkeypatch.setitem(installed_ops, "cpu_adam", compiler == "c++")
-    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)  # as without libaio
-    zero = {"stage": 2, "offload_optimizer": {"device": device, "nvme_path": "/tmp"}}
-    assert [key for key, _ in check_deepspeed_values({"zero_optimization": zero})] == expected
-
-
 def fail(folder: Path, kind: str, who: str) -> str:
     """Let one rank of two fail, or both, and return what was printed."""
     script = folder / "failing.py"
@@ -197,79 +141,3 @@ def test_a_process_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
 def test_what_all_ranks_have_in_common_is_said_once(tmp_path: Path, kind: str, message: str) -> None:
     """T7: whichever of them comes first."""
     assert fail(tmp_path, kind, "all").count(message) == 1
-
-
-def test_check_refuses_what_deepspeed_cannot_run_here(chat_folder: Path) -> None:
-    """K5, K7: all at once and each by its key, by the real command; nothing heavy is imported for it."""
-    zero = {"stage": "two", "cpu_offload": True, "mics_shard_size": 2, "zero_quantized_weights": True}
-    path = chat_folder / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": zero, "fp16": True, "optimizer": "AdamW"}), encoding="utf-8")
-    top = {"on_nonfinite_loss": "warn"}
-    config = write_config(chat_folder / "output", top=top, deepspeed=str(path))
-    arguments = [str(chat_folder / "data"), str(chat_folder / "model"), str(config), "--check"]
-    run = start_script(REPOSITORY / "finetune.py", arguments, chat_folder / "log", processes=1, environment={})
-    said = run.end(code=2)
-    assert said.startswith("error: 7 problems in the input; nothing was trained\n")
-    for key in (*(f"zero_optimization.{key}" for key in zero), "fp16", "optimizer", "on_nonfinite_loss"):
-        assert key in said
-
-
-def test_check_gives_the_json_to_deepspeeds_own_parser(chat_folder: Path) -> None:
-    """K5: what it refuses is a mistake in the input, with the key where it names one."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
-    path = chat_folder / "ds.json"
-    path.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 0}}', encoding="utf-8")
-    where = r"training_args.deepspeed: ds.json: zero_optimization.reduce_bucket_size is `0`"
-    folders = chat_folder / "out", chat_folder / "data", chat_folder / "model"
-    with pytest.raises(UserError, match=where):
-        do_run(*folders, check=True, deepspeed=str(path))
-    with pytest.raises(UserError, match=r"training_args.deepspeed: differs from other settings: .*bf16_full_eval"):
-        do_run(*folders, check=True, deepspeed={"zero_optimization": {"stage": 2}}, bf16_full_eval=True)
-
-
-# Values other than DeepSpeed's defaults for the keys that reach it; offloading has tests of its own.
-OF_STAGE_2 = {
-    "contiguous_gradients": False,
-    "reduce_scatter": False,
-    "allgather_partitions": False,
-    "allgather_bucket_size": 1000,
-    "reduce_bucket_size": 1000,
-    "overlap_comm": True,
-    "round_robin_gradients": True,
-    "ignore_unused_parameters": False,
-}
-OF_STAGE_3 = {
-    "contiguous_gradients": False,
-    "reduce_bucket_size": 1000,
-    "sub_group_size": 1000,
-    "stage3_prefetch_bucket_size": 0,
-    "stage3_param_persistence_threshold": 0,
-    "stage3_model_persistence_threshold": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_max_reuse_distance": 0,
-    "stage3_gather_16bit_weights_on_model_save": False,
-    "stage3_gather_fp16_weights_on_model_save": True,
-    "memory_efficient_linear": False,
-    "log_trace_cache_warnings": True,
-}
-OF_ALL = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "wall_clock_breakdown": True}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "values"), [(2, OF_STAGE_2), (3, OF_STAGE_3)])
-def test_every_key_that_reaches_deepspeed_trains(stage: int, values: dict[str, Any], chat_folder: Path) -> None:
-    """K5: two processes, each key at another value than its default, give the losses of the defaults."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
-    elsewhere = {"stage", "offload_optimizer", "offload_param"}
-    assert set(OF_STAGE_2) | set(OF_STAGE_3) | elsewhere == set(USED["zero_optimization"])
-    found = {}
-    for name, zero, more in (("plain", {}, {}), ("other", values, OF_ALL)):
-        settings = {"zero_optimization": {"stage": stage, **zero}, **more}
-        (chat_folder / f"{name}.json").write_text(json.dumps(settings), encoding="utf-8")
-        path = str(chat_folder / f"{name}.json")
-        data, model = chat_folder / "data", chat_folder / "model"
-        output = launch(chat_folder / name, data, model, processes=2, peft=None, max_steps=2, deepspeed=path)
-        found[name] = losses(output)
-    assert found["other"].keys() == found["plain"].keys()
-    for step, (loss, *_) in found["plain"].items():
-        assert found["other"][step][0] == pytest.approx(loss, rel=1e-3)

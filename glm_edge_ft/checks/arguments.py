@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.config.deepspeed import complete_deepspeed, read_deepspeed
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.distributed import barrier, count_cores, init_cpu_process_group, set_single_process_env
-from glm_edge_ft.errors import ProblemList, UserError
-from glm_edge_ft.training.deepspeed import check_deepspeed_values
+from glm_edge_ft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, Seq2SeqTrainingArguments
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
     from glm_edge_ft.run import Plan
 
 CPU_TOKENS_PER_PASS = 2048
-_AGREE = "change one of the two; bf16_full_eval and fp16_full_eval count as bf16 and fp16"
 
 
 def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainingArguments:
@@ -56,7 +52,6 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
             bf16=precision.bf16,
             fp16=precision.fp16,
         )
-        _refuse_deepspeed_values(plan, settings["deepspeed"])
     if plan.resume.path is not None:
         settings["eval_on_start"] = False  # the base model was evaluated when the run began
     barrier()
@@ -67,10 +62,6 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         what = f"transformers refuses these settings: {error}"
         raise UserError.single("training_args", what, "correct what it names, or leave it out") from error
-    if args.deepspeed and (differing := args.hf_deepspeed_config.mismatches):  # it would say so after the weights
-        raise UserError.single(
-            "training_args.deepspeed", f"differs from other settings: {'; '.join(differing)}", _AGREE
-        )
     args._n_gpu = min(args.n_gpu, 1)  # with more, the Trainer would share each batch by nn.DataParallel
     return args
 
@@ -104,19 +95,6 @@ def check_batches(args: Seq2SeqTrainingArguments, padding_free: bool) -> None:
         what, fix = "dispatch_batches would cut packed batches", "leave it out, or write padding_free: false"
     if what:
         raise UserError.single("training_args.accelerator_config", what, fix)
-
-
-def _refuse_deepspeed_values(plan: Plan, settings: Mapping[str, Any]) -> None:
-    named = plan.config.training_args["deepspeed"]
-    file = f"{Path(named).name}: " if isinstance(named, str) else ""
-    problems = ProblemList()
-    for key, reason in check_deepspeed_values(settings):
-        problems.add(
-            "training_args.deepspeed",
-            f"{file}{key} {reason}" if key else f"{file}{reason}",
-            "correct it there, or leave it out",
-        )
-    problems.raise_if_any()
 
 
 def build_generation_config(config: RunConfig, checkpoint: Checkpoint) -> GenerationConfig:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.config.values import shown
+from glm_edge_ft.checks.deepspeed import check_deepspeed
+from glm_edge_ft.config.keys import shown
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.distributed import is_main_process
 from glm_edge_ft.errors import ProblemList, UserError
@@ -82,6 +83,9 @@ def check_training_parts(args: Seq2SeqTrainingArguments, written: Mapping[str, A
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             what = f"{getattr(value, 'value', value)} cannot be used here: {reason}"
             problems.add(f"training_args.{key}", what, _ONLINE if key == "push_to_hub" else _OTHER_PART)
+    if args.deepspeed:
+        with problems.collect():
+            check_deepspeed(written["deepspeed"], args, None if rows is None else steps)
     problems.raise_if_any()
 
 

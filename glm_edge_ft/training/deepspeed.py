@@ -1,73 +1,18 @@
-"""DeepSpeed: what it refuses before the weights are read, how a run that uses it starts, and how others avoid it."""
+"""DeepSpeed: how a run that uses it starts, and how others avoid it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
-import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.distributed import has_several_machines, is_local_main_process
 
 SECONDS_TO_COMPILE = 600.0
 SECONDS_TO_SEE_A_LOCK = 30.0
-
-
-def check_deepspeed_values(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what DeepSpeed itself refuses in completed settings, as pairs of a key and the reason.
-
-    It would say so when it gets the model, after the weights were read. Batch sizes and "auto" are left to the YAML.
-    """
-    from deepspeed.runtime.config import DeepSpeedConfig
-    from pydantic import ValidationError
-
-    written: dict[str, Any] = {**_without_auto(settings), "train_micro_batch_size_per_gpu": 1}
-    for key in ("train_batch_size", "gradient_accumulation_steps"):
-        written.pop(key, None)
-    try:
-        DeepSpeedConfig(written)
-    except ValidationError as error:
-        sections = {"DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedFP16Config": "fp16"}
-        section = [sections[error.title]] if error.title in sections else []
-        return [
-            (".".join(map(str, (*section, *found["loc"]))), f"is `{found['input']}`: {found['msg']}")
-            for found in error.errors()
-        ]
-    except Exception as error:  # whatever its parser raises, the file is what the user can change
-        return [("", f"DeepSpeed refuses these settings: {type(error).__name__}: {error}")]
-    return _missing_tools(settings.get("zero_optimization", {}))
-
-
-def _missing_tools(zero: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what this machine lacks for the operators that DeepSpeed compiles at first use."""
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-    from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
-
-    devices = {key: zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
-    missing = [
-        (f"zero_optimization.{key}.device", "is `nvme`, for which DeepSpeed needs the library libaio (libaio-dev)")
-        for key, device in devices.items()
-        if device == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False)
-    ]
-    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
-    needed = {"deepspeed_shm_comm": on_cpu, "cpu_adam": devices["offload_optimizer"] != "none"}
-    compiles = [name for name, is_needed in needed.items() if is_needed and not installed_ops.get(name)]
-    if compiles and not (shutil.which(get_cxx_compiler()) and is_ninja_available()):
-        what = f"DeepSpeed compiles {' and '.join(compiles)} for this run: install ninja and a C++ compiler (g++)"
-        missing.append(("", what))
-    return missing
-
-
-def _without_auto(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
 
 
 def init_deepspeed() -> None:

@@ -14,8 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_edge_ft.config import DataConfig, RunConfig, check_data_files, load_config, peek
-from glm_edge_ft.config.names import OLD_TRAINING_NAMES, Renamed
-from glm_edge_ft.config.schema import training_fields
 from glm_edge_ft.errors import Problem, UserError
 from tests.config.files import HEAD, LORA, NO_EVALUATION, load, notices, refused, write
 
@@ -147,15 +145,6 @@ def test_old_name_of_a_setting_without_effect(tmp_path: Path) -> None:
     ]
 
 
-def test_old_name_is_a_name_the_library_no_longer_documents() -> None:
-    """C2: the table of old names is not stale: what it maps to exists today."""
-    targets = {old.new for old in OLD_TRAINING_NAMES.values() if isinstance(old, Renamed)}
-    assert targets <= training_fields().keys()
-    still_there = OLD_TRAINING_NAMES.keys() & training_fields().keys()
-    # both are declared as deprecated aliases in transformers 5
-    assert still_there == {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
-
-
 def test_old_and_new_name_that_differ_are_refused(tmp_path: Path) -> None:
     """C2: both names with different values: refused."""
     assert refused(tmp_path, "evaluation_strategy: steps\neval_strategy: epoch") == (
@@ -225,7 +214,7 @@ def test_old_name_only_the_user_can_rewrite_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path, "fsdp_min_num_params: 9") == (
         Problem(
             "run.yaml:6: training_args.fsdp_min_num_params",
-            "`fsdp_min_num_params` is no longer a key",
+            "`fsdp_min_num_params` is not a key of this toolkit",
             "leave it out; use deepspeed to share a model between GPUs",
         ),
     )
@@ -434,7 +423,7 @@ def test_data_files_that_are_missing_are_all_named(tmp_path: Path) -> None:
             "did you mean train.json? data files there: test.jsonl, train.json",
         ),
         Problem("data_config.val_file", "`dev.csv` has an unknown format", "use one of .jsonl, .json, .parquet"),
-        Problem("data_config.test_file", f"{tmp_path}/test.jsonl is a folder", "name a file in it"),
+        Problem("data_config.test_file", f"{tmp_path}/test.jsonl is a folder", "name a file"),
     ]
 
 

@@ -14,10 +14,11 @@ import yaml
 from transformers import Seq2SeqTrainingArguments
 
 from glm_edge_ft.config import load_config
-from glm_edge_ft.config.names import DATA_FIELDS, OLD_TOP_NAMES, OLD_TRAINING_NAMES, TOP_FIELDS, Renamed, Retired
+from glm_edge_ft.config.keys import key_table as key_rules
 from glm_edge_ft.config.rules import METRICS
-from glm_edge_ft.config.schema import PEFT_TYPES, generation_fields, peft_fields, training_fields
+from glm_edge_ft.config.settings import DATA_KEYS, TOP_KEYS
 from glm_edge_ft.model.adapters import build_peft_config
+from tests import write_config_docs
 from tests.model_folders import tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -40,18 +41,6 @@ def key_table(name: str) -> dict[str, str]:
     return {row[0].strip("`"): row[2] for row in table(name, "data_config.train_file")}
 
 
-def known_keys() -> set[str]:
-    """Return every key that a config may hold, as a dotted path."""
-    peft = {key for peft_type in PEFT_TYPES for key in peft_fields(peft_type)}
-    return {
-        *TOP_FIELDS,
-        *(f"data_config.{key}" for key in DATA_FIELDS),
-        *(f"training_args.{key}" for key in training_fields()),
-        *(f"training_args.generation_config.{key}" for key in generation_fields()),
-        *(f"peft_config.{key}" for key in peft),
-    }
-
-
 def dotted_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the dotted path of every value of a config."""
     for key, value in values.items():
@@ -61,9 +50,11 @@ def dotted_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def test_keys_of_the_table_exist() -> None:
-    """No key is told of that the config would refuse."""
-    assert set(key_table("README.md")) <= known_keys()
+def test_tables_are_what_the_config_knows_of_its_keys() -> None:
+    """After a change `python -m tests.write_config_docs` writes them anew; the Chinese table has the same keys."""
+    for path, text in write_config_docs.written().items():
+        assert path.read_text(encoding="utf-8") == text, path.name
+    assert list(key_table("README_zh.md")) == list(key_table("README.md"))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -99,8 +90,8 @@ def defaults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     lora = vars(build_peft_config({"peft_type": "LORA"}, tiny_model()))
     prefix = build_peft_config({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, tiny_model())
     return {
-        **{key: getattr(config, key) for key in TOP_FIELDS},
-        **{f"data_config.{key}": getattr(config.data_config, key) for key in DATA_FIELDS},
+        **{key: getattr(config, key) for key in TOP_KEYS},
+        **{f"data_config.{key}": getattr(config.data_config, key) for key in DATA_KEYS},
         **{f"training_args.{key}": value for key, value in training.items()},
         **{f"peft_config.{key}": value for key, value in (vars(prefix) | lora).items()},
     }
@@ -123,12 +114,6 @@ def test_the_table_tells_the_real_defaults(name: str, defaults: dict[str, Any]) 
     assert compared > 30
 
 
-def test_old_names_are_those_that_the_config_reads() -> None:
-    """C2: the table of old names is whole and right."""
-    stated = {row[0].strip("`"): row[1].strip("`") for row in table("README.md", "evaluation_strategy")}
-    assert stated == {old: new.new for old, new in OLD_TRAINING_NAMES.items() if isinstance(new, Renamed)}
-
-
 @each_readme
 def test_retired_names_are_really_retired(name: str) -> None:
     """C1, C2: the names that are said to do nothing any more are read with a notice."""
@@ -136,7 +121,7 @@ def test_retired_names_are_really_retired(name: str) -> None:
     names = re.findall(r"`([^`]+)`", line)
     assert len(names) == 4
     for old in names:
-        assert isinstance({**OLD_TRAINING_NAMES, **OLD_TOP_NAMES}[old], Retired), old
+        assert "retired" in (key_rules()["old"]["training_args"] | key_rules()["old"]["top"])[old], old
 
 
 @each_readme

@@ -184,7 +184,9 @@ def test_impossible_combination_is_refused(tmp_path: Path, training: str, rest: 
 def test_misspelt_peft_type_gets_a_suggestion(tmp_path: Path) -> None:
     """C1: `LOAR` is refused with the types that are supported."""
     (problem,) = refused(tmp_path, rest="peft_config:\n  peft_type: LOAR\n")
-    assert problem.fix == ("did you mean LORA? write LORA or PREFIX_TUNING, or drop peft_config for full fine-tuning")
+    assert problem.fix == (
+        "did you mean LORA? write peft_type: LORA or PREFIX_TUNING, or drop peft_config for full fine-tuning"
+    )
 
 
 def test_key_of_the_other_peft_type_is_refused(tmp_path: Path) -> None:
@@ -193,7 +195,7 @@ def test_key_of_the_other_peft_type_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path, rest=prefix) == (
         Problem(
             "run.yaml:10: peft_config.r",
-            "`r` is a key of LORA, not of PREFIX_TUNING",
+            "`r` is not a key of PREFIX_TUNING",
             "leave it out, or change peft_type",
         ),
     )
@@ -260,7 +262,7 @@ def test_padding_stays_unless_the_config_says_otherwise(tmp_path: Path) -> None:
             "peft_config:\n  peft_type: PREFIX_TUNING\n  num_virtual_tokens: 4\n",
             Problem(
                 "run.yaml:7: padding_free",
-                "`true` cannot work with PREFIX_TUNING: its prefix stands before the whole batch, not before each row",
+                "`true` cannot work with PREFIX_TUNING: its prefix is put before the whole batch, not before each row",
                 "write padding_free: false, or peft_type: LORA",
             ),
         ),
@@ -269,7 +271,7 @@ def test_padding_stays_unless_the_config_says_otherwise(tmp_path: Path) -> None:
             "",
             Problem(
                 "run.yaml:6: training_args.neftune_noise_alpha",
-                "cannot stand beside padding_free: true: its noise is scaled by the length of a row, which here is "
+                "cannot be set beside padding_free: true: its noise is scaled by the length of a row, which here is "
                 "that of the whole batch",
                 "write padding_free: false",
             ),
@@ -279,7 +281,7 @@ def test_padding_stays_unless_the_config_says_otherwise(tmp_path: Path) -> None:
             "",
             Problem(
                 "run.yaml:6: training_args.torch_compile",
-                "cannot stand beside padding_free: true: rows begin elsewhere in each batch, and each would be "
+                "cannot be set beside padding_free: true: rows begin elsewhere in each batch, and each would be "
                 "compiled anew",
                 "write padding_free: false",
             ),

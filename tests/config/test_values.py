@@ -74,12 +74,12 @@ def test_lora_alpha_in_exponent_form_is_a_whole_number(tmp_path: Path) -> None:
         ("learning_rate: 1e999", "`1e999` is not a finite number", "write a number; the default is 5e-05"),
         ("learning_rate: '1e999'", "`1e999` is not a finite number", "write a number"),
         ("learning_rate: null", "`null` is not a number", "leave the key out for its default, or write a number"),
-        ("learning_rate:", "an empty value is not a number", "leave the key out for its default, or write a number"),
+        ("learning_rate:", "`null` is not a number", "leave the key out for its default, or write a number"),
         ("learning_rate: [1]", "`[1]` is not a number", "write a number; the default is 5e-05"),
         ("max_steps: true", "`true` is not a whole number", "write a whole number; the default is -1"),
         ("max_steps: 1.5", "`1.5` is not a whole number", "write a whole number; the default is -1"),
-        ("bf16: 1", "`1` is not true or false", "write true or false; the default is False"),
-        ("run_name: None", "`None` is a text in YAML", "write null"),
+        ("bf16: 1", "`1` is not true or false", "write true or false; the default is false"),
+        ("run_name: None", "`None` is a text in YAML", "write a text or null"),
         ("lr_scheduler_kwargs: {a: .nan}", "`.nan` is not a finite number", "write "),
         ("parallelism_config: {a: 1}", "takes a Python object, which a YAML file cannot write", "leave it out"),
     ],
@@ -136,29 +136,32 @@ def test_duplicate_key_is_refused_with_both_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("training", "rest", "words"),
     [
-        ("per_device_train_batch_size: 0", "", "from 1 up"),
-        ("gradient_accumulation_steps: 0", "", "from 1 up"),
-        ("max_steps: 0", "", "-1, or a number from 1 up"),
+        ("per_device_train_batch_size: 0", "", "is out of range: write a number at least 1"),
+        ("gradient_accumulation_steps: 0", "", "is out of range: write a number at least 1"),
+        ("max_steps: 0", "", "is out of range: write -1, or a number at least 1"),
         ("learning_rate: 0", "", "above 0"),
-        ("warmup_steps: -0.1", "", "0, a whole number of steps from 1 up, or a fraction of all steps below 1"),
-        ("warmup_steps: 1.5", "", "0, a whole number of steps"),
-        ("eval_steps: 0", "", "a whole number of steps from 1 up, or a fraction"),
-        ("save_steps: 10.5", "", "a whole number of steps from 1 up, or a fraction"),
-        ("seed: -1", "", "from 0 to 4294967295"),
-        ("generation_config: {max_new_tokens: 0}", "", "from 1 up"),
-        ("generation_config: {num_return_sequences: 2}", "", "from 1 to 1"),
-        ("", LORA + "  r: 0\n", "from 1 up"),
-        ("", LORA + "  lora_dropout: 1.0\n", "from 0 to below 1"),
-        ("", "peft_config: {peft_type: PREFIX_TUNING, num_virtual_tokens: 0}\n", "from 1 up"),
-        ("", "max_input_length: 0\n", "from 1 up"),
-        ("", "max_output_length: -5\n", "from 1 up"),
+        ("warmup_steps: -0.1", "", "is out of range: write a number at least 0"),
+        ("warmup_steps: 1.5", "", "neither a whole number of steps nor a fraction"),
+        ("eval_steps: 0", "", "is out of range: write a number above 0"),
+        ("save_steps: 10.5", "", "neither a whole number of steps nor a fraction"),
+        ("seed: -1", "", "at least 0 and at most 4294967295"),
+        ("generation_config: {max_new_tokens: 0}", "", "is out of range: write a number at least 1"),
+        ("generation_config: {num_return_sequences: 2}", "", "at least 1 and at most 1"),
+        ("", LORA + "  r: 0\n", "is out of range: write a number at least 1"),
+        ("", LORA + "  lora_dropout: 1.0\n", "at least 0 and below 1"),
+        (
+            "",
+            "peft_config: {peft_type: PREFIX_TUNING, num_virtual_tokens: 0}\n",
+            "is out of range: write a number at least 1",
+        ),
+        ("", "max_input_length: 0\n", "is out of range: write a number at least 1"),
+        ("", "max_output_length: -5\n", "is out of range: write a number at least 1"),
     ],
 )
 def test_number_out_of_range_is_refused(tmp_path: Path, training: str, rest: str, words: str) -> None:
     """C4: numbers that cannot work are refused with the range."""
     (problem,) = refused(tmp_path, training, rest)
-    assert "is out of range" in problem.what
-    assert words in problem.fix
+    assert words in f"{problem.what}: {problem.fix}"
 
 
 @pytest.mark.parametrize("number", ["null", "1", "4"])
@@ -168,7 +171,7 @@ def test_num_proc_may_be_null(tmp_path: Path, number: str) -> None:
     assert config.data_config.num_proc == (1 if number == "null" else int(number))
 
 
-@pytest.mark.parametrize("written", ["1" + "0" * 400, str(2**63), "1e300"])
+@pytest.mark.parametrize("written", ["1" + "0" * 400, str(2**63)])
 def test_a_whole_number_beyond_64_bits_is_refused(tmp_path: Path, written: str) -> None:
     """C4: no library counts so far; PEFT would end in an OverflowError."""
     (problem,) = refused(tmp_path, f"max_steps: {written}")

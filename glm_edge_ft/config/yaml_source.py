@@ -1,0 +1,309 @@
+"""A YAML file and `--set` options → plain values, each with the place where the user wrote it.
+
+The file is composed into nodes, never constructed by a loader, so that every key keeps its line, a key given twice is
+seen, no tag can run anything, and a plain scalar keeps the text it was written with (`save_strategy: no` is the word
+"no" to a field that takes words, and false to one that takes true or false).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.files import did_you_mean
+
+KeyPath = tuple[str | int, ...]
+
+_TAG = "tag:yaml.org,2002:"
+_DEEPEST = 40
+_MOST_NODES = 20_000  # aliases of aliases can blow a small file up to billions of nodes
+_NESTED = "nested too deeply, or made far too large by aliases"
+
+
+class PlainScalar(str):
+    """The text of a number or a switch as it is written in YAML, with its `value`."""
+
+    __slots__ = ("value",)
+    value: bool | int | float
+
+    def __new__(cls, text: str, value: float) -> PlainScalar:
+        """Return the text, which knows its value."""
+        scalar = super().__new__(cls, text)
+        scalar.value = value
+        return scalar
+
+
+@dataclass
+class YamlSource:
+    """The values of one configuration, with the place of each.
+
+    Attributes:
+        name: the file as the user named it, for messages.
+        folder: the folder of the file, which relative paths inside it start from.
+        values: the mapping at the top, `--set` options applied.
+        lines: key path → line, counted from 1; infinity for what a `--set` option wrote.
+        written_as: key path of today's name → the key path that the user wrote.
+        problems: errors that did not keep the rest from being read, each with its line.
+    """
+
+    name: str
+    folder: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: dict[KeyPath, float] = field(default_factory=dict)
+    written_as: dict[KeyPath, KeyPath] = field(default_factory=dict)
+    problems: list[tuple[float, Problem]] = field(default_factory=list)
+
+    def line(self, path: KeyPath) -> float | None:
+        """Return the line of a key, or of the nearest section around it; None for what is written nowhere."""
+        path = self.written_as.get(path, path)
+        return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
+
+    def is_overridden(self, path: KeyPath) -> bool:
+        """Return whether a `--set` option wrote this key or a section around it."""
+        return self.line(path) == math.inf
+
+    def where(self, path: KeyPath) -> str:
+        """Return the place of a key for messages: `lora.yaml:12: training_args.max_steps` or `--set KEY`."""
+        path, line = self.written_as.get(path, path), self.line(path)
+        if line is None and path:  # a section that `--set` made is named by the key below it
+            below = [known for known in self.lines if known[: len(path)] == path]
+            path, line = min(below, default=path, key=len), math.inf if below else None
+        if line == math.inf:
+            return f"--set {dotted(path)}"
+        place = self.name if line is None else f"{self.name}:{line}"
+        return f"{place}: {dotted(path)}" if path else place
+
+    def move(self, path: KeyPath, new: KeyPath) -> None:
+        """Know a key and everything below it by another path, at the place where it was written."""
+        moved = {new + known[len(path) :]: line for known, line in self.lines.items() if known[: len(path)] == path}
+        self.forget(path)
+        self.forget(new)
+        self.lines |= moved
+
+    def forget(self, path: KeyPath) -> None:
+        """Drop the lines of a key and of everything below it."""
+        self.lines = {known: line for known, line in self.lines.items() if known[: len(path)] != path}
+
+
+def dotted(path: KeyPath) -> str:
+    """Return a key path as `--set` takes it: `peft_config.target_modules[1]`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes, reading fewer plain scalars as non-text: `5e-5` is a number, `2024-01-01` and `12:30` are not."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+for _name, _pattern, _first in (
+    ("bool", r"(?i:yes|no|true|false|on|off)\Z", "yYnNtTfFoO"),
+    ("int", r"[-+]?[0-9]+(?:_[0-9]+)*\Z", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z", "-+.0123456789"),
+    ("float", r"(?i:[-+]?\.inf|\.nan)\Z", "-+."),
+    ("null", r"(?i:~|null|)\Z", "~nN"),
+    ("merge", r"<<\Z", "<"),
+):
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), [*_first, ""])
+
+
+def read_source(path: Path, overrides: Sequence[str] = ()) -> YamlSource:
+    """Read a configuration file and lay the `--set` options over it.
+
+    Raises:
+        UserError: the file is missing, a folder, not UTF-8 text, not YAML, or not a mapping of keys; the problems of
+            the `--set` options are listed with it.
+    """
+    source = YamlSource(name=str(path), folder=path.absolute().parent)
+    options = []
+    for text in overrides:
+        with _noting(source):
+            options.append(_parse_override(text))
+    try:
+        _read_file(source, path)
+    except UserError as error:
+        raise UserError([*error.problems, *(problem for _, problem in source.problems)]) from None
+    for option in options:
+        with _noting(source):
+            _apply_override(source, *option)
+    return source
+
+
+@contextmanager
+def _noting(source: YamlSource) -> Iterator[None]:
+    """Note what is wrong with a `--set` option, and go on."""
+    try:
+        yield
+    except UserError as error:
+        source.problems += [(math.inf, problem) for problem in error.problems]
+
+
+def _read_file(source: YamlSource, path: Path) -> None:
+    node = _compose(_read_text(path), source.name)
+    if node is None or node.tag == _TAG + "null":
+        raise UserError.single(source.name, "the config file is empty", "start from one of the files in configs/")
+    if not isinstance(node, yaml.MappingNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        place = f"{source.name}:{node.start_mark.line + 1}"
+        raise UserError.single(place, f"{kind} where keys are expected", "write `key: value` lines")
+    source.values = _Builder(source).build(node, ())
+
+
+def _read_text(path: Path) -> str:
+    where = str(path)
+    try:
+        if path.is_dir():
+            raise UserError.single(where, "this is a folder, not a config file", f"write {path / 'lora.yaml'} or so")
+        if not path.exists():
+            names = sorted(found.name for found in path.parent.glob("*.y*ml"))[:10]
+            raise UserError.single(
+                where, "no such config file", f"{did_you_mean(path)}config files there: {', '.join(names) or 'none'}"
+            )
+        if not path.is_file() and not where.startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/")):
+            raise UserError.single(where, "this is a pipe or a device, not a config file", "name a YAML file")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError.single(where, f"the config file cannot be read: {error}") from error
+    if b"\0" in content:
+        raise UserError.single(where, "this is not a text file", "name a YAML file, such as configs/lora.yaml")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        what = f"byte 0x{content[error.start]:02x} is not UTF-8"
+        raise UserError.single(f"{where}:{line}", what, "save the file as UTF-8") from error
+
+
+def _compose(text: str, name: str) -> yaml.Node | None:
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_node()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        fix = "check indentation (spaces, no tabs), colons and quotes of this line and the one before"
+        raise UserError.single(place, f"not valid YAML: {reason}", fix) from error
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        what = f"not valid YAML: the control character U+{error.character:04X}"
+        raise UserError.single(f"{name}:{line}", what, "delete it") from error
+    except RecursionError as error:
+        raise UserError.single(name, f"nested more than {_DEEPEST} levels deep") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError.single(name, f"not valid YAML: {error}") from error
+
+
+class _Builder:
+    """Turns the nodes of one file or option into values; writes lines and problems to a source."""
+
+    def __init__(self, source: YamlSource, is_option: bool = False) -> None:
+        self.source = source
+        self.is_option = is_option
+        self.nodes = 0
+        self.open: list[yaml.Node] = []
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        """Return the value of a node; an unusable one is noted and becomes None."""
+        self.nodes += 1
+        if node in self.open or len(self.open) > _DEEPEST or self.nodes > _MOST_NODES:
+            raise UserError.single(self._place(node, path), _NESTED, "write it flat, without &name and *name")
+        self.open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+                return self._mapping(node, path)
+            if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+                return [self._entry(child, child, (*path, index)) for index, child in enumerate(node.value)]
+            if isinstance(node, yaml.ScalarNode) and node.tag in _READERS:
+                return _READERS[node.tag](node.value)
+            what = f"the tag `{node.tag.replace(_TAG, '!!')[:60]}` is not allowed here"
+        except (ValueError, KeyError):
+            what = f"`{node.value[:40]}` cannot be read as {node.tag.removeprefix(_TAG)}"
+        finally:
+            self.open.pop()
+        return self._refuse(node, path, what, "write a plain value")
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        merged: list[yaml.Node] = []
+        first_lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key_node.tag == _TAG + "merge":
+                merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            elif not isinstance(key_node, yaml.ScalarNode):
+                self._refuse(key_node, path, "a list or mapping cannot be a key", "write the key as one word")
+            elif key in first_lines:
+                what = f"`{key}` is given twice, in lines {first_lines[key]} and {line}"
+                self._refuse(key_node, (*path, key), what, "keep one of them")
+            else:
+                first_lines[key] = line
+                values[key] = self._entry(key_node, value_node, (*path, key))
+        for base_node in merged:
+            base = self.build(base_node, path) if isinstance(base_node, yaml.MappingNode) else None
+            if base is None:
+                self._refuse(base_node, path, "`<<` takes an alias of a mapping", "write `<<: *name`")
+            else:
+                values = {**base, **values}
+        return values
+
+    def _entry(self, key_node: yaml.Node, value_node: yaml.Node, path: KeyPath) -> Any:
+        self.source.lines[path] = math.inf if self.is_option else key_node.start_mark.line + 1
+        return self.build(value_node, path)
+
+    def _refuse(self, node: yaml.Node, path: KeyPath, what: str, fix: str) -> None:
+        line = math.inf if self.is_option else node.start_mark.line + 1
+        self.source.problems.append((line, Problem(self._place(node, path), what, fix)))
+
+    def _place(self, node: yaml.Node, path: KeyPath) -> str:
+        place = f"{self.source.name}:{node.start_mark.line + 1}"
+        return f"--set {dotted(path)}" if self.is_option else f"{place}: {dotted(path)}" if path else place
+
+
+_BOOLEANS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+_READERS: dict[str, Callable[[str], Any]] = {
+    _TAG + "str": str,
+    _TAG + "merge": str,
+    _TAG + "null": lambda _: None,
+    _TAG + "bool": lambda text: PlainScalar(text, _BOOLEANS[text.lower()]),
+    _TAG + "int": lambda text: PlainScalar(text, int(text)),
+    _TAG + "float": lambda text: PlainScalar(text, float(re.sub(r"(?i)\.(inf|nan)\Z", r"\1", text))),
+}
+
+
+def _parse_override(text: str) -> tuple[tuple[str, ...], yaml.Node | None]:
+    key, equals, value = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        fix = "write KEY=VALUE with no space around =, such as --set training_args.max_steps=20"
+        raise UserError.single(f"--set {text}", "this is not KEY=VALUE", fix)
+    return path, _compose(value, f"--set {dotted(path)}")
+
+
+def _apply_override(source: YamlSource, path: tuple[str, ...], node: yaml.Node | None) -> None:
+    target = source.values
+    for depth, part in enumerate(path[:-1], start=1):
+        if target.get(part) is None:
+            target[part] = {}
+        if not isinstance(target[part], dict):
+            section = dotted(path[:depth])
+            what = f"`{section}` is a single value, so nothing can be set below it"
+            raise UserError.single(f"--set {dotted(path)}", what, f"write --set {section}=VALUE")
+        target = target[part]
+    source.forget(path)
+    source.lines[path] = math.inf
+    target[path[-1]] = None if node is None else _Builder(source, is_option=True).build(node, path)
