@@ -34,7 +34,7 @@ from tests.vision_folders import (
     write_vision_data,
 )
 
-SHIPPED = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 Run = Callable[..., Path]
 Row = dict[str, Any]
 ADAPTERS = pytest.mark.parametrize("peft", [LORA, None, PREFIX], ids=["lora", "full", "prefix"])
