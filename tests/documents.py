@@ -10,7 +10,10 @@ FOLDERS = (".", "configs", "data", "glm_edge_ft/deploy")  # a README in English 
 TRANSLATED = [(ROOT / folder / "README.md", ROOT / folder / "README_zh.md") for folder in FOLDERS]
 DOCUMENTS = [
     *(path for pair in TRANSLATED for path in pair),
-    *(ROOT / name for name in ("glm_edge_ft/README.md", "tests/README.md", "tests/bench/RESULTS.md")),
+    *(
+        ROOT / name
+        for name in ("configs/keys.md", "glm_edge_ft/README.md", "tests/README.md", "tests/bench/RESULTS.md")
+    ),
 ]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
 ENGLISH = [path for path in DOCUMENTS if not path.name.endswith("_zh.md")]
