@@ -26,8 +26,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from glm_edge_ft.training.checkpoints import STAGING_FOLDER, find_checkpoints
-from glm_edge_ft.training.final_model import FINAL_FOLDER
+from glm_edge_ft.training.checkpoints import FINAL_FOLDER, STAGING_FOLDER, find_checkpoints
 from tests.conftest import TokenizerMaker
 from tests.launch import Started, launch, start
 from tests.model_folders import save_model_folder

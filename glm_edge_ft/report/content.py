@@ -5,18 +5,18 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm_edge_ft.report.reading import Note, PredictionFile, RunFolder
+from glm_edge_ft.errors import UserError
+from glm_edge_ft.report.reading import RunFolder
 from glm_edge_ft.training.curves import is_number
 from glm_edge_ft.training.metrics import METRIC_NAMES
 
 MAXIMUM_ROWS = 1000
-"""Rows of one predictions file: the best and the worst halves of more."""
+"""Rows of one predictions file: of more, the best and the worst halves are kept."""
 MAXIMUM_ROWS_IN_ALL = 8000
-"""Rows of the page: where it has more files than fit with MAXIMUM_ROWS each, every file gets fewer of them."""
+"""Rows of the page: with more files than fit with MAXIMUM_ROWS each, every file gets fewer of them."""
 MINIMUM_ROWS = 50
 MAXIMUM_DEPTH = 50
 """Levels of lists and objects that the page shows of `run.json`."""
@@ -25,7 +25,6 @@ MAXIMUM_IMAGES = 400
 THUMBNAIL_PIXELS = 160
 CAPPED_BY = "rouge-l"
 _ABOUT_A_RUN = ("model", "data_dir", "config_file", "overrides", "resumed_from", "config", "facts", "data", "versions")
-_PREFIXES = ("eval", "test")
 
 
 def build_content(runs: Sequence[RunFolder]) -> dict[str, Any]:
@@ -35,13 +34,36 @@ def build_content(runs: Sequence[RunFolder]) -> dict[str, Any]:
     `[place, prompt, reference, prediction, [scores in the order of "metrics"], [numbers in "images"]]`, the first four
     as numbers in "texts": each evaluation of a run repeats all prompts and references.
     """
-    shared = _Shared.for_files(sum(len(run.predictions) for run in runs))
-    described = [_describe(run, name, shared) for run, name in zip(runs, _names(runs), strict=True)]
-    return {"metrics": METRIC_NAMES, "runs": described, "texts": list(shared.texts), "images": shared.thumbnails.urls}
+    files = sum(len(run.predictions) for run in runs)
+    maximum_rows = min(MAXIMUM_ROWS, max(MINIMUM_ROWS, MAXIMUM_ROWS_IN_ALL // max(files, 1)))
+    texts, thumbnails = _Texts(), _Thumbnails()
+    described = []
+    for run, name in zip(runs, _names(runs), strict=True):
+        notes = list(run.notes)
+        shown = []
+        for file, rows in run.predictions.items():
+            kept = _best_and_worst(rows, maximum_rows)
+            if len(kept) < len(rows):
+                notes.append(("rows_capped", file, str(len(kept)), str(len(rows)), str(maximum_rows // 2)))
+            shown.append({"name": file, "rows": [_describe_row(row, texts, thumbnails) for row in kept]})
+        notes += thumbnails.take_notes()
+        described.append(
+            {
+                "name": name,
+                "folder": str(run.folder),
+                "record": finite({key: run.record[key] for key in _ABOUT_A_RUN if key in run.record}),
+                "curves": {key: list(zip(*points, strict=True)) for key, points in run.curves.items()},
+                "evaluations": evaluations(run.log_lines),
+                "ended": finite(next((line for line in reversed(run.log_lines) if "train_runtime" in line), None)),
+                "files": shown,
+                "notes": notes,
+            }
+        )
+    return {"metrics": METRIC_NAMES, "runs": described, "texts": list(texts), "images": thumbnails.urls}
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
-    """Return the shortest ends of the folders' paths that tell the runs apart."""
+    """Return the shortest ends of the folders' paths that tell the runs apart; a folder named twice gets a number."""
     paths = [run.folder.resolve() for run in runs]
     names: list[str] = []
     for path in paths:
@@ -52,31 +74,11 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
     return names
 
 
-def _describe(run: RunFolder, name: str, shared: _Shared) -> dict[str, Any]:
-    notes, thumbnails = list(run.notes), shared.thumbnails
-    files = [_describe_file(file, shared, notes) for file in run.predictions]
-    if thumbnails.missing:
-        notes.append(Note("images_missing", (str(len(thumbnails.missing)), sorted(thumbnails.missing)[0])))
-        thumbnails.missing.clear()
-    if thumbnails.was_full:
-        notes.append(Note("images_capped", (str(MAXIMUM_IMAGES),)))
-    return {
-        "name": name,
-        "folder": str(run.folder),
-        "record": finite({key: run.record[key] for key in _ABOUT_A_RUN if key in run.record}),
-        "curves": {key: list(zip(*points, strict=True)) for key, points in run.curves.items()},
-        "evaluations": evaluations(run.log_lines),
-        "ended": finite(next((line for line in reversed(run.log_lines) if "train_runtime" in line), None)),
-        "files": files,
-        "notes": [[note.key, *note.values] for note in notes],
-    }
-
-
 def evaluations(log_lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return each evaluation: `set` (eval or test), `step`, the `model` where several were measured, and its scores."""
     found = []
     for line in log_lines:
-        for prefix in _PREFIXES:
+        for prefix in ("eval", "test"):
             if f"{prefix}_loss" in line or f"{prefix}_{CAPPED_BY}" in line:
                 numbers = {name: line.get(f"{prefix}_{name}") for name in ("loss", *METRIC_NAMES)}
                 numbers["step"] = line.get("step")
@@ -87,7 +89,7 @@ def evaluations(log_lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def finite(value: Any, depth: int = MAXIMUM_DEPTH) -> Any:
-    """Return JSON-able data with None in place of numbers that no float can hold, and of what is nested deeper."""
+    """Return JSON-able data with None for numbers that no float can hold and for what is nested too deeply."""
     if isinstance(value, dict) and depth:
         return {str(key): finite(part, depth - 1) for key, part in value.items()}
     if isinstance(value, list | tuple) and depth:
@@ -95,25 +97,22 @@ def finite(value: Any, depth: int = MAXIMUM_DEPTH) -> Any:
     return value if isinstance(value, str | bool) or is_number(value) else None
 
 
-def _describe_file(file: PredictionFile, shared: _Shared, notes: list[Note]) -> dict[str, Any]:
-    rows = list(file.rows)
-    if len(rows) > shared.rows_of_a_file:
-        order = sorted(range(len(rows)), key=lambda index: _score(rows[index], CAPPED_BY) or 0.0)
-        half = shared.rows_of_a_file // 2
-        rows = [rows[index] for index in sorted(order[:half] + order[-half:])]
-        notes.append(Note("rows_capped", (file.name, str(len(rows)), str(len(file.rows)), str(half))))
-    return {"name": file.name, "rows": [_describe_row(row, shared) for row in rows]}
+def _best_and_worst(rows: list[dict[str, Any]], maximum: int) -> list[dict[str, Any]]:
+    """Return at most so many rows, in their order."""
+    if len(rows) <= maximum:
+        return rows
+    order = sorted(range(len(rows)), key=lambda index: _score(rows[index], CAPPED_BY) or 0.0)
+    return [rows[index] for index in sorted(order[: maximum // 2] + order[-(maximum // 2) :])]
 
 
-def _describe_row(row: dict[str, Any], shared: _Shared) -> list[Any]:
+def _describe_row(row: dict[str, Any], texts: _Texts, thumbnails: _Thumbnails) -> list[Any]:
     place = ":".join(str(row[key]) for key in ("file", "line", "turn") if key in row)
     prompt = str(row.get("prompt") or "")
     prompt = prompt if len(prompt) <= MAXIMUM_CHARACTERS else "… " + prompt[-MAXIMUM_CHARACTERS:]
-    images = row.get("images")
-    paths = [path for path in images if isinstance(path, str)] if isinstance(images, list) else []
-    texts = (place, prompt, _shorten(row["reference"]), _shorten(row["prediction"]))
+    images = row["images"] if isinstance(row.get("images"), list) else []
+    numbers = [texts[text] for text in (place, prompt, _shorten(row["reference"]), _shorten(row["prediction"]))]
     scores = [_score(row, name) for name in METRIC_NAMES]
-    return [*map(shared.number, texts), scores, [shared.thumbnails.add(path) for path in paths]]
+    return [*numbers, scores, [thumbnails.add(path) for path in images if isinstance(path, str)]]
 
 
 def _score(row: dict[str, Any], name: str) -> float | None:
@@ -126,8 +125,15 @@ def _shorten(text: str) -> str:
     return text if left <= 0 else f"{text[:MAXIMUM_CHARACTERS]} … (+{left:,})"
 
 
+class _Texts(dict[str, int]):
+    """Numbers texts in the order in which they are first asked for."""
+
+    def __missing__(self, text: str) -> int:
+        return self.setdefault(text, len(self))
+
+
 class _Thumbnails:
-    """Pictures as small JPEGs in `data:` URLs, each once."""
+    """Images as small JPEGs in `data:` URLs, each once."""
 
     def __init__(self) -> None:
         self.urls: list[str] = []
@@ -136,7 +142,7 @@ class _Thumbnails:
         self._numbers: dict[str, int | None] = {}
 
     def add(self, path: str) -> int | None:
-        """Return the number of a picture's URL; None where it cannot be read, or the page has enough pictures."""
+        """Return the number of an image's URL; None where it cannot be read, or the page has enough images."""
         if path not in self._numbers:
             self._numbers[path] = self._make(path)
         elif self._numbers[path] is None and not self.was_full:
@@ -145,7 +151,6 @@ class _Thumbnails:
 
     def _make(self, path: str) -> int | None:
         from glm_edge_ft.data.images import load_image
-        from glm_edge_ft.errors import UserError
 
         if len(self.urls) >= MAXIMUM_IMAGES:
             self.was_full = True
@@ -161,18 +166,12 @@ class _Thumbnails:
         self.urls.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
         return len(self.urls) - 1
 
-
-@dataclass(frozen=True)
-class _Shared:
-    """What the files of predictions share: the number of each text, the pictures, how many rows a file may have."""
-
-    rows_of_a_file: int
-    texts: dict[str, int] = field(default_factory=dict)
-    thumbnails: _Thumbnails = field(default_factory=_Thumbnails)
-
-    @classmethod
-    def for_files(cls, files: int) -> _Shared:
-        return cls(min(MAXIMUM_ROWS, max(MINIMUM_ROWS, MAXIMUM_ROWS_IN_ALL // max(files, 1))))
-
-    def number(self, text: str) -> int:
-        return self.texts.setdefault(text, len(self.texts))
+    def take_notes(self) -> list[tuple[str, ...]]:
+        """Return what a run's page says about images that are missing from it, and start afresh for the next run."""
+        notes: list[tuple[str, ...]] = []
+        if self.missing:
+            notes.append(("images_missing", str(len(self.missing)), min(self.missing)))
+        if self.was_full:
+            notes.append(("images_capped", str(MAXIMUM_IMAGES)))
+        self.missing.clear()
+        return notes

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,64 +16,40 @@ from glm_edge_ft.training.metrics import METRIC_NAMES
 
 SECRETS = ("hub_token", "push_to_hub_token")
 """Training arguments that may hold a password, which no page for others may show."""
-
-_OF_TRAINING = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
-CURVES = (*_OF_TRAINING, "eval_loss", *(f"eval_{name}" for name in METRIC_NAMES))
+CURVES = (
+    *("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "eval_loss"),
+    *(f"eval_{name}" for name in METRIC_NAMES),
+)
 """What the page draws over the steps."""
 MAXIMUM_EVALUATIONS = 1000
 
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something the page says about what it lacks.
-
-    Attributes:
-        key: the sentence, among the labels of `page.js`.
-        values: what stands in its places `{0}`, `{1}`.
-    """
-
-    key: str
-    values: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PredictionFile:
-    """One file of `predictions/`.
-
-    Attributes:
-        name: its name without the suffix, such as `eval-120`.
-        rows: its lines in their order: prompt, reference, prediction and scores, as evaluation wrote them.
-    """
-
-    name: str
-    rows: tuple[dict[str, Any], ...]
+Note = tuple[str, ...]
+"""What the page says about something missing: the key of a label in `page.js`, then the values for its places."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What an output folder holds.
+    """The content of an output folder.
 
     Attributes:
-        folder: the folder as it was named.
+        folder: as it was named.
         curves: the points of `metrics.jsonl`, by the keys that training logs over its steps.
         log_lines: its lines that are no step of training: evaluations, and the end of the run.
         record: `run.json`; empty where there is none.
-        predictions: the files of `predictions/`, by the step they were written at.
+        predictions: the rows of each file of `predictions/` by its name without suffix, `eval-40` before `eval-120`.
         notes: what is missing or could not be read.
     """
 
     folder: Path
     curves: dict[str, Points]
-    log_lines: Sequence[dict[str, Any]]
+    log_lines: list[dict[str, Any]]
     record: dict[str, Any]
-    predictions: tuple[PredictionFile, ...]
-    notes: tuple[Note, ...]
+    predictions: dict[str, list[dict[str, Any]]]
+    notes: list[Note]
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Return what is in an output folder, also of a run that is still going or was killed.
+    """Read an output folder, also of a run that is still going or was killed.
 
     Raises UserError where the folder has nothing of a run, with what was looked for.
     """
@@ -86,46 +61,44 @@ def read_run(folder: Path) -> RunFolder:
         last = int(max((steps[-1] for steps, _ in curves.values()), default=0))
         planned = _as_dict(_as_dict(record.get("config")).get("training_args")).get("max_steps")
         is_known = isinstance(planned, int) and planned > 0
-        notes.append(Note("unfinished", (f"{last} / {planned}" if is_known else str(last),)))
+        notes.append(("unfinished", f"{last} / {planned}" if is_known else str(last)))
     predictions = _read_predictions(folder / PREDICTIONS_FOLDER, notes)
-    return RunFolder(folder, curves, log_lines, record, predictions, tuple(notes))
+    return RunFolder(folder, curves, log_lines, record, predictions, notes)
 
 
 def _refuse_other_folders(folder: Path) -> None:
-    where = f"OUTPUT_DIR {folder}"
+    where, fix = f"OUTPUT_DIR {folder}", "name the output_dir of a run"
     if not folder.exists():
-        raise UserError.single(where, "there is no such folder", "name the output_dir of a run")
+        raise UserError.single(where, "there is no such folder", fix)
     if not folder.is_dir():
         raise UserError.single(where, "is a file", f"name the run's folder: {folder.parent}")
-    if (folder / METRICS_FILE).is_file() or (folder / RUN_RECORD).is_file() or any(_files(folder / PREDICTIONS_FOLDER)):
+    if (folder / METRICS_FILE).is_file() or (folder / RUN_RECORD).is_file():
         return
-    what = f"is no output folder of a run: it has no {RUN_RECORD}, no {METRICS_FILE}, no {PREDICTIONS_FOLDER}/*.jsonl"
-    is_checkpoint = _CHECKPOINT.fullmatch(folder.name)
-    fix = f"name the folder of the whole run: {folder.parent}" if is_checkpoint else "name the output_dir of a run"
-    raise UserError.single(where, what, fix)
+    if not any((folder / PREDICTIONS_FOLDER).glob("*.jsonl")):
+        looked_for = f"no {RUN_RECORD}, no {METRICS_FILE}, no {PREDICTIONS_FOLDER}/*.jsonl"
+        if folder.name.startswith("checkpoint-"):
+            fix = f"name the folder of the whole run: {folder.parent}"
+        raise UserError.single(where, f"is no output folder of a run: it has {looked_for}", fix)
 
 
 def _read_record(path: Path, notes: list[Note]) -> dict[str, Any]:
+    """Return `run.json` without passwords."""
     if not path.is_file():
-        notes.append(Note("no_record"))
+        notes.append(("no_record",))
         return {}
     try:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        notes.append(Note("bad_record"))
+        notes.append(("bad_record",))
         return {}
     training = _as_dict(_as_dict(record.get("config")).get("training_args"))
     training |= {name: "***" for name in SECRETS if training.get(name)}
     overrides = record.get("overrides")
-    record["overrides"] = [_hide_secret(str(text)) for text in overrides] if isinstance(overrides, list) else []
+    pairs = [str(text).partition("=") for text in overrides] if isinstance(overrides, list) else []
+    record["overrides"] = [f"{key}=***" if key.endswith(SECRETS) else key + sign + value for key, sign, value in pairs]
     return record
-
-
-def _hide_secret(override: str) -> str:
-    key, _, _ = override.partition("=")
-    return f"{key}=***" if key.rpartition(".")[2] in SECRETS else override
 
 
 def _read_log(path: Path, notes: list[Note]) -> tuple[dict[str, Points], list[dict[str, Any]]]:
@@ -142,40 +115,30 @@ def _read_log(path: Path, notes: list[Note]) -> tuple[dict[str, Points], list[di
 
     curves = read_points(every_line(), CURVES)
     if not curves and not others:
-        notes.append(Note("no_metrics"))
+        notes.append(("no_metrics",))
     if count > len(others):
-        notes.append(Note("evaluations_capped", (str(len(others)), str(count))))
+        notes.append(("evaluations_capped", str(len(others)), str(count)))
     return curves, list(others)
 
 
-def _files(folder: Path) -> list[Path]:
-    return list(folder.glob("*.jsonl")) if folder.is_dir() else []
+def _read_predictions(folder: Path, notes: list[Note]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.jsonl"), key=_number_last):
+        *lines, torn = path.read_bytes().split(b"\n")  # the last one is empty, or just being written
+        rows = [_parse(line) for line in lines if line.strip()]
+        whole = [row for row in (*rows, _parse(torn)) if row is not None]
+        if broken := rows.count(None):
+            notes.append(("broken_lines", f"{PREDICTIONS_FOLDER}/{path.name}", str(broken)))
+        if whole:
+            found[path.stem] = whole
+    if not found:
+        notes.append(("no_predictions",))
+    return found
 
 
-def _read_predictions(folder: Path, notes: list[Note]) -> tuple[PredictionFile, ...]:
-    files = sorted(_files(folder), key=lambda path: [*_number_last(path.stem)])
-    read = []
-    for path in files:
-        rows, broken = [], 0
-        *whole, torn = path.read_bytes().split(b"\n")  # the last one is empty, or just being written
-        for line in [*whole, torn] if _parse(torn) else whole:
-            if line.strip():
-                row = _parse(line)
-                rows += [row] if row is not None else []
-                broken += row is None
-        if broken:
-            notes.append(Note("broken_lines", (f"{PREDICTIONS_FOLDER}/{path.name}", str(broken))))
-        if rows:
-            read.append(PredictionFile(path.stem, tuple(rows)))
-    if not read:
-        notes.append(Note("no_predictions"))
-    return tuple(read)
-
-
-def _number_last(stem: str) -> tuple[str, int]:
-    """Return what orders `eval-40` before `eval-120`."""
-    head, _, number = stem.rpartition("-")
-    return (head, int(number)) if number.isdecimal() else (stem, 0)
+def _number_last(path: Path) -> tuple[str, int]:
+    head, _, number = path.stem.rpartition("-")
+    return (head, int(number)) if number.isdecimal() else (path.stem, 0)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -184,8 +147,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(row, dict) and isinstance(row.get("reference"), str) and isinstance(row.get("prediction"), str)
-    return row if whole else None
+    is_row = isinstance(row, dict) and isinstance(row.get("reference"), str) and isinstance(row.get("prediction"), str)
+    return row if is_row else None
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

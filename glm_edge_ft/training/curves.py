@@ -19,10 +19,8 @@ TRAIN_COLOR = "#1f6fb2"
 EVAL_COLOR = "#d9480f"
 RATE_COLOR = "#4a5560"
 POINTS_WITH_MARKERS = 40
-"""Up to so many points each bears a marker; a lone point would not show otherwise, and many of them hide the line."""
-
-MAXIMUM_POINTS = 1500
-"""Points of one curve; more of them than the screen has pixels show nothing."""
+"""Up to so many points bear markers: a lone point would not show without one, and many markers hide the line."""
+MAXIMUM_POINTS = 1500  # of one curve; a screen has no more pixels
 MAXIMUM_WARNINGS = 20
 LARGEST_NUMBER = 1e300  # axes have margins, and no float is larger than 1.8e308
 
@@ -32,13 +30,9 @@ Points = tuple[list[float], list[float]]
 
 
 def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the log lines of a run in the order of the file; none where the file does not exist yet.
+    """Yield the objects of a `metrics.jsonl`, such as `{"step": 10, "loss": 2.1}`; none where there is no file yet.
 
-    A last line that is torn (the run was stopped while writing it) is left out; a broken line before it, which a torn
-    one becomes when the run goes on, is left out with a warning.
-
-    Args:
-        path: a `metrics.jsonl`: one JSON object a line, such as `{"step": 10, "loss": 2.1, "learning_rate": 0.0001}`.
+    A torn last line, as a killed run leaves it, is skipped; any other broken line is skipped with a warning.
     """
     if not path.exists():
         return
@@ -53,20 +47,19 @@ def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 yield from [log_line] if log_line else []
             elif line.endswith(b"\n") and warnings_left:
                 warnings_left -= 1
-                _log.warning("%s:%d: not a JSON object, left out: %.60r", path, number, line)
+                _log.warning("%s:%d: not a JSON object, skipped: %.60r", path, number, line)
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value of a log line is a number that can be drawn: no NaN, no infinity, no 400 digits."""
+    """Return whether a logged value can be drawn: no NaN, no infinity, no integer of 400 digits."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
 def read_points(log_lines: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> dict[str, Points]:
     """Return the points of each key that has any: steps, ascending, and the numbers at them.
 
-    Where a step comes twice (a resumed run repeats steps), the later line counts. Of more than `MAXIMUM_POINTS` points
-    the first, the last, and the lowest and the highest of each stretch stay, so that one spike of a long run is seen.
-    A line needs 16 bytes of memory a key.
+    Of lines with the same step, as a resumed run writes them, the last counts. Of more than `MAXIMUM_POINTS` points the
+    lowest and highest of each stretch are kept, so that a spike of a long run is seen. Takes 16 bytes a line and key.
     """
     columns = {key: (array("d"), array("d")) for key in keys}
     for line in log_lines:
@@ -93,31 +86,22 @@ def _thinned(steps: array[float], values: array[float]) -> Points:
 
 
 def write_loss_curve(log_lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw train loss and eval loss over the steps, the learning rate below them, and write the picture.
+    """Draw `loss` and `eval_loss` of `metrics.jsonl` over `step`, with `learning_rate` below, into a PNG.
 
-    Args:
-        log_lines: the lines of `metrics.jsonl`. `loss`, `eval_loss` and `learning_rate` are drawn over `step`, as
-            `read_points` has them.
-        path: the PNG to write. It appears whole or not at all; its folder is made where it is missing.
-        title: the heading, in ASCII (the built-in font has no Chinese characters; others are shown as `?`).
-
-    Nothing is written where there is neither a loss nor a learning rate to draw.
+    The file appears whole or not at all, and not without a point to draw. Characters of the title beyond ASCII are
+    shown as `?`: the built-in font has no Chinese ones.
     """
     keys = ("loss", "eval_loss", "learning_rate")
     points = read_points(log_lines, keys)
     if not points:
         return
     train_loss, eval_loss, learning_rate = (points.get(key, ([], [])) for key in keys)
-    # The object-oriented interface: pyplot would keep global figures and choose a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyplot would keep global figures and choose a window system
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    ascii_title = title.encode("ascii", "replace").decode("ascii")
-    loss_axes.set_title(ascii_title, fontsize=14, loc="left", parse_math=False)
+    loss_axes.set_title(title.encode("ascii", "replace").decode("ascii"), fontsize=14, loc="left", parse_math=False)
     _draw(loss_axes, train_loss, "train loss", TRAIN_COLOR, "o")
     _draw(loss_axes, eval_loss, "eval loss", EVAL_COLOR, "s")
     _draw(rate_axes, learning_rate, "learning rate", RATE_COLOR, "o")
@@ -129,9 +113,8 @@ def write_loss_curve(log_lines: Iterable[Mapping[str, Any]], path: Path, title: 
     rate_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     if learning_rate[0]:
-        rate_axes.set_ylim(
-            bottom=0, top=1.15 * max(learning_rate[1]) or 1
-        )  # from 0, or a constant rate shows a meaningless scale
+        top = 1.15 * max(learning_rate[1])
+        rate_axes.set_ylim(bottom=0, top=top or 1)  # from 0: the scale of a constant rate would mean nothing
     else:
         rate_axes.set_yticks([])
 
@@ -140,7 +123,6 @@ def write_loss_curve(log_lines: Iterable[Mapping[str, Any]], path: Path, title: 
 
 
 def _draw(axes: Axes, points: Points, label: str, color: str, marker: str) -> None:
-    """Draw one line with a grid behind it, with markers where its points are few."""
     steps, values = points
     if steps:
         marker = marker if len(steps) <= POINTS_WITH_MARKERS else ""

@@ -2,110 +2,83 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 
-from glm_edge_ft.training.predictions import NullWriter, PredictionsWriter
+from glm_edge_ft.training.predictions import PredictionsWriter
 from glm_edge_ft.training.replies import ContinuousDecoder, GenerationContext, Prompt
+from glm_edge_ft.training.sampling import plan_batches
 from glm_edge_ft.training.termination import Termination, leave_signals_to_parent
 
-JOINS_OF_A_BATCH = 4
-"""Where rows are refilled, a quarter of the batch size joins at once: each time the rows' cache is copied."""
-MOST_ROWS = 4
-"""Where rows are refilled, so many times the batch size go through the model at once when they are short."""
+CONTINUOUS_JOIN_SHARE = 4
+"""Continuous decoding: 1/4 of the batch size joins at once, since the cache is copied each time."""
+CONTINUOUS_BATCH_FACTOR = 4
+"""Continuous decoding: up to 4 times the batch size are generated at once when the prompts are short."""
 
 
-class BreakOff(StoppingCriteria):
-    """Ends replies where they are when SIGTERM has come: a batch of long ones may outlast the 30 seconds of torchrun.
+class StopOnTermination(StoppingCriteria):
+    """Ends replies early after SIGTERM: a batch of long ones may outlast the 30 seconds that torchrun gives.
 
-    What was generated then is of no use: the evaluation is to end as well.
+    The replies are of no use then; the evaluation has to end as well.
     """
 
     def __init__(self, termination: Termination) -> None:
         self.termination = termination
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Return for each row, (batch,), whether its reply ends here."""
+        """Return for each row, `(batch,)`, whether its reply ends here."""
         return torch.full((input_ids.shape[0],), self.termination.asked, device=input_ids.device)
 
 
-def plan_batches(
-    lengths: Sequence[int],
-    batch_size: int,
-    process_index: int,
-    world_size: int,
-    groups: Sequence[Hashable] | None = None,
-) -> tuple[list[list[int]], int]:
-    """Return this rank's batches of indices, longest first, and how many of them count.
-
-    All ranks get the same number of batches, since under sharded weights each forward pass is a collective; the surplus
-    repeats the last batch and is not counted.
-
-    Args:
-        lengths: tokens of each sample.
-        batch_size: most samples of a batch.
-        process_index, world_size: which rank this is, of how many.
-        groups: what each sample shares with others of its group, such as an image; None: each stands alone. A group
-            lies in one batch, or in as few as it fits.
-    """
-    members: dict[Hashable, list[int]] = {}
-    for index in sorted(range(len(lengths)), key=lambda index: -int(lengths[index])):
-        members.setdefault(index if groups is None else groups[index], []).append(index)
-    batches: list[list[int]] = []
-    for group in members.values():
-        parts = [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
-        for part in parts:
-            if not batches or len(batches[-1]) + len(part) > batch_size:
-                batches.append([])
-            batches[-1] += part
-    mine = batches[process_index::world_size]
-    rounds = -(-len(batches) // world_size)
-    return mine + [batches[-1]] * (rounds - len(mine)), len(mine)
-
-
-def prompt_batches(
-    prompts: Sequence[Prompt], tools: GenerationContext, batch_size: int, process_index: int, world_size: int
-) -> tuple[list[list[int]], int, DataLoader]:
-    """Return this rank's batches of prompt numbers, how many of them count, and a loader of the batches themselves.
-
-    Prompts with the same images, such as the turns of one conversation, share a batch, so that an image is decoded
-    once. The loader's processes stay away from the random state of the training.
-    """
-    groups = [("image", *prompt.images) if prompt.images else index for index, prompt in enumerate(prompts)]
-    lengths = [len(prompt.prompt_ids) for prompt in prompts]
-    batches, counted = plan_batches(lengths, batch_size, process_index, world_size, groups)
-    loader = DataLoader(
-        _Prompts(prompts),
-        batch_sampler=batches,
-        collate_fn=tools.collate,
-        num_workers=tools.loader_processes,
-        worker_init_fn=functools.partial(start_loader_process, None),
-        generator=torch.Generator(),
-    )
-    return batches, counted, loader
-
-
-@dataclass(frozen=True)
-class _Prompts(Dataset):
-    prompts: Sequence[Prompt]
-
-    def __getitem__(self, index: int) -> Prompt:
-        return self.prompts[index]
-
-
 def start_loader_process(then: Callable[[int], None] | None, worker: int) -> None:
-    """Prepare a loader process, and do what else was to be done in it."""
+    """Initialize a DataLoader worker; `then` is its own `worker_init_fn`."""
     leave_signals_to_parent()
     if then is not None:
         then(worker)
+
+
+@dataclass(frozen=True)
+class RankWorkload:
+    """The prompts of an evaluation and this rank's place among those that share them; see `generate_and_score`."""
+
+    prompts: Sequence[Prompt]
+    batch_size: int
+    process_index: int
+    world_size: int
+    device: torch.device
+    before_batch: Callable[[], None]
+
+    def batches(
+        self, context: GenerationContext, batch_size: int
+    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor], bool]]:
+        """Yield prompt numbers, their collated inputs on the device, and whether they count (see `plan_batches`).
+
+        Prompts with the same images, such as the turns of one conversation, share a batch, so that an image is decoded
+        once. The loader has its own random state, so that an evaluation leaves the training's alone.
+        """
+        groups = [("image", *prompt.images) if prompt.images else index for index, prompt in enumerate(self.prompts)]
+        lengths = [len(prompt.prompt_ids) for prompt in self.prompts]
+        batches, counted = plan_batches(lengths, batch_size, self.process_index, self.world_size, groups)
+        prompts: Any = self.prompts  # the loader needs no more of a dataset than an index
+        loader = DataLoader(
+            prompts,
+            batch_sampler=batches,
+            collate_fn=context.collate,
+            num_workers=context.loader_processes,
+            worker_init_fn=functools.partial(start_loader_process, None),
+            generator=torch.Generator(),
+        )
+        for number, (batch, inputs) in enumerate(zip(batches, loader, strict=True)):
+            yield batch, {name: values.to(self.device) for name, values in inputs.items()}, number < counted
 
 
 def generate_and_score(
@@ -122,107 +95,83 @@ def generate_and_score(
 ) -> dict[str, float]:
     """Generate a reply to every prompt, score it against its reference and write both to `predictions_file`.
 
-    Replies are written as they come, so that a killed evaluation leaves what it had; at the end the file is replaced
-    by one in the order of the data. Scoring runs in worker processes beside generation. On several ranks each
-    generates its share; rank 0 alone scores and writes. `before_batch` is called before each batch, equally often on
-    all ranks; what it raises ends the evaluation.
+    Replies are written as they come, so that a killed evaluation leaves what it had; at the end the file is put into
+    the order of the data. Each rank generates its share; rank 0 scores, in worker processes beside generation, and
+    writes. `before_batch` is called before each batch, equally often on all ranks; what it raises ends the evaluation.
 
     Returns:
-        The mean of each metric over all prompts, 0-100; on all ranks the same.
+        The mean of each metric over all prompts, 0-100; the same on all ranks.
     """
     is_main = process_index == 0
     replies: dict[int, str] = {}
-    share = RankWorkload(prompts, batch_size, process_index, world_size, device, before_batch)
-    with PredictionsWriter(predictions_file, prompts, tools) if is_main else NullWriter() as writer:
-        bar = tqdm(
+    workload = RankWorkload(prompts, batch_size, process_index, world_size, device, before_batch)
+    with (
+        PredictionsWriter(predictions_file, prompts, tools) if is_main else contextlib.nullcontext() as writer,
+        tqdm(
             total=len(prompts), desc="replies", unit="reply", disable=not (is_main and tools.show_progress), leave=False
-        )
-        for new_ids in generate_replies(model, tools, share):
+        ) as bar,
+    ):
+        for new_ids in generate_replies(model, tools, workload):
             texts = {index: tools.clean(ids) for index, ids in new_ids.items()}
             replies |= texts
-            writer.add(texts)
+            if writer is not None:
+                writer.add(texts)
             bar.update(len(texts) * world_size)
-        bar.close()
         if world_size > 1:
-            gathered = _gather(replies, world_size)
-            writer.add({index: text for index, text in gathered.items() if index not in replies})
-        scores = [writer.finish()]
-        if world_size > 1:  # each rank decides by them which checkpoint is the best
+            gathered: list[dict[int, str]] = [{} for _ in range(world_size)]
+            torch.distributed.all_gather_object(gathered, replies)
+            if writer is not None:
+                writer.add({index: text for part in gathered[1:] for index, text in part.items()})
+        scores = [writer.finish() if writer is not None else {}]
+        if world_size > 1:  # every rank decides by them which checkpoint is the best
             torch.distributed.broadcast_object_list(scores, src=0)
         return scores[0]
 
 
-@dataclass(frozen=True)
-class RankWorkload:
-    """What this process has to generate, and how; see `generate_and_score`."""
-
-    prompts: Sequence[Prompt]
-    batch_size: int
-    process_index: int
-    world_size: int
-    device: torch.device
-    before_batch: Callable[[], None]
-
-    def batches(
-        self, tools: GenerationContext, batch_size: int
-    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor], bool]]:
-        """Yield prompt numbers, what `collate` makes of them, and whether they count."""
-        batches, counted, loader = prompt_batches(self.prompts, tools, batch_size, self.process_index, self.world_size)
-        for number, (batch, inputs) in enumerate(zip(batches, loader, strict=True)):
-            yield batch, inputs, number < counted
-
-    def on_device(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: values.to(self.device) for name, values in inputs.items()}
-
-
 def generate_replies(
-    model: torch.nn.Module, tools: GenerationContext, share: RankWorkload
+    model: torch.nn.Module, tools: GenerationContext, workload: RankWorkload
 ) -> Iterator[dict[int, list[int]]]:
-    """Yield the new ids of each reply of this process's share by the number of its prompt, as they are finished."""
-    rows = tools.start_continuous_batch(model, tools.options)
-    if rows is not None:
-        yield from _refilled(rows, tools, share)
+    """Yield the new ids of this rank's replies by the number of their prompt, as they are finished."""
+    decoder = tools.start_continuous_batch(model, tools.options)
+    if decoder is not None:
+        yield from _decode_continuously(decoder, tools, workload)
         return
-    for batch, inputs, counts in share.batches(tools, share.batch_size):
-        share.before_batch()
-        new_ids = tools.generate(model, **share.on_device(inputs), **tools.options).tolist()
+    for batch, inputs, counts in workload.batches(tools, workload.batch_size):
+        workload.before_batch()
+        new_ids = tools.generate(model, **inputs, **tools.options).tolist()
         if counts:
             yield dict(zip(batch, new_ids, strict=True))
 
 
-def _refilled(rows: ContinuousDecoder, tools: GenerationContext, share: RankWorkload) -> Iterator[dict[int, list[int]]]:
+def _decode_continuously(
+    decoder: ContinuousDecoder, tools: GenerationContext, workload: RankWorkload
+) -> Iterator[dict[int, list[int]]]:
     """Let prompts join in small batches, longest first, as soon as there is room for them.
 
-    There is as much room as `batch_size` rows with the longest prompt would take: as many tokens, padding included. So
-    short prompts are more at once, up to `MOST_ROWS` times `batch_size`.
+    The room is what `batch_size` rows with the longest prompt take: as many tokens, padding included. So more short
+    prompts than that go at once, up to `CONTINUOUS_BATCH_FACTOR` times as many.
     """
-    lengths = [len(prompt.prompt_ids) for prompt in share.prompts]
-    room = share.batch_size * (max(lengths) + rows.max_new_tokens)
-    joins_at_once = max(1, share.batch_size // JOINS_OF_A_BATCH)
-    joined: dict[int, int] = {}  # the prompts under way: number → tokens
-    for batch, inputs, counts in share.batches(tools, joins_at_once):
+    lengths = [len(prompt.prompt_ids) for prompt in workload.prompts]
+    batch_size, reply_length = workload.batch_size, decoder.max_new_tokens
+    room = batch_size * (max(lengths) + reply_length)
+
+    def has_room(rows: Mapping[int, int]) -> bool:
+        tokens = len(rows) * (max(rows.values()) + reply_length)
+        return len(rows) <= batch_size or (len(rows) <= CONTINUOUS_BATCH_FACTOR * batch_size and tokens <= room)
+
+    active: dict[int, int] = {}  # prompt number → tokens
+    for batch, inputs, counts in workload.batches(tools, max(1, batch_size // CONTINUOUS_JOIN_SHARE)):
         joining = {index: lengths[index] for index in batch}
-        while joined and not _fits({**joined, **joining}, share.batch_size, room, rows.max_new_tokens):
-            finished = rows.step()
-            joined = {index: length for index, length in joined.items() if index not in finished}
+        while active and not has_room(active | joining):
+            finished = decoder.step()
+            active = {index: length for index, length in active.items() if index not in finished}
             if finished:
                 yield finished
-        share.before_batch()
+        workload.before_batch()
         if counts:
-            finished = rows.add(batch, **tools.add_image_features(share.on_device(inputs)))
-            joined = {index: length for index, length in {**joined, **joining}.items() if index not in finished}
+            finished = decoder.add(batch, **tools.add_image_features(inputs))
+            active = {index: length for index, length in (active | joining).items() if index not in finished}
             yield finished
-    while len(rows):
-        if finished := rows.step():
+    while len(decoder):
+        if finished := decoder.step():
             yield finished
-
-
-def _fits(joined: Mapping[int, int], batch_size: int, room: int, reply_length: int) -> bool:
-    tokens = len(joined) * (max(joined.values()) + reply_length)
-    return len(joined) <= batch_size or (len(joined) <= MOST_ROWS * batch_size and tokens <= room)
-
-
-def _gather(replies: dict[int, str], world_size: int) -> dict[int, str]:
-    gathered: list[dict[int, str]] = [{} for _ in range(world_size)]
-    torch.distributed.all_gather_object(gathered, replies)
-    return {index: text for part in gathered for index, text in part.items()}

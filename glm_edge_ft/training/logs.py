@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a line a log step, `metrics.jsonl`, and the curve in `loss.png`."""
+"""What a run tells while it goes on: a line each log step, `metrics.jsonl`, and the curve in `loss.png`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from glm_edge_ft.training.checkpoints import CURVE_FILE, METRICS_FILE
 from glm_edge_ft.training.curves import is_number, iter_metrics, write_loss_curve
 from glm_edge_ft.training.metrics import METRIC_NAMES
 
+_DIGITS = {"loss": 4}  # the other metrics have 2
+
 
 class RunLog(TrainerCallback):
     """Writes `metrics.jsonl` and `loss.png` on rank 0 and shows progress there.
 
-    A resumed run keeps the lines up to its checkpoint and drops what the killed run logged after it, so that each step
-    stands once in the file. A log that cannot be written, because the disk is full, does not end a run: its lines are
-    kept and written with a later one.
+    A resumed run keeps the lines up to its checkpoint and drops later ones, so that each step is in the file once. A
+    log that cannot be written, because the disk is full, does not end a run: its lines are written with a later one.
 
     Args:
         output_dir: the run's folder.
         title: heading of the curve.
-        show: whether to print (rank 0, and not under `disable_tqdm` for the bar).
+        show: whether to print lines; `disable_tqdm` switches off the bar alone.
         warn: shows one line to the user.
     """
 
@@ -83,25 +84,26 @@ class RunLog(TrainerCallback):
 
     def _write(self, line: str) -> None:
         """Append a line to `metrics.jsonl`, and those before it that could not be written when they came."""
-        lines = [*self.waiting, line]
+        waited = len(self.waiting)
+        self.waiting.append(line)
         try:
-            append_text(self.metrics_file, "".join(lines))
+            append_text(self.metrics_file, "".join(self.waiting))
         except OSError as error:
-            if not self.waiting:
+            if not waited:
                 self.warn(f"{self.metrics_file} cannot be written ({error.strerror}): its lines are kept for later")
-            self.waiting = lines
-        else:
-            if self.waiting:
-                self.warn(f"{self.metrics_file}: {len(self.waiting)} lines that had to wait are written now")
-            self.waiting = []
+            return
+        self.waiting.clear()
+        if waited:
+            self.warn(f"{self.metrics_file}: {waited} lines that had to wait are written now")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Draw the curve again, unless that was done a moment ago."""
-        self._draw_now_and_then(state)
+        """Draw the curve, unless drawing would take more than a twentieth of the run: a long log takes seconds."""
+        began = time.monotonic()
+        if began >= self.next_drawing:
+            self._draw(state)
+            self.next_drawing = began + 20 * (time.monotonic() - began)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Draw the curve again, unless that was done a moment ago."""
-        self._draw_now_and_then(state)
+    on_save = on_evaluate
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the bar and draw the whole curve."""
@@ -112,19 +114,12 @@ class RunLog(TrainerCallback):
         if self.waiting:
             self.warn(f"{self.metrics_file}: {len(self.waiting)} lines could not be written")
 
-    def _draw_now_and_then(self, state: TrainerState) -> None:
-        """Draw, unless drawing would take more than a twentieth of the run: a long log takes a second and more."""
-        began = time.monotonic()
-        if began >= self.next_drawing:
-            self._draw(state)
-            self.next_drawing = began + 20 * (time.monotonic() - began)
-
     def _draw(self, state: TrainerState) -> None:
         if not state.is_world_process_zero or not self.metrics_file.is_file():
             return
         try:
             write_loss_curve(iter_metrics(self.metrics_file), self.curve_file, self.title)
-        except Exception as error:  # a full disk, a lack of memory, a broken matplotlib: a picture is worth no run
+        except Exception as error:  # a full disk, a lack of memory, a broken matplotlib: no reason to end a run
             if not self.curve_failed:
                 self.warn(f"{self.curve_file} cannot be drawn ({type(error).__name__}: {error}): the run goes on")
             self.curve_failed = True
@@ -138,62 +133,59 @@ class RunLog(TrainerCallback):
             return "  ".join([head, *parts, f"left {self._time_left(state)}"])
         for prefix in ("eval", "test"):
             if f"{prefix}_loss" in logs:
-                names = [name for name in ("loss", *METRIC_NAMES) if f"{prefix}_{name}" in logs]
-                values = [f"{name} {logs[f'{prefix}_{name}']:.{4 if name == 'loss' else 2}f}" for name in names]
-                return "  ".join([head, f"[{prefix}]", *values])
+                return "  ".join([head, f"[{prefix}]", *(" ".join(shown) for shown in _shown_metrics(logs, prefix))])
         return ""
 
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self.start_step
         if done <= 0:
             return "?"
-        seconds = int((time.monotonic() - self.start_time) / done * (state.max_steps - state.global_step))
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+        return tqdm.format_interval((time.monotonic() - self.start_time) / done * (state.max_steps - state.global_step))
+
+
+def _shown_metrics(event: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+    found = {name: event[f"{prefix}_{name}"] for name in ("loss", *METRIC_NAMES) if f"{prefix}_{name}" in event}
+    return [(name, f"{value:.{_DIGITS.get(name, 2)}f}") for name, value in found.items()]
 
 
 def peak_memory() -> int | None:
-    """Return the most memory that this process has held so far, in bytes: its GPU's if it uses one, else the machine's.
-
-    None where the system does not tell.
-    """
+    """Return the most bytes this process has held, of its GPU if it uses one, else of the machine; None: unknown."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage(2) would begin at the memory of the program that started this one
         (line,) = (line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return None
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
 
 
-def cut_back(metrics_file: Path, step: int) -> None:
-    """Drop the lines of steps after `step`; a start from step 0 begins an empty file."""
-    kept = [json.dumps(line) for line in iter_metrics(metrics_file) if step > 0 and _step(line) <= step]
-    if kept or metrics_file.is_file():
-        write_text_atomically(metrics_file, "".join(f"{line}\n" for line in kept))
-
-
-def _step(line: Mapping[str, Any]) -> float:
-    return float(line["step"]) if is_number(line.get("step")) else 0.0
-
-
 def finite_or_none(value: Any) -> Any:
-    """Return NaN and infinities as null: neither is JSON, and neither may look like a number that was measured."""
+    """Return None for NaN and infinities: neither is JSON, and neither may look like a number that was measured."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def cut_back(metrics_file: Path, step: int) -> None:
+    """Drop the lines of steps after `step`; a start from step 0 begins an empty file."""
+
+    def is_kept(line: Mapping[str, Any]) -> bool:
+        return step > 0 and (line["step"] <= step if is_number(line.get("step")) else True)
+
+    _keep_lines(metrics_file, is_kept)
+
+
 def forget_evaluations(metrics_file: Path, step: int) -> None:
-    """Drop the evaluations at `step`, which are about to be done again, so that each stands once in the file."""
-    lines = [
-        (json.dumps(line), line.get("step") == step and bool({"eval_loss", "test_loss"} & line.keys()))
-        for line in iter_metrics(metrics_file)
-    ]
-    if any(is_left for _, is_left in lines):
-        write_text_atomically(metrics_file, "".join(f"{line}\n" for line, is_left in lines if not is_left))
+    """Drop the evaluations at `step`, which are about to be done again, so that each is in the file once."""
+    _keep_lines(metrics_file, lambda line: line.get("step") != step or not {"eval_loss", "test_loss"} & line.keys())
+
+
+def _keep_lines(metrics_file: Path, is_kept: Callable[[Mapping[str, Any]], bool]) -> None:
+    if metrics_file.is_file():
+        kept = [json.dumps(line) + "\n" for line in iter_metrics(metrics_file) if is_kept(line)]
+        write_text_atomically(metrics_file, "".join(kept))
 
 
 def format_comparison(log_history: Sequence[Mapping[str, Any]], after: Mapping[str, Any] | None) -> str:
@@ -203,28 +195,23 @@ def format_comparison(log_history: Sequence[Mapping[str, Any]], after: Mapping[s
         log_history: the Trainer's log events, each with its `step`.
         after: the evaluation of the model that was kept.
     """
-    evaluations = [event for event in log_history if "eval_loss" in event]
-    if after is None or not evaluations or evaluations[0]["step"] == after["step"]:
+    before = next((event for event in log_history if "eval_loss" in event), None)
+    if before is None or after is None or before["step"] == after["step"]:
         return ""
-    before = evaluations[0]
     rows = [("metric", f"before (step {before['step']})", f"after (step {after['step']})", "change")]
-    for name in ("loss", *METRIC_NAMES):
-        key = f"eval_{name}"
-        if key in before and key in after:
-            digits = 4 if name == "loss" else 2
-            old, new = before[key], after[key]
-            rows.append((name, f"{old:.{digits}f}", f"{new:.{digits}f}", f"{new - old:+.{digits}f}"))
+    shown_after = dict(_shown_metrics(after, "eval"))
+    for name, shown in _shown_metrics(before, "eval"):
+        if name in shown_after:
+            change = after[f"eval_{name}"] - before[f"eval_{name}"]
+            rows.append((name, shown, shown_after[name], f"{change:+.{_DIGITS.get(name, 2)}f}"))
     return format_table(rows)
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as a table, the first of them its head, the first column to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:]])
+    """Return rows as a table with the first one as its head; the first column is aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        first, *others = zip(row, widths, strict=True)
+        lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]))
+    return "\n".join(lines)

@@ -1,11 +1,9 @@
 """Scores of generated replies against their references: ROUGE and BLEU-4 on jieba words, exact match.
 
 The numbers are those of rouge-chinese and nltk. Only ROUGE-L is computed here: rouge-chinese fills an n x m table in
-Python (14 s for one pair of 3,000 words); a bit-parallel longest common subsequence gives the same count in a fraction
-of a second.
+Python (14 s for one pair of 3,000 words), a bit-parallel longest common subsequence takes a fraction of a second.
 
-Scoring worker processes import this module: jieba, nltk and rouge-chinese are imported where they are first used, and
-nothing here may import torch.
+Scoring workers import this module, so nothing here may import torch.
 """
 
 from __future__ import annotations
@@ -14,16 +12,16 @@ import functools
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 METRIC_NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4", "exact-match")
-"""Every score of a pair, in the order in which tables and files show them."""
+"""The order in which tables and files show the scores."""
 
 MAX_SCORED_CHARACTERS = 32_000
-"""Characters of one side that ROUGE and BLEU look at. jieba's time grows with the square of a run of Chinese characters
-that forms no dictionary word, which a model caught in a loop does write: 32,000 of them take 3 s, 200,000 minutes."""
+"""Characters of one side that ROUGE and BLEU see. jieba's time grows with the square of a run of Chinese characters
+that is no dictionary word, which a model caught in a loop does write: 32,000 of them take 3 s, 200,000 minutes."""
 
 
 @dataclass(frozen=True)
@@ -48,46 +46,72 @@ class PairScores:
 
     def as_dict(self) -> dict[str, float]:
         """Return the scores by name, in the order of `METRIC_NAMES`."""
-        return {name: getattr(self, name.replace("-", "_")) for name in METRIC_NAMES}
+        return dict(zip(METRIC_NAMES, astuple(self), strict=False))
 
 
 def score_pair(prediction: str, reference: str) -> PairScores:
-    """Score one generated reply against the reply that was wanted.
+    """Score a generated reply against its reference, both without the whitespace around them.
 
-    Whitespace around either side is no part of the text. A side with nothing else in it scores 0 in ROUGE and BLEU,
-    also where both are empty (there is no word to find); `exact_match` of two empty sides is 100: they are the same.
-
-    Args:
-        prediction: the generated text.
-        reference: the text of the data file.
+    An empty side scores 0 in ROUGE and BLEU; `exact_match` of two empty sides is 100. Texts of any content are scored;
+    nothing is raised and nothing printed.
 
     Returns:
-        The scores, 0 to 100. ROUGE as `rouge_chinese.Rouge().get_scores` on the words that jieba finds, joined by
-        spaces (F-measure); BLEU-4 as `nltk.translate.bleu_score.sentence_bleu([reference], prediction)` on the same
-        words, whitespace left out, with `SmoothingFunction().method3` (the original GLM-4 demo's choice). Texts of
-        any content are scored; nothing is raised and nothing printed.
+        ROUGE as `rouge_chinese.Rouge().get_scores` (F-measure) on jieba's words joined by spaces; BLEU-4 as
+        `nltk.translate.bleu_score.sentence_bleu` on the same words without whitespace, with
+        `SmoothingFunction().method3`, the choice of the original GLM-4 demo.
     """
     prediction, reference = prediction.strip(), reference.strip()
     exact_match = 100.0 if prediction == reference else 0.0
     if not prediction or not reference:
         return PairScores(0.0, 0.0, 0.0, 0.0, exact_match)
     was_cut = max(len(prediction), len(reference)) > MAX_SCORED_CHARACTERS
-    # Cutting may leave whitespace at the new end, which the scores below must not see either.
-    prediction, reference = (text[:MAX_SCORED_CHARACTERS].rstrip() for text in (prediction, reference))
-    prediction, reference = _segment(prediction), _segment(reference)
-    rouge_1, rouge_2, rouge_l = _rouge(prediction, reference)
-    return PairScores(rouge_1, rouge_2, rouge_l, _bleu(prediction.split(), reference.split()), exact_match, was_cut)
+    segment, rouge, sentence_bleu = _load_libraries()
+    # Cutting may leave whitespace at the new end, which the scores must not see either.
+    texts = [" ".join(segment(text[:MAX_SCORED_CHARACTERS].rstrip())) for text in (prediction, reference)]
+    counted = rouge.get_scores(*texts)[0]
+    predicted, wanted = (_rouge_words(rouge, text) for text in texts)
+    common = longest_common_subsequence(predicted, wanted)
+    precision, recall = common / len(predicted), common / len(wanted)
+    return PairScores(
+        rouge_1=100 * counted["rouge-1"]["f"],
+        rouge_2=100 * counted["rouge-2"]["f"],
+        rouge_l=100 * (2.0 * (precision * recall / (precision + recall + 1e-8))),  # rouge-chinese's small term
+        bleu_4=float(100 * sentence_bleu([texts[1].split()], texts[0].split())),  # an int where nothing matches
+        exact_match=exact_match,
+        was_cut=was_cut,
+    )
+
+
+def _rouge_words(rouge: Any, text: str) -> list[str]:
+    """Return the words that rouge-chinese counts: a line of nothing but spaces is one empty word to it."""
+    sentences = (" ".join(sentence.split()) for sentence in rouge.cut_sent(text) if sentence)
+    return [word for sentence in sentences for word in sentence.split(" ")]
+
+
+@functools.cache
+def _load_libraries() -> tuple[Any, Any, Any]:
+    """Return jieba's segmentation, rouge-chinese's counter and nltk's sentence BLEU, loaded once in each process.
+
+    jieba's dictionary is not loaded by `jieba.initialize`, which announces it on stderr and keeps a cache in the shared
+    temporary folder, where users and processes meet; without the cache loading is 0.1 s slower.
+    """
+    with warnings.catch_warnings():  # jieba, pkg_resources and rouge-chinese warn about their own code once compiled
+        warnings.simplefilter("ignore")
+        import jieba
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+        from rouge_chinese import Rouge
+    tokenizer = jieba.Tokenizer()
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    tokenizer.initialized = True
+    bleu = functools.partial(sentence_bleu, smoothing_function=SmoothingFunction().method3)
+    return tokenizer.cut, Rouge(metrics=["rouge-1", "rouge-2"], stats=["f"]), bleu
 
 
 def summarize(scores: Sequence[PairScores]) -> dict[str, float]:
-    """Return the mean of each metric over all pairs, 0 to 100, rounded to 4 decimals, in the order of `METRIC_NAMES`.
-
-    Pairs with an empty side count like any other. No pairs give an empty dictionary.
-    """
-    if not scores:
-        return {}
+    """Return the mean of each metric over all pairs, 0 to 100, rounded to 4 decimals; no pairs give no metrics."""
     by_name = [score.as_dict() for score in scores]
-    return {name: round(math.fsum(values[name] for values in by_name) / len(by_name), 4) for name in METRIC_NAMES}
+    names = METRIC_NAMES if by_name else ()
+    return {name: round(math.fsum(values[name] for values in by_name) / len(by_name), 4) for name in names}
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
@@ -107,68 +131,3 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
             matches = row & positions[word]
             row = ((row + matches) | (row - matches)) & all_bits
     return len(longer) - row.bit_count()
-
-
-def _segment(text: str) -> str:
-    """Return the words of `text` as jieba finds them, joined by spaces."""
-    return " ".join(_segmenter()(text))
-
-
-def _rouge(prediction: str, reference: str) -> tuple[float, float, float]:
-    """Return rouge-1, rouge-2 and rouge-l (F-measures, 0 to 100) of two texts of space-separated words."""
-    rouge = _rouge_chinese()
-    counted = rouge.get_scores(prediction, reference)[0]
-    prediction_words, reference_words = _rouge_words(prediction), _rouge_words(reference)
-    common = longest_common_subsequence(prediction_words, reference_words)
-    rouge_l = _f_measure(common / len(prediction_words), common / len(reference_words))
-    return 100 * counted["rouge-1"]["f"], 100 * counted["rouge-2"]["f"], 100 * rouge_l
-
-
-def _rouge_words(text: str) -> list[str]:
-    """Return the words that rouge-chinese counts: a line of nothing but spaces is one empty word to it."""
-    sentences = (" ".join(sentence.split()) for sentence in _rouge_chinese().cut_sent(text) if sentence)
-    return [word for sentence in sentences for word in sentence.split(" ")]
-
-
-def _f_measure(precision: float, recall: float) -> float:
-    """Return the F-measure of two fractions with the small term that rouge-chinese adds to its denominator."""
-    return 2.0 * (precision * recall / (precision + recall + 1e-8))
-
-
-def _bleu(prediction: list[str], reference: list[str]) -> float:
-    """Return smoothed BLEU-4 (0 to 100) of two sequences of words."""
-    return float(100 * _sentence_bleu()([reference], prediction))  # nltk gives an int where nothing matches
-
-
-@functools.cache
-def _segmenter() -> Callable[[str], Iterable[str]]:
-    """Return jieba's segmentation of a text into words, with its own dictionary loaded once for each process.
-
-    The dictionary is read here rather than by `jieba.initialize`, which announces it on stderr and keeps a cache in the
-    common temporary folder, where users and processes meet; without the cache loading is 0.1 s slower.
-    """
-    with warnings.catch_warnings():  # jieba and pkg_resources warn about their own code when they are first compiled
-        warnings.simplefilter("ignore")
-        import jieba
-    tokenizer = jieba.Tokenizer()
-    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
-    tokenizer.initialized = True
-    segment: Callable[[str], Iterable[str]] = tokenizer.cut
-    return segment
-
-
-@functools.cache
-def _rouge_chinese() -> Any:
-    """Return rouge-chinese's counter of rouge-1 and rouge-2."""
-    with warnings.catch_warnings():  # invalid escape sequences in its source, said when it is first compiled
-        warnings.simplefilter("ignore")
-        from rouge_chinese import Rouge
-    return Rouge(metrics=["rouge-1", "rouge-2"], stats=["f"])
-
-
-@functools.cache
-def _sentence_bleu() -> Callable[[list[list[str]], list[str]], float]:
-    """Return nltk's sentence BLEU with the smoothing of the ChatGLM demos."""
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-
-    return functools.partial(sentence_bleu, smoothing_function=SmoothingFunction().method3)

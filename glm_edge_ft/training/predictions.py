@@ -1,40 +1,90 @@
-"""The file of an evaluation's predictions: written as replies come, scored beside, put in order at the end."""
+"""The predictions file of an evaluation: written as replies come, scored in worker processes, ordered at the end.
+
+Scoring workers import this module, so nothing here may import torch.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from glm_edge_ft.files import write_text_atomically
-from glm_edge_ft.training.metrics import MAX_SCORED_CHARACTERS, PairScores, summarize
-from glm_edge_ft.training.scoring import Pairs, PairScorer
+from glm_edge_ft.training.metrics import MAX_SCORED_CHARACTERS, PairScores, score_pair, summarize
+from glm_edge_ft.training.termination import leave_signals_to_parent
 
 if TYPE_CHECKING:
     from glm_edge_ft.training.replies import GenerationContext, Prompt
 
+CHARACTERS_WORTH_A_POOL = 400_000
+"""Characters of all texts together below which one process is done before workers have started: each of them spends
+over a second on loading jieba's dictionary and nltk, and a process scores some 200,000 characters a second."""
 
-class NullWriter:
-    """What the ranks other than 0 hold."""
+Pairs = Sequence[tuple[str, str]]
 
-    def __enter__(self) -> NullWriter:
+
+def score_batch(pairs: Pairs) -> list[PairScores]:
+    """Score (prediction, reference) pairs in this process."""
+    return [score_pair(prediction, reference) for prediction, reference in pairs]
+
+
+class PairScorer:
+    """Scores batches of pairs in worker processes; in this process where there is little to score.
+
+    The workers are spawned, not forked: torch's threads may hold locks that a fork would copy in their locked state.
+    Where no workers start, or one of them dies, this process scores the pairs and says so once.
+
+    Args:
+        workers: the most processes to use; 1 or less scores in this process.
+        expected_characters: characters of all texts to come, both sides together, as far as they are known.
+        warn: shows one line to the user.
+    """
+
+    def __init__(self, workers: int, expected_characters: int, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._pool: ProcessPoolExecutor | None = None
+        if workers > 1 and expected_characters >= CHARACTERS_WORTH_A_POOL:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(workers, spawn, leave_signals_to_parent)
+
+    def __enter__(self) -> PairScorer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def add(self, texts: Mapping[int, str]) -> None:
-        """Leave it to rank 0."""
+    def submit(self, pairs: Pairs) -> Future[list[PairScores]]:
+        """Return a future of the scores of `pairs`, in their order."""
+        if self._pool is not None:
+            try:
+                return self._pool.submit(score_batch, pairs)
+            except Exception as error:  # the pool is broken, or the system gives no process
+                self._give_up_pool(error)
+        done: Future[list[PairScores]] = Future()
+        done.set_result(score_batch(pairs))
+        return done
 
-    def finish(self) -> dict[str, float]:
-        """Return no metrics: rank 0 has them."""
-        return {}
+    def result(self, future: Future[list[PairScores]], pairs: Pairs) -> list[PairScores]:
+        """Return the scores in `future`; where its worker died, score the pairs here."""
+        try:
+            return future.result()
+        except Exception as error:  # a bug in the scoring itself is raised again by the line below
+            self._give_up_pool(error)
+            return score_batch(pairs)
+
+    def _give_up_pool(self, error: Exception) -> None:
+        if self._pool is not None:
+            self._warn(f"scoring goes on in one process, which is slower: worker processes failed ({error!r})")
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
 
 
 class PredictionsWriter:
-    """Scores replies in worker processes and writes a line for each: as they come, and at the end in order."""
+    """Scores replies and writes a line for each as they come; `finish` puts the lines in order."""
 
     def __init__(self, path: Path, prompts: Sequence[Prompt], tools: GenerationContext) -> None:
         self.path, self.prompts, self.tools = path, prompts, tools
@@ -47,38 +97,36 @@ class PredictionsWriter:
         self.file = self.path.open("w", encoding="utf-8")
         expected_characters = 2 * sum(len(prompt.reference) for prompt in self.prompts)
         self.scorer = PairScorer(self.tools.scoring_processes, expected_characters, self.tools.warn)
-        self.scorer.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.scorer.__exit__(*error)
+    def __exit__(self, *_: object) -> None:
+        self.scorer.__exit__()
         self.file.close()
 
     def add(self, texts: Mapping[int, str]) -> None:
-        """Hand replies, by the number of their prompt, to the scorer; write those whose scores are there."""
+        """Hand replies, by the number of their prompt, to the scorer; write those whose scores are ready."""
         if not texts:
             return
         self.replies |= texts
         pairs = [(text, self.prompts[index].reference) for index, text in texts.items()]
         self.waiting.append((list(texts), pairs, self.scorer.submit(pairs)))
         while self.waiting and self.waiting[0][-1].done():
-            self._take(*self.waiting.pop(0))
+            self._write_scored(*self.waiting.pop(0))
 
     def finish(self) -> dict[str, float]:
         """Wait for all scores, put the file into the data's order and return the means."""
         while self.waiting:
-            self._take(*self.waiting.pop(0))
+            self._write_scored(*self.waiting.pop(0))
         self.file.close()
         write_text_atomically(self.path, "".join(self._line(index) for index in sorted(self.scores)))
-        cut = sum(scores.was_cut for scores in self.scores.values())
-        if cut:
+        if cut := sum(scores.was_cut for scores in self.scores.values()):
+            limit = f"{MAX_SCORED_CHARACTERS:,} characters"
             self.tools.warn(
-                f"{cut} of {len(self.scores)} pairs have a side of more than {MAX_SCORED_CHARACTERS:,} characters; "
-                "ROUGE and BLEU saw its beginning only"
+                f"ROUGE and BLEU see {limit} of each side, and {cut} of {len(self.scores)} pairs are longer"
             )
         return summarize([self.scores[index] for index in sorted(self.scores)])
 
-    def _take(self, indices: list[int], pairs: Pairs, future: Future[list[PairScores]]) -> None:
+    def _write_scored(self, indices: list[int], pairs: Pairs, future: Future[list[PairScores]]) -> None:
         for index, scores in zip(indices, self.scorer.result(future, pairs), strict=True):
             self.scores[index] = scores
             self.file.write(self._line(index))

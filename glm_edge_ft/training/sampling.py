@@ -1,8 +1,8 @@
-"""The order in which an epoch takes the training rows."""
+"""Which rows form a batch, in training and in evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 class LengthGroupedEpochSampler(Sampler[int]):
     """Rows of similar length side by side, in an order that depends on seed and epoch alone.
 
-    The parent's sampler draws from the global random state, which at the start of an epoch differs between an
+    transformers' own sampler draws from the global random state, which at the start of an epoch differs between an
     uninterrupted and a resumed run; the resumed run would then see other batches.
     """
 
@@ -32,3 +32,36 @@ class LengthGroupedEpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
+
+
+def plan_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    process_index: int,
+    world_size: int,
+    groups: Sequence[Hashable] | None = None,
+) -> tuple[list[list[int]], int]:
+    """Return this rank's batches of sample indices, longest first, and how many of them count.
+
+    All ranks get equally many batches, since under sharded weights each forward pass is a collective; a surplus batch
+    repeats the last one and does not count.
+
+    Args:
+        lengths: tokens of each sample.
+        batch_size: most samples of a batch.
+        process_index, world_size: which rank this is, of how many.
+        groups: a key for each sample; those with the same key, such as an image, share as few batches as possible.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for index in sorted(range(len(lengths)), key=lambda index: -int(lengths[index])):
+        members.setdefault(index if groups is None else groups[index], []).append(index)
+    batches: list[list[int]] = []
+    for group in members.values():
+        for start in range(0, len(group), batch_size):
+            part = group[start : start + batch_size]
+            if not batches or len(batches[-1]) + len(part) > batch_size:
+                batches.append([])
+            batches[-1] += part
+    mine = batches[process_index::world_size]
+    surplus = -(-len(batches) // world_size) - len(mine)
+    return mine + [batches[-1]] * surplus, len(mine)

@@ -28,22 +28,28 @@ from transformers.trainer_utils import EvalLoopOutput
 from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import (
+    FINAL_FOLDER,
     PREDICTIONS_FOLDER,
     RANDOM_STATE_PREFIX,
     STATE_FILE,
     publish,
+    publish_final_model,
     remove_old_checkpoints,
     remove_unfinished,
     staging_folder,
 )
-from glm_edge_ft.training.evaluation import BreakOff, generate_and_score, plan_batches, start_loader_process
-from glm_edge_ft.training.final_model import FINAL_FOLDER, publish_final_model
+from glm_edge_ft.training.evaluation import StopOnTermination, generate_and_score, start_loader_process
 from glm_edge_ft.training.micro_batches import split_batch
-from glm_edge_ft.training.prompt import has_projection, load_encoder, prompt_from_weights, save_encoder
 from glm_edge_ft.training.replies import GenerationContext
-from glm_edge_ft.training.sampling import LengthGroupedEpochSampler
-from glm_edge_ft.training.shares import load_shares
+from glm_edge_ft.training.sampling import LengthGroupedEpochSampler, plan_batches
 from glm_edge_ft.training.termination import Terminated, Termination
+from glm_edge_ft.training.weights import (
+    has_projection,
+    load_encoder,
+    load_sharded_weights,
+    prefix_from_state_dict,
+    save_encoder,
+)
 
 _NOT_BIT_EXACT = "the run goes on from it, but dropout will differ from the uninterrupted run"
 
@@ -323,7 +329,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         metrics = {f"{metric_key_prefix}_loss": loss_sum / tokens}
         if self.args.predict_with_generate and data.prompts:
             self.model.eval()
-            breaks_off = {"stopping_criteria": StoppingCriteriaList([BreakOff(self.termination)])}
+            breaks_off = {"stopping_criteria": StoppingCriteriaList([StopOnTermination(self.termination)])}
             with self.accelerator.autocast():  # as in training: parts of a 16-bit model may be in float32
                 scores = generate_and_score(
                     model=self.model,
@@ -429,7 +435,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         folder = output_dir if output_dir is not None else self.args.output_dir
         self.model.config.use_cache = self._use_cache_as_released
         try:
-            with prompt_from_weights(self.model, state_dict):
+            with prefix_from_state_dict(self.model, state_dict):
                 super()._save(folder, state_dict)
             if self.args.should_save:
                 if has_projection(self.model) and self._staging is not None:
@@ -505,7 +511,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         keeps_best = self.args.load_best_model_at_end and best is not None and Path(best).is_dir()
         source = Path(best) if keeps_best and best is not None else checkpoint
         if is_deepspeed_zero3_enabled() and not isinstance(self.model, PeftModel):
-            load_shares(self.model, source)
+            load_sharded_weights(self.model, source)
         else:
             self._load_from_checkpoint(str(source))
         if is_deepspeed_zero3_enabled():

@@ -30,8 +30,8 @@ from glm_edge_ft.model.adapters import generate
 from glm_edge_ft.model.decoding import start_continuous_batch
 from glm_edge_ft.training.evaluation import generate_and_score
 from glm_edge_ft.training.metrics import summarize
+from glm_edge_ft.training.predictions import score_batch
 from glm_edge_ft.training.replies import GenerationContext
-from glm_edge_ft.training.scoring import score_batch
 from tests.bench.measure import in_turn, median_ratio
 from tests.bench.result import Ratio, Result, Table, keep
 from tests.bench.workload import VOCABULARY, make_model, make_rows, make_tokenizer

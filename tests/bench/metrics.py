@@ -50,7 +50,7 @@ def make_long_pair(words: int) -> Pair:
 
 def score_ours(pairs: Sequence[Pair]) -> list[list[float]]:
     """Return the scores of each pair as a run computes them, with two processes where there is enough to do."""
-    from glm_edge_ft.training.scoring import PairScorer
+    from glm_edge_ft.training.predictions import PairScorer
 
     characters = sum(len(prediction) + len(reference) for prediction, reference in pairs)
     with PairScorer(2, characters, warn=sys.exit) as scorer:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from glm_edge_ft import __main__ as tool
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.report import report, write_report
+from glm_edge_ft.report import report
 from glm_edge_ft.report.content import MAXIMUM_ROWS, MAXIMUM_ROWS_IN_ALL
 from glm_edge_ft.report.reading import read_run
 from glm_edge_ft.training.curves import MAXIMUM_POINTS, Points, iter_metrics, read_points, write_loss_curve
@@ -32,7 +32,7 @@ ROWS = [prediction(1, "今天天气很好", 100.0), prediction(2, "今天下雨"
 
 def page_of(*folders: Path, out: Path) -> dict[str, Any]:
     """Write a page and return its data."""
-    write_report(folders, out, "both")
+    report(folders, out)
     return read_page(out)[1]
 
 
@@ -55,7 +55,7 @@ def problems(caught: pytest.ExceptionInfo[UserError]) -> list[str]:
 def test_the_page_is_whole_and_points_nowhere(tmp_path: Path) -> None:
     """Elements close in turn; no element has an address; the two scripts are the data and the page's own."""
     run = write_run(tmp_path / "run", {"eval-20": ROWS})
-    write_report([run], tmp_path / "page.html", "both")
+    report([run], tmp_path / "page.html")
     reader, _ = read_page(tmp_path / "page.html")
     assert reader.open_elements == []
     assert reader.values == []
@@ -70,7 +70,7 @@ def test_text_of_the_data_is_never_markup(tmp_path: Path) -> None:
     rows = [prediction(1, nasty, 0.0, prompt=nasty)]
     run = write_run(tmp_path / "<b>run", {})
     (run / "predictions" / "eval-20.jsonl").write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
-    write_report([run], tmp_path / "page.html", "both")
+    report([run], tmp_path / "page.html")
     reader, content = read_page(tmp_path / "page.html")
     assert reader.elements.count("script") == 2
     assert "b" not in reader.elements
@@ -302,7 +302,7 @@ def test_the_command_writes_into_the_first_folder(tmp_path: Path) -> None:
 def test_every_note_has_its_sentence() -> None:
     """The script has a label, in both languages, for each note that reading and drawing give."""
     sources = "".join(path.read_text(encoding="utf-8") for path in PARTS.glob("*.py"))
-    keys = set(re.findall(r'Note\("(\w+)"', sources))
+    keys = set(re.findall(r'notes\.append\(\("(\w+)"', sources))
     labels = dict(re.findall(r"(\w+): (\[\"[^\n\]]+\"\])", (PARTS / "page.js").read_text(encoding="utf-8")))
     assert len(keys) >= 8
     for key in keys:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from glm_edge_ft.report import write_report
+from glm_edge_ft.report import report
 from tests.report.browser import Page, find_browser, open_browser
 from tests.report.runs import SCRIPT, prediction, write_run
 from tests.vision_folders import draw
@@ -39,7 +39,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     many = [prediction(line, f"reply {line}", float(line)) for line in range(60)]
     first = write_run(folder / "first", {"eval-0": rows[:1], "eval-20": rows}, learning_rate=0.001)
     second = write_run(folder / "second", {"eval-20": rows[:1], "test-20": many}, learning_rate=0.002)
-    write_report([first, second], folder / "page.html", "both")
+    report([first, second], folder / "page.html")
     return folder / "page.html"
 
 

@@ -131,7 +131,7 @@ def test_yes_says_where_an_earlier_run_was_set_aside(output: Path) -> None:
     set_aside_earlier_run(output)
     plan = resolve_resume("yes", output)
     assert plan.path is None
-    assert f"(an earlier run's lie in {output / 'earlier' / '1'})" in plan.notice
+    assert f"(those of an earlier run are in {output / 'earlier' / '1'})" in plan.notice
 
 
 def test_yes_before_any_checkpoint_is_a_fresh_start_with_a_notice(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_is_not_what_was_written_gets_no_name(tmp_path: Path) 
     weights = staged / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(
-        RunStopped, match=r"checkpoint-2 could not be written whole \(adapter_model.safetensors has 80 bytes"
+        RunStopped, match=r"checkpoint-2 could not be written whole \(adapter_model.safetensors is cut or damaged"
     ):
         publish(staged, tmp_path)
     assert left(tmp_path) == []

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_edge_ft.data.collator import PaddedCollator, PromptCollator
-from glm_edge_ft.training.evaluation import RankWorkload, generate_and_score, generate_replies, plan_batches
+from glm_edge_ft.training.evaluation import RankWorkload, generate_and_score, generate_replies
 from glm_edge_ft.training.replies import GenerationContext
+from glm_edge_ft.training.sampling import plan_batches
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_edge_ft.model.adapters import apply_adapter
-from glm_edge_ft.training.last_layer import select_supervised_positions
-from glm_edge_ft.training.loss import install_supervised_loss
+from glm_edge_ft.training.loss import install_supervised_loss, select_supervised_positions
 from tests.closeness import assert_same_gradients
 from tests.model_folders import tiny_model
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from glm_edge_ft.training.metrics import PairScores, score_pair
-from glm_edge_ft.training.scoring import CHARACTERS_WORTH_A_POOL, PairScorer
+from glm_edge_ft.training.predictions import CHARACTERS_WORTH_A_POOL, PairScorer
 
 REPLY = "这款连衣裙采用优质棉料，穿着舒适。简约的版型很显瘦！你会喜欢吗？"
 REFERENCE = "这件裙子采用柔软的棉料，舒适透气。版型简约，非常显瘦。"
