@@ -1,7 +1,7 @@
-"""What the user did wrong: collected over the whole run, shown at once, never as a traceback.
+"""Errors in the user's input, collected over the whole run and shown at once without a traceback; runs that stop.
 
-Code that finds a mistake in the user's input adds a `Problem` to a `ProblemList`; the list is raised as one `UserError`
-when a step is complete. `cli.py` prints it on stderr and exits with code 2.
+Code that finds an error adds a `Problem` to a `ProblemList`, which is raised as one `UserError` when a step is
+complete. `cli.py` prints it on stderr and exits with code 2.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ EXIT_USER_ERROR = 2
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in the user's input.
+    """One error in the user's input.
 
     Attributes:
-        where: the place: `train.jsonl:2:2`, a config key such as `training_args.learning_rate`, or a path.
+        where: `train.jsonl:2:2`, a config key such as `training_args.learning_rate`, or a path.
         what: what is wrong there, with the value that was seen.
-        fix: what to write or do instead; may be empty where `what` says it already.
+        fix: what to write or do instead; may be empty where `what` says it.
     """
 
     where: str
@@ -30,25 +30,25 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        """Return it for the user; whatever its texts quote, it stays short."""
+        """Return the message, which stays short whatever its texts quote."""
         text = f"{elide(self.where, 300)}: {elide(self.what, 1000)}"
         return f"{text}\n    -> {elide(self.fix, 3000)}" if self.fix else text
 
 
 def elide(text: str, limit: int) -> str:
-    """Return a text of at most `limit` characters: of a longer one the middle is left out."""
+    """Return a text of at most `limit` characters; a longer one loses its middle."""
     half = (limit - 3) // 2
     return text if len(text) <= limit else f"{text[: limit - 3 - half]}...{text[-half:]}"
 
 
 def shorten(text: str, limit: int = 200) -> str:
-    """Return a text that the user wrote, such as a path, for a message: on one line, of at most `limit` characters."""
+    """Return a text of the user for a message: printable, on one line, of at most `limit` characters."""
     text = elide(text, limit)
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class UserError(Exception):
-    """The user's input is wrong; carries every mistake found so far."""
+    """The user's input is wrong; carries every problem found so far."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -56,11 +56,11 @@ class UserError(Exception):
 
     @classmethod
     def single(cls, where: str, what: str, fix: str = "") -> UserError:
-        """Return an error with one problem, for a place where nothing further can be checked."""
+        """Return an error with one problem, where nothing further can be checked."""
         return cls([Problem(where, what, fix)])
 
     def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
-        return (UserError, (self.problems,))  # so that it crosses from a worker process whole
+        return (UserError, (self.problems,))  # pickled by a worker process
 
 
 class ProblemList:
@@ -70,11 +70,11 @@ class ProblemList:
         self.problems: list[Problem] = []
 
     def add(self, where: str, what: str, fix: str = "") -> None:
-        """Note one mistake and go on."""
+        """Note a problem and go on."""
         self.problems.append(Problem(where, what, fix))
 
     def extend(self, error: UserError) -> None:
-        """Take over the problems of an error that was caught."""
+        """Add the problems of a caught error."""
         self.problems.extend(error.problems)
 
     @contextmanager
@@ -86,13 +86,13 @@ class ProblemList:
             self.extend(error)
 
     def raise_if_any(self) -> None:
-        """Raise one `UserError` that lists everything noted so far; do nothing when the list is empty."""
+        """Raise one `UserError` with everything noted so far, if there is anything."""
         if self.problems:
             raise UserError(self.problems)
 
 
 class RunStopped(Exception):
-    """A run that cannot go on, for a reason that is no mistake in the input; the message says why and what to do."""
+    """A run cannot go on, and not because of its input; the message says why and what to do."""
 
 
 class ProcessLost(RunStopped):

@@ -1,4 +1,4 @@
-"""Files and folders: written so that a crash leaves the old content or the new one, and where they can be made."""
+"""Files and folders: written whole or not at all, where they can be made, and which one a wrong path means."""
 
 from __future__ import annotations
 
@@ -18,26 +18,21 @@ from typing import BinaryIO
 from glm_edge_ft.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-"""The kinds of data files."""
-
 LFS_POINTER = b"version https://git-lfs"
-"""How a file begins that Git LFS left in the place of the real one."""
+"""The first bytes of a pointer that Git LFS left in place of a file."""
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return a path that a user wrote, with `~` or `~user` at its start replaced as a shell does.
-
-    A user that is not known here leaves the path as it is, so that a folder of that very name can be meant.
-    """
+    """Return a path with `~` or `~user` at its start replaced as a shell does; an unknown user leaves it unchanged."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  (`Path.expanduser` raises for an unknown user)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write a file or folder to; it is flushed to disk and renamed when the block ends.
+    """Yield a path beside `path` for a file or folder, which is flushed to disk and renamed when the block ends.
 
-    After an exception it is removed, and what `path` had before stays. The path is always the same, so that what a
-    killed process leaves is written over; only one process at a time may write a given `path`. Raises OSError.
+    After an exception it is removed and `path` is unchanged. A killed process leaves it, for the next one to overwrite:
+    only one process at a time may write a given `path`. Raises OSError.
     """
     staged = path.absolute().with_name(f".{path.absolute().name}.unfinished")
     _remove(staged)
@@ -68,7 +63,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append to a text file, and take back what was written where the disk does not hold all of it (OSError)."""
+    """Append to a text file all of a text or, where the disk is full (OSError), nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size if path.is_file() else 0
     try:
@@ -137,18 +132,15 @@ def _flock(path: Path) -> BinaryIO | None:
     return None
 
 
-def nearest_folder(path: Path) -> Path:
-    """Return `path`, or the nearest above it that exists."""
+def _nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
     absolute = path.absolute()
     return next(candidate for candidate in (absolute, *absolute.parents) if candidate.exists())
 
 
 def can_be_made(path: Path) -> bool:
-    """Return whether a file or folder can be made at `path`: the nearest folder that exists can be written to.
-
-    `~name` is not made as a new folder: it is the home of a user that this machine does not know.
-    """
-    nearest = nearest_folder(path)
+    """Return whether a file or folder can be made at `path`; not below `~name`, the home of an unknown user."""
+    nearest = _nearest_folder(path)
     new = path.absolute().parts[len(nearest.parts) :]
     return nearest.is_dir() and os.access(nearest, os.W_OK) and not (new and new[0].startswith("~"))
 
@@ -163,7 +155,7 @@ def make_folder(folder: Path, where: str) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Return the free space of a folder, or of the nearest one above it that exists."""
-    return shutil.disk_usage(nearest_folder(folder)).free
+    return shutil.disk_usage(_nearest_folder(folder)).free
 
 
 def format_bytes(size: int) -> str:
@@ -171,33 +163,28 @@ def format_bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def nearest_path(path: Path) -> Path | None:
-    """Return the existing path that one which is not there most likely means: part by part, the closest name."""
-    found = Path(path.anchor)
-    for part in path.parts[bool(path.anchor) :]:
-        try:
-            is_there = (found / part).exists()
-            names = [] if is_there else [entry.name for entry in itertools.islice(found.iterdir(), 10_000)]
-        except (OSError, ValueError):  # a name that no file can have, a folder that cannot be read
-            return None
-        close = [part] if is_there else difflib.get_close_matches(part, names, n=1, cutoff=0.7)
-        if not close:
-            return None
-        found /= close[0]
-    return found
-
-
 def did_you_mean(path: Path, start: Path = Path()) -> str:
-    """Return a question for a message about `start / path`, which is not there, with a space behind; "" knows none."""
-    near = nearest_path(start / path)
-    shown = near if near is None or path.is_absolute() else os.path.relpath(near, start)
-    return "" if shown is None else f"did you mean {shown}? "
+    """Return "did you mean ...? " with the existing path closest to `start / path`, which does not exist, or ""."""
+    found = Path((start / path).anchor)
+    for part in (start / path).parts[bool(found.anchor) :]:
+        try:
+            if not (found / part).exists():
+                names = [entry.name for entry in itertools.islice(found.iterdir(), 10_000)]
+                part = next(iter(difflib.get_close_matches(part, names, n=1, cutoff=0.7)))  # noqa: PLW2901
+        except (
+            OSError,
+            ValueError,
+            StopIteration,
+        ):  # an impossible name, an unreadable folder, no match
+            return ""
+        found /= part
+    return f"did you mean {found if path.is_absolute() else os.path.relpath(found, start)}? "
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, lies on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     if path.is_dir() and sys.platform == "win32":
-        return  # there a folder cannot be opened, and needs no flush
+        return  # folders cannot be opened there
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -206,8 +193,8 @@ def flush_to_disk(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Wait until all that a folder holds lies on the disk; the folder's own list of names comes last."""
-    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds before the folder
+    """Wait until a file, or a folder with everything in it, is on the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # content before its folder
         flush_to_disk(path)
     flush_to_disk(folder)
 

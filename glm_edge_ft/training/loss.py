@@ -49,14 +49,14 @@ def install_supervised_loss(model: PreTrainedModel, ahead: bool = True, label_sm
         kwargs.pop("logits_to_keep", None)
         kwargs["use_cache"] = False
         head, smoothing = self.get_output_embeddings(), label_smoothing if self.training else 0.0
+        positions, targets = find_supervised(labels)
         if selects_positions and not torch.compiler.is_compiling():  # a graph is compiled for whole rows
-            positions, targets = find_supervised(labels)
-            states = self.get_decoder()(*args, selected_positions=positions, **kwargs).last_hidden_state
-            loss = cross_entropy_of(states[0], targets, head, num_items_in_batch, ahead, smoothing)
+            states = self.get_decoder()(*args, selected_positions=positions, **kwargs).last_hidden_state[0]
         else:
-            states = self.get_decoder()(*args, **kwargs).last_hidden_state
-            loss = supervised_cross_entropy(states, labels, head, num_items_in_batch, ahead, smoothing)
-        return CausalLMOutputWithPast(loss=loss)
+            states = self.get_decoder()(*args, **kwargs).last_hidden_state.flatten(0, 1).index_select(0, positions)
+        return CausalLMOutputWithPast(
+            loss=supervised_cross_entropy(states, targets, head, num_items_in_batch, ahead, smoothing)
+        )
 
     model.forward = types.MethodType(forward, model)
 
@@ -94,35 +94,6 @@ def select_supervised_positions(decoder: Any) -> bool:
     return True
 
 
-def supervised_cross_entropy(
-    hidden_states: torch.Tensor,
-    labels: torch.Tensor,
-    lm_head: torch.nn.Module,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ahead: bool = True,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Return the next-token cross entropy over the supervised tokens, in float32.
-
-    Equal to `transformers.loss.loss_utils.ForCausalLMLoss` on full logits, up to the order of summation.
-
-    Args:
-        hidden_states: `(batch, length, hidden)`, the decoder's last hidden states.
-        labels: `(batch, length)`, token ids, -100 where nothing is supervised. Position t+1 is the target of t.
-        lm_head: called as a module, so that adapters on it and sharded weights take part.
-        num_items_in_batch: the number of supervised tokens of the whole optimizer step, by which the sum is divided, so
-            that gradient accumulation is exact. None: the number in this batch.
-        ahead: whether gradients may be computed in the forward pass.
-        label_smoothing: share of each target that is spread over the whole vocabulary.
-
-    Returns:
-        A scalar; 0.0, still attached to the graph, when nothing is supervised.
-    """
-    positions, targets = find_supervised(labels)
-    selected = hidden_states.flatten(0, 1).index_select(0, positions)  # (supervised, hidden)
-    return cross_entropy_of(selected, targets, lm_head, num_items_in_batch, ahead, label_smoothing)
-
-
 def find_supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which of the `batch x length` tokens predict a supervised one, and its id, both `(supervised,)` int64."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
@@ -130,25 +101,37 @@ def find_supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return positions, targets.index_select(0, positions)
 
 
-def cross_entropy_of(
-    selected: torch.Tensor,
+def supervised_cross_entropy(
+    hidden_states: torch.Tensor,
     targets: torch.Tensor,
     lm_head: torch.nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
     ahead: bool = True,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Return `supervised_cross_entropy` of `(supervised, hidden)` states and `(supervised,)` targets."""
+    """Return the cross entropy of supervised tokens, a float32 scalar.
+
+    Equal to `transformers.loss.loss_utils.ForCausalLMLoss` on full logits, up to the order of summation.
+
+    Args:
+        hidden_states: `(supervised, hidden)`, the decoder's last hidden states at the positions that predict.
+        targets: `(supervised,)`, the token ids to predict; without any the loss is 0.0, attached to the graph.
+        lm_head: called as a module, so that adapters on it and sharded weights take part.
+        num_items_in_batch: the number of supervised tokens of the whole optimizer step, by which the sum is divided, so
+            that gradient accumulation is exact. None: the number in this batch.
+        ahead: whether gradients may be computed in the forward pass.
+        label_smoothing: share of each target that is spread over the whole vocabulary.
+    """
     count = targets.numel()
     divisor = (count if num_items_in_batch is None else num_items_in_batch) if count else 1
-    if ahead and _may_be_ahead(selected, lm_head):
+    if ahead and _may_be_ahead(hidden_states, lm_head):
         is_frozen = not any(parameter.requires_grad for parameter in lm_head.parameters())
         weight = None if is_frozen else _plain_weight(lm_head)
         if is_frozen or (weight is not None and count > CHUNK_TOKENS):
-            return _LossWithGradient.apply(selected, targets, lm_head, divisor, weight, label_smoothing)
-    chunks = _count_chunks(count, lm_head, selected.device)
-    total = selected.new_zeros((), dtype=torch.float32)
-    for chunk in zip(selected.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
+            return _LossWithGradient.apply(hidden_states, targets, lm_head, divisor, weight, label_smoothing)
+    chunks = _count_chunks(count, lm_head, hidden_states.device)
+    total = hidden_states.new_zeros((), dtype=torch.float32)
+    for chunk in zip(hidden_states.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
         if chunks > 1 and torch.is_grad_enabled():  # logits are computed again in the backward pass, not kept
             total = total + checkpoint(_summed_loss, *chunk, lm_head, label_smoothing, use_reentrant=False)
         else:

@@ -15,14 +15,15 @@ import time
 
 import torch
 
-from glm_edge_ft.training.loss import supervised_cross_entropy
+from glm_edge_ft.training.loss import find_supervised, supervised_cross_entropy
 from tests.model.measure_memory import memory_status, reset_peak
 
 
 def loss_of(whose: str, hidden_states: torch.Tensor, labels: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
     """Return the loss, a scalar, of `(1, length, hidden)` states and `(1, length)` labels."""
     if whose == "ours":
-        return supervised_cross_entropy(hidden_states, labels, head)
+        positions, targets = find_supervised(labels)
+        return supervised_cross_entropy(hidden_states.flatten(0, 1).index_select(0, positions), targets, head)
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     loss: torch.Tensor = ForCausalLMLoss(head(hidden_states), labels, head.out_features)
