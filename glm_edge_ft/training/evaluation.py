@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +47,17 @@ def start_loader_process(then: Callable[[int], None] | None, worker: int) -> Non
 
 @dataclass(frozen=True)
 class RankWorkload:
-    """The prompts of an evaluation and this rank's place among those that share them; see `generate_and_score`."""
+    """The prompts of an evaluation and this rank's place among those that share them.
+
+    `before_batch` is called before each batch, equally often on all ranks; what it raises ends the evaluation.
+    """
 
     prompts: Sequence[Prompt]
     batch_size: int
-    process_index: int
-    world_size: int
     device: torch.device
-    before_batch: Callable[[], None]
+    process_index: int = 0
+    world_size: int = 1
+    before_batch: Callable[[], None] = lambda: None
 
     def batches(
         self, context: GenerationContext, batch_size: int
@@ -82,37 +84,23 @@ class RankWorkload:
 
 
 def generate_and_score(
-    *,
-    model: torch.nn.Module,
-    prompts: Sequence[Prompt],
-    tools: GenerationContext,
-    batch_size: int,
-    predictions_file: Path,
-    process_index: int,
-    world_size: int,
-    device: torch.device,
-    before_batch: Callable[[], None] = lambda: None,
+    model: torch.nn.Module, workload: RankWorkload, context: GenerationContext, predictions_file: Path
 ) -> dict[str, float]:
     """Generate a reply to every prompt, score it against its reference and write both to `predictions_file`.
 
     Replies are written as they come, so that a killed evaluation leaves what it had; at the end the file is put into
     the order of the data. Each rank generates its share; rank 0 scores, in worker processes beside generation, and
-    writes. `before_batch` is called before each batch, equally often on all ranks; what it raises ends the evaluation.
-
-    Returns:
-        The mean of each metric over all prompts, 0-100; the same on all ranks.
+    writes. Returns the mean of each metric over all prompts, 0-100, on all ranks.
     """
-    is_main = process_index == 0
+    prompts, world_size, is_main = workload.prompts, workload.world_size, workload.process_index == 0
+    shows_bar = is_main and context.show_progress
     replies: dict[int, str] = {}
-    workload = RankWorkload(prompts, batch_size, process_index, world_size, device, before_batch)
     with (
-        PredictionsWriter(predictions_file, prompts, tools) if is_main else contextlib.nullcontext() as writer,
-        tqdm(
-            total=len(prompts), desc="replies", unit="reply", disable=not (is_main and tools.show_progress), leave=False
-        ) as bar,
+        PredictionsWriter(predictions_file, prompts, context) if is_main else contextlib.nullcontext() as writer,
+        tqdm(total=len(prompts), desc="replies", unit="reply", disable=not shows_bar, leave=False) as bar,
     ):
-        for new_ids in generate_replies(model, tools, workload):
-            texts = {index: tools.clean(ids) for index, ids in new_ids.items()}
+        for new_ids in generate_replies(model, context, workload):
+            texts = {index: context.clean(ids) for index, ids in new_ids.items()}
             replies |= texts
             if writer is not None:
                 writer.add(texts)
@@ -129,22 +117,22 @@ def generate_and_score(
 
 
 def generate_replies(
-    model: torch.nn.Module, tools: GenerationContext, workload: RankWorkload
+    model: torch.nn.Module, context: GenerationContext, workload: RankWorkload
 ) -> Iterator[dict[int, list[int]]]:
     """Yield the new ids of this rank's replies by the number of their prompt, as they are finished."""
-    decoder = tools.start_continuous_batch(model, tools.options)
+    decoder = context.start_continuous_batch(model, context.options)
     if decoder is not None:
-        yield from _decode_continuously(decoder, tools, workload)
+        yield from _decode_continuously(decoder, context, workload)
         return
-    for batch, inputs, counts in workload.batches(tools, workload.batch_size):
+    for batch, inputs, counts in workload.batches(context, workload.batch_size):
         workload.before_batch()
-        new_ids = tools.generate(model, **inputs, **tools.options).tolist()
+        new_ids = context.generate(model, **inputs, **context.options).tolist()
         if counts:
             yield dict(zip(batch, new_ids, strict=True))
 
 
 def _decode_continuously(
-    decoder: ContinuousDecoder, tools: GenerationContext, workload: RankWorkload
+    decoder: ContinuousDecoder, context: GenerationContext, workload: RankWorkload
 ) -> Iterator[dict[int, list[int]]]:
     """Let prompts join in small batches, longest first, as soon as there is room for them.
 
@@ -160,7 +148,7 @@ def _decode_continuously(
         return len(rows) <= batch_size or (len(rows) <= CONTINUOUS_BATCH_FACTOR * batch_size and tokens <= room)
 
     active: dict[int, int] = {}  # prompt number → tokens
-    for batch, inputs, counts in workload.batches(tools, max(1, batch_size // CONTINUOUS_JOIN_SHARE)):
+    for batch, inputs, counts in workload.batches(context, max(1, batch_size // CONTINUOUS_JOIN_SHARE)):
         joining = {index: lengths[index] for index in batch}
         while active and not has_room(active | joining):
             finished = decoder.step()
@@ -169,7 +157,7 @@ def _decode_continuously(
                 yield finished
         workload.before_batch()
         if counts:
-            finished = decoder.add(batch, **tools.add_image_features(inputs))
+            finished = decoder.add(batch, **context.add_image_features(inputs))
             active = {index: length for index, length in (active | joining).items() if index not in finished}
             yield finished
     while len(decoder):

@@ -86,8 +86,8 @@ class PairScorer:
 class PredictionsWriter:
     """Scores replies and writes a line for each as they come; `finish` puts the lines in order."""
 
-    def __init__(self, path: Path, prompts: Sequence[Prompt], tools: GenerationContext) -> None:
-        self.path, self.prompts, self.tools = path, prompts, tools
+    def __init__(self, path: Path, prompts: Sequence[Prompt], context: GenerationContext) -> None:
+        self.path, self.prompts, self.context = path, prompts, context
         self.replies: dict[int, str] = {}
         self.scores: dict[int, PairScores] = {}
         self.waiting: list[tuple[list[int], Pairs, Future[list[PairScores]]]] = []
@@ -96,7 +96,7 @@ class PredictionsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("w", encoding="utf-8")
         expected_characters = 2 * sum(len(prompt.reference) for prompt in self.prompts)
-        self.scorer = PairScorer(self.tools.scoring_processes, expected_characters, self.tools.warn)
+        self.scorer = PairScorer(self.context.scoring_processes, expected_characters, self.context.warn)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,7 +121,7 @@ class PredictionsWriter:
         write_text_atomically(self.path, "".join(self._line(index) for index in sorted(self.scores)))
         if cut := sum(scores.was_cut for scores in self.scores.values()):
             limit = f"{MAX_SCORED_CHARACTERS:,} characters"
-            self.tools.warn(
+            self.context.warn(
                 f"ROUGE and BLEU see {limit} of each side, and {cut} of {len(self.scores)} pairs are longer"
             )
         return summarize([self.scores[index] for index in sorted(self.scores)])
@@ -139,7 +139,7 @@ class PredictionsWriter:
             "line": prompt.line,
             "turn": prompt.turn,
             **({"images": list(prompt.images)} if prompt.images else {}),
-            "prompt": self.tools.decode(prompt.prompt_ids),
+            "prompt": self.context.decode(prompt.prompt_ids),
             "reference": prompt.reference,
             "prediction": self.replies[index],
             **self.scores[index].as_dict(),

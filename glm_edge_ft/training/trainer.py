@@ -38,7 +38,7 @@ from glm_edge_ft.training.checkpoints import (
     remove_unfinished,
     staging_folder,
 )
-from glm_edge_ft.training.evaluation import StopOnTermination, generate_and_score, start_loader_process
+from glm_edge_ft.training.evaluation import RankWorkload, StopOnTermination, generate_and_score, start_loader_process
 from glm_edge_ft.training.micro_batches import split_batch
 from glm_edge_ft.training.replies import GenerationContext
 from glm_edge_ft.training.sampling import LengthGroupedEpochSampler, plan_batches
@@ -331,17 +331,17 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             self.model.eval()
             breaks_off = {"stopping_criteria": StoppingCriteriaList([StopOnTermination(self.termination)])}
             with self.accelerator.autocast():  # as in training: parts of a 16-bit model may be in float32
-                scores = generate_and_score(
-                    model=self.model,
-                    prompts=data.prompts,
-                    tools=replace(self.generation_context, options={**self.generation_context.options, **breaks_off}),
-                    batch_size=self.args.per_device_eval_batch_size,
-                    predictions_file=self._predictions_file(metric_key_prefix),
-                    process_index=self.args.process_index,
-                    world_size=self.args.world_size,
-                    device=self.args.device,
-                    before_batch=self._stop_evaluation_if_asked,
+                workload = RankWorkload(
+                    data.prompts,
+                    self.args.per_device_eval_batch_size,
+                    self.args.device,
+                    self.args.process_index,
+                    self.args.world_size,
+                    self._stop_evaluation_if_asked,
                 )
+                context = replace(self.generation_context, options={**self.generation_context.options, **breaks_off})
+                predictions_file = self._predictions_file(metric_key_prefix)
+                scores = generate_and_score(self.model, workload, context, predictions_file)
             if self.termination.agreed():  # the last replies may have been broken off
                 raise Terminated("by SIGTERM in an evaluation")
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}

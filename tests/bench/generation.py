@@ -28,7 +28,7 @@ from glm_edge_ft.data.collator import PaddedCollator, PromptCollator
 from glm_edge_ft.data.prompts import PromptSample
 from glm_edge_ft.model.adapters import generate
 from glm_edge_ft.model.decoding import start_continuous_batch
-from glm_edge_ft.training.evaluation import generate_and_score
+from glm_edge_ft.training.evaluation import RankWorkload, generate_and_score
 from glm_edge_ft.training.metrics import summarize
 from glm_edge_ft.training.predictions import score_batch
 from glm_edge_ft.training.replies import GenerationContext
@@ -87,16 +87,7 @@ def ours(model: Any, samples: list[PromptSample], tools: GenerationContext, batc
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "predictions.jsonl"
-        generate_and_score(
-            model=model,
-            prompts=samples,
-            tools=tools,
-            batch_size=batch_size,
-            predictions_file=path,
-            process_index=0,
-            world_size=1,
-            device=torch.device("cpu"),
-        )
+        generate_and_score(model, RankWorkload(samples, batch_size, torch.device("cpu")), tools, path)
         seconds = time.perf_counter() - start
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return Evaluated(seconds, [line["prediction"] for line in lines])

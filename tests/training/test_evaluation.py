@@ -32,6 +32,7 @@ class Sample:
     images: tuple[str, ...] = ()
 
 
+CPU = torch.device("cpu")
 SAMPLES = [Sample([10 + number] * length, str(number), number + 1) for number, length in enumerate((3, 30, 90, 5, 7))]
 
 
@@ -55,16 +56,7 @@ def tools(generate: Any, said: list[str]) -> GenerationContext:
 
 def evaluate(path: Path, generate: Any = echo, batch_size: int = 2) -> dict[str, float]:
     """Evaluate the samples in one process."""
-    return generate_and_score(
-        model=torch.nn.Identity(),
-        prompts=SAMPLES,
-        tools=tools(generate, []),
-        batch_size=batch_size,
-        predictions_file=path,
-        process_index=0,
-        world_size=1,
-        device=torch.device("cpu"),
-    )
+    return generate_and_score(torch.nn.Identity(), RankWorkload(SAMPLES, batch_size, CPU), tools(generate, []), path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -123,7 +115,7 @@ def test_rows_that_are_refilled_answer_each_prompt_once_in_the_room_of_a_batch(
     for rank in range(world):
         rows = CountedRows()
         asked: list[None] = []
-        share = RankWorkload(prompts, size, rank, world, torch.device("cpu"), functools.partial(asked.append, None))
+        share = RankWorkload(prompts, size, CPU, rank, world, functools.partial(asked.append, None))
         refilling = replace(tools(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
         for replies in generate_replies(torch.nn.Identity(), refilling, share):
             assert all(ids == [number] for number, ids in replies.items())
@@ -141,7 +133,7 @@ def test_short_prompts_go_in_more_at_once_than_the_batch_size() -> None:
     """One long prompt sets the room: of the short ones four times the batch size are under way."""
     rows = CountedRows()
     prompts = [Sample([1] * length, "", number + 1) for number, length in enumerate([200] + [5] * 40)]
-    share = RankWorkload(prompts, 4, 0, 1, torch.device("cpu"), lambda: None)
+    share = RankWorkload(prompts, 4, CPU)
     refilling = replace(tools(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
     assert sum(len(replies) for replies in generate_replies(torch.nn.Identity(), refilling, share)) == 41
     assert max(count for count, _ in rows.seen) > 8
