@@ -21,7 +21,7 @@ from glm_edge_ft.errors import UserError
 from glm_edge_ft.report import report
 from glm_edge_ft.report.content import MAXIMUM_ROWS, MAXIMUM_ROWS_IN_ALL
 from glm_edge_ft.report.reading import read_run
-from glm_edge_ft.training.curves import MAXIMUM_POINTS, Points, iter_metrics, read_points, write_loss_curve
+from glm_edge_ft.training.curves import MAXIMUM_POINTS, iter_metrics, read_points, write_loss_curve
 from glm_edge_ft.training.logs import cut_back
 from tests.report.runs import LOG, SCRIPT, lines, prediction, read_page, write_run
 from tests.vision_folders import draw
@@ -154,36 +154,6 @@ def test_many_files_have_fewer_rows_each(tmp_path: Path) -> None:
     assert {len(file["rows"]) for file in content["runs"][0]["files"]} == {MAXIMUM_ROWS_IN_ALL // 40}
     assert len(notes(content)) == 40
     assert target.stat().st_size < 2_000_000
-
-
-def loss_of(log: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Return the points of the training loss."""
-    points: Points = read_points(log, ["loss"])["loss"]
-    return list(zip(*points, strict=True))
-
-
-def test_a_spike_of_a_long_curve_is_kept() -> None:
-    """One step of 20,000 whose loss jumped."""
-    log = [{"step": step, "loss": 50.0 if step == 12_345 else 1.0 + step % 7} for step in range(20_000)]
-    points = loss_of(log)
-    assert len(points) <= MAXIMUM_POINTS
-    assert (12_345, 50.0) in points
-    assert points[0] == (0, 1.0)
-
-
-def test_long_curves_are_thinned_out_to_their_last_point() -> None:
-    """The last value is what people read off."""
-    log = [{"step": step, "loss": float(step)} for step in range(10 * MAXIMUM_POINTS + 7)]
-    points = loss_of(log)
-    assert MAXIMUM_POINTS / 2 < len(points) <= MAXIMUM_POINTS
-    assert points[-1] == (10 * MAXIMUM_POINTS + 6, 10 * MAXIMUM_POINTS + 6)
-
-
-def test_values_that_are_no_numbers_are_left_out() -> None:
-    """NaN, infinities, null and text; of a step that comes twice the later line counts."""
-    values: list[Any] = [float("nan"), float("inf"), None, "3", True]
-    log = [{"step": step, "loss": value} for step, value in enumerate(values)]
-    assert loss_of([*log, {"step": 9, "loss": 1.0}, {"step": 9, "loss": 2.0}, {"loss": 3.0}]) == [(9, 2.0)]
 
 
 def test_a_run_that_is_still_going_gives_a_page(tmp_path: Path) -> None:

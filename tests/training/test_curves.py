@@ -1,17 +1,23 @@
-"""The picture of a run and the log file behind it."""
+"""The curve of a run and the log file behind it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
 
-from glm_edge_ft.training.curves import EVAL_COLOR, TRAIN_COLOR, iter_metrics, write_loss_curve
-
-REPOSITORY = Path(__file__).parents[2]
+from glm_edge_ft.training.curves import (
+    EVAL_COLOR,
+    MAXIMUM_POINTS,
+    TRAIN_COLOR,
+    iter_metrics,
+    read_points,
+    write_loss_curve,
+)
 
 TRAIN_LINES = [
     {"step": float(step), "loss": 3 / step, "learning_rate": 1e-4 / step, "epoch": 0.1} for step in range(1, 9)
@@ -26,46 +32,44 @@ def pixels_of(path: Path, color: str) -> int:
     return int((image == wanted).all(axis=2).sum())
 
 
-def test_both_losses_are_drawn(tmp_path: Path) -> None:
-    """Train and eval loss are there in their colours, in a picture large enough to read."""
+@pytest.mark.parametrize(
+    ("lines", "train", "evaluation"),
+    [
+        pytest.param([*TRAIN_LINES, *EVAL_LINES], 500, 500, id="both"),
+        pytest.param(TRAIN_LINES, 500, 0, id="C3: without a val file"),
+        pytest.param([{"step": 1, "loss": 2.0}], 20, 0, id="one point, by its marker"),
+    ],
+)
+def test_losses_are_drawn_in_their_colors(
+    tmp_path: Path, lines: list[dict[str, float]], train: int, evaluation: int
+) -> None:
+    """Large enough to read, each loss visible where it was logged."""
     path = tmp_path / "loss.png"
-    write_loss_curve([*TRAIN_LINES, *EVAL_LINES], path, "demo")
+    write_loss_curve(lines, path, "demo")
     assert imread(path).shape[:2] == (720, 1080)
-    assert pixels_of(path, TRAIN_COLOR) > 500
-    assert pixels_of(path, EVAL_COLOR) > 500
+    assert pixels_of(path, TRAIN_COLOR) > train
+    assert pixels_of(path, EVAL_COLOR) > evaluation if evaluation else pixels_of(path, EVAL_COLOR) == 0
 
 
-def test_without_evaluation_only_the_train_loss_is_drawn(tmp_path: Path) -> None:
-    """C3: a run without a val file has no eval lines."""
-    path = tmp_path / "loss.png"
-    write_loss_curve(TRAIN_LINES, path, "demo")
-    assert pixels_of(path, TRAIN_COLOR) > 500
-    assert pixels_of(path, EVAL_COLOR) == 0
+NOT_FINITE = ("nan", "inf", "-inf")
+LOST = [{"step": float(step), "loss": 9.0, "learning_rate": 1e-3} for step in (5, 6)]
 
 
-def test_a_single_line_is_a_visible_point(tmp_path: Path) -> None:
-    """One point makes no line: its marker must show."""
-    path = tmp_path / "loss.png"
-    write_loss_curve([{"step": 1, "loss": 2.0}], path, "demo")
-    assert pixels_of(path, TRAIN_COLOR) > 20
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_passed_over(tmp_path: Path, value: float) -> None:
-    """M4: a loss that is not finite changes nothing in the curve of the others, and is not drawn as 0."""
-    with_it, without = tmp_path / "with.png", tmp_path / "without.png"
-    write_loss_curve([*TRAIN_LINES, {"step": 9, "loss": value, "eval_loss": value}], with_it, "demo")
-    write_loss_curve(TRAIN_LINES, without, "demo")
-    assert with_it.read_bytes() == without.read_bytes()
-
-
-def test_a_step_logged_again_after_a_resume_is_drawn_once(tmp_path: Path) -> None:
-    """R1: the run went on from an earlier checkpoint; the later lines count and the curve does not run backwards."""
-    resumed, straight = tmp_path / "resumed.png", tmp_path / "straight.png"
-    lost = [{"step": float(step), "loss": 9.0, "learning_rate": 1e-3} for step in (5, 6)]
-    write_loss_curve([*TRAIN_LINES[:4], *lost, *TRAIN_LINES[4:]], resumed, "demo")
-    write_loss_curve(TRAIN_LINES, straight, "demo")
-    assert resumed.read_bytes() == straight.read_bytes()
+@pytest.mark.parametrize(
+    "lines",
+    [
+        *(
+            [*TRAIN_LINES, {"step": 9, "loss": float(value), "eval_loss": float(value)}]
+            for value in ("nan", "inf", "-inf")
+        ),
+        [*TRAIN_LINES[:4], *LOST, *TRAIN_LINES[4:]],
+    ],
+)
+def test_values_that_do_not_count_change_nothing(tmp_path: Path, lines: list[dict[str, float]]) -> None:
+    """M4: a loss that is not finite; R1: steps that a resumed run logged again."""
+    write_loss_curve(lines, tmp_path / "with.png", "demo")
+    write_loss_curve(TRAIN_LINES, tmp_path / "without.png", "demo")
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -107,12 +111,10 @@ def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
     """No global figure and no window system: pyplot is never imported."""
     program = (
         "import sys; from pathlib import Path; from glm_edge_ft.training.curves import write_loss_curve; "
-        "write_loss_curve([{'step': 1, 'loss': 2.0}], Path('loss.png'), 'demo'); "
+        "write_loss_curve([{'step': 1, 'loss': 2.0}], Path(sys.argv[1]), 'demo'); "
         "sys.exit('pyplot was imported' if 'matplotlib.pyplot' in sys.modules else 0)"
     )
-    program = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); {program}"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "loss.png")], check=True)
     assert (tmp_path / "loss.png").exists()
 
 
@@ -147,3 +149,24 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, caplog: pytest.Log
 def test_a_log_that_does_not_exist_yet_is_empty(tmp_path: Path) -> None:
     """A run that was stopped before its first log line."""
     assert list(iter_metrics(tmp_path / "metrics.jsonl")) == []
+
+
+def loss_points(log: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return the points of the training loss."""
+    return list(zip(*read_points(log, ["loss"])["loss"], strict=True))
+
+
+def test_a_long_curve_keeps_its_spikes_and_its_ends() -> None:
+    """One step of 20,000 whose loss jumped; the last value is what people read off."""
+    log = [{"step": step, "loss": 50.0 if step == 12_345 else 1.0 + step % 7} for step in range(20_000)]
+    points = loss_points(log)
+    assert MAXIMUM_POINTS / 2 < len(points) <= MAXIMUM_POINTS
+    assert (12_345, 50.0) in points
+    assert (points[0], points[-1]) == ((0, 1.0), (19_999, 1.0 + 19_999 % 7))
+
+
+def test_values_that_are_no_numbers_are_left_out() -> None:
+    """NaN, infinities, null and text; of a step that comes twice the later line counts."""
+    values: list[Any] = [float("nan"), float("inf"), None, "3", True]
+    log = [{"step": step, "loss": value} for step, value in enumerate(values)]
+    assert loss_points([*log, {"step": 9, "loss": 1.0}, {"step": 9, "loss": 2.0}, {"loss": 3.0}]) == [(9, 2.0)]
