@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm_edge_ft.checks.memory import NOTHING_TO_LOWER, largest_batch, ways_out
+from glm_edge_ft.checks.memory import NOTHING_TO_LOWER, largest_batch, ways_to_save_memory
 from glm_edge_ft.errors import ProcessLost, RunStopped, UserError
 from glm_edge_ft.files import format_bytes
 from glm_edge_ft.training.checkpoints import how_to_go_on
@@ -131,7 +131,9 @@ def _memory_trouble(error: Exception, prepared: Prepared) -> str:
     else:
         batch = largest_batch(prepared)
         where = f"in a step of up to {batch.rows} x {batch.length:,} tokens"
-        ways = ways_out(prepared, batch, not args.use_cpu, prepared.memory.host.total > 0) or [NOTHING_TO_LOWER]
+        ways = ways_to_save_memory(prepared, batch, not args.use_cpu, prepared.memory.host.total > 0) or [
+            NOTHING_TO_LOWER
+        ]
     return f"out of memory {where} ({_first_line(error)}). Lower, in this order: {'; '.join(ways)}"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.checks.arguments import rows_per_step, tokens_per_pass
-from glm_edge_ft.checks.disk import advise_on_disk, look_at_disk
+from glm_edge_ft.checks.disk import advise_on_disk, estimate_disk
 from glm_edge_ft.checks.machines import check_same_on_all_machines
 from glm_edge_ft.checks.preflight import check_inputs, prepare, processes_of
 from glm_edge_ft.checks.processes import write_processes
@@ -26,7 +26,6 @@ from glm_edge_ft.checks.summary import (
     describe_computation,
     describe_model,
     note_untested_versions,
-    read_versions,
     show_check,
     write_json,
     write_run_record,
@@ -79,7 +78,7 @@ def run(request: RunRequest) -> None:
     with Termination() as termination:
         plan = check_inputs(request)
         quiet_libraries()
-        if notice := note_untested_versions(read_versions()):
+        if notice := note_untested_versions():
             show_notice(notice)
         if notice := use_one_gpu(plan.config.training_args):
             show_notice(notice)
@@ -126,7 +125,7 @@ def train(prepared: Prepared, termination: Termination) -> None:
 def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], termination: Termination) -> None:
     """Read the weights and do what is left, all processes at the same pace from here on."""
     plan = prepared.plan
-    if notice := advise_on_disk(look_at_disk(prepared)):
+    if notice := advise_on_disk(estimate_disk(prepared)):
         show_notice(notice)
     record = build_run_record(prepared)
 

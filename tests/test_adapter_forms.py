@@ -21,7 +21,7 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, PrefixTuningConfig, PromptLearningConfig
 from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from glm_edge_ft.checks.preflight import look_at_structure
+from glm_edge_ft.checks.preflight import inspect_structure
 from glm_edge_ft.config import load_config
 from glm_edge_ft.data.dataset import build_dataset
 from glm_edge_ft.data.encoding import ConversationEncoder
@@ -236,7 +236,7 @@ def test_a_form_that_is_not_kept_is_refused_before_weights_are_read(form: str, p
     config = load_config(write_config(tmp_path / "out", peft=LORA | REFUSED[form]))
     meta = build_meta_model(read_checkpoint(locate_model(str(place / "plain"))))
     with pytest.raises(UserError) as caught:
-        look_at_structure(config, meta, keeps_vision=False)
+        inspect_structure(config, meta, keeps_vision=False)
     (problem,) = caught.value.problems
     is_no_package = form == "megatron_config" or ("loftq" in form and importlib.util.find_spec("scipy") is None)
     assert problem.where == ("peft_config" if is_no_package else f"peft_config.{form.partition(':')[0]}")

@@ -39,7 +39,7 @@ class DiskNeed:
         return self.checkpoint * self.checkpoints + self.final
 
 
-def look_at_disk(prepared: Prepared) -> DiskNeed:
+def estimate_disk(prepared: Prepared) -> DiskNeed:
     """Estimate what the rest of the run writes, and ask the disk what it has."""
     args, tokenizer = prepared.training_arguments, prepared.checkpoint.folder / "tokenizer.json"
     trained, parameters = prepared.parameters

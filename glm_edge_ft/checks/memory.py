@@ -80,7 +80,7 @@ def estimate_states(
     return estimate_memory(size, dtype, sharding, trace, args.gradient_accumulation_steps > 1, state_bytes)
 
 
-def look_at_memory(prepared: Prepared) -> RunMemory:
+def estimate_run_memory(prepared: Prepared) -> RunMemory:
     """Trace a step with the largest batch of the training data, and ask the machine what it has.
 
     A model whose step cannot be traced gets the estimate without activations, and the reason.
@@ -210,12 +210,14 @@ def advise(memory: RunMemory, prepared: Prepared) -> list[str]:
         what = f"about {format_bytes(memory.estimate.total)} a process are more than fit"
         if memory.on_gpu and not memory.exceeds_gpu:
             what = f"{memory.processes} x {format_bytes(host)} are more than the machine's memory holds"
-        ways = "; ".join(ways_out(prepared, memory.batch, memory.on_gpu, offloads=host > 0)) or NOTHING_TO_LOWER
+        ways = (
+            "; ".join(ways_to_save_memory(prepared, memory.batch, memory.on_gpu, offloads=host > 0)) or NOTHING_TO_LOWER
+        )
         notices.append(f"memory: {what}. In this order: {ways}")
     return notices
 
 
-def ways_out(prepared: Prepared, batch: BatchShape, on_gpu: bool, offloads: bool) -> list[str]:
+def ways_to_save_memory(prepared: Prepared, batch: BatchShape, on_gpu: bool, offloads: bool) -> list[str]:
     """Return what can still be lowered in a run, cheapest first.
 
     Args:

@@ -212,7 +212,7 @@ def _check_model(
     with problems.collect():
         check_stored_form(checkpoint, config.quantization, plan.trains and config.peft_config is None)
     with problems.collect():
-        return look_at_structure(config, meta_model, keeps_vision)
+        return inspect_structure(config, meta_model, keeps_vision)
     return None
 
 
@@ -277,7 +277,7 @@ class Structure:
     adapter: dict[str, Any] | None
 
 
-def look_at_structure(config: RunConfig, meta_model: PreTrainedModel, keeps_vision: bool) -> Structure:
+def inspect_structure(config: RunConfig, meta_model: PreTrainedModel, keeps_vision: bool) -> Structure:
     """Put the adapter on a copy of `meta_model`. Raises UserError if it does not fit, or is not saved as trained."""
     from glm_edge_ft.model.adapters import check_is_kept, wrap_meta_model
     from glm_edge_ft.model.memory import measure_size

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.checks.disk import advise_on_disk, describe_disk, disk_facts, look_at_disk
-from glm_edge_ft.checks.memory import advise, describe_memory, look_at_memory, memory_facts, run_memory_facts
+from glm_edge_ft.checks.disk import advise_on_disk, describe_disk, disk_facts, estimate_disk
+from glm_edge_ft.checks.memory import advise, describe_memory, estimate_run_memory, memory_facts, run_memory_facts
 from glm_edge_ft.console import show, show_notice
 from glm_edge_ft.distributed import is_main_process
 from glm_edge_ft.files import format_bytes, write_text_atomically
@@ -31,7 +31,7 @@ def show_check(prepared: Prepared) -> None:
     """Print the report on rank 0; write it as JSON to the path of `--json`."""
     if not is_main_process():
         return
-    resume, memory, disk = prepared.plan.resume, look_at_memory(prepared), look_at_disk(prepared)
+    resume, memory, disk = prepared.plan.resume, estimate_run_memory(prepared), estimate_disk(prepared)
     data = {split: _show_split(prepared, split) for split in prepared.datasets}
     show(f"{describe_model(prepared)}\n{describe_memory(memory)}")
     for notice in advise(memory, prepared):
@@ -183,8 +183,9 @@ def read_versions() -> dict[str, str]:
     return versions
 
 
-def note_untested_versions(installed: Mapping[str, str]) -> str:
-    """Return one line for libraries that are installed in other versions than the tested ones, or ""."""
+def note_untested_versions(installed: Mapping[str, str] | None = None) -> str:
+    """Return one line for libraries that are installed (by default: here) in other versions than the tested ones."""
+    installed = read_versions() if installed is None else installed
     others = [
         f"{name} {installed.get(name, 'none')} instead of {version}"
         for name, version in TESTED_VERSIONS.items()

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from glm_edge_ft import recipe
-from glm_edge_ft.checks.memory import RunMemory, advise, describe_memory, look_at_memory
+from glm_edge_ft.checks.memory import RunMemory, advise, describe_memory, estimate_run_memory
 from glm_edge_ft.checks.preflight import check_inputs, prepare
 from glm_edge_ft.model.activations import BatchShape
 from glm_edge_ft.run import Prepared, RunRequest
@@ -82,7 +82,7 @@ def test_packed_rows_are_estimated_without_padding(chat: RunRequest) -> None:
         content["training_args"]["per_device_train_batch_size"] = 3
         chat.config.write_text(yaml.safe_dump(content | {"padding_free": packed}), encoding="utf-8")
         prepared = prepare(check_inputs(chat))
-        return look_at_memory(prepared), prepared
+        return estimate_run_memory(prepared), prepared
 
     (padded, _), (packed, prepared) = look(False), look(True)
     lengths = prepared.datasets["train"].lengths
@@ -112,7 +112,7 @@ def test_a_vision_batch_counts_its_images(tmp_path: Path, backend: Tokenizer, mo
         }
         config.write_text(yaml.safe_dump(content), encoding="utf-8")
         request = RunRequest(tmp_path / "data", str(tmp_path / "model"), config, check=True, takes_images=True)
-        memory = look_at_memory(prepare(check_inputs(request)))
+        memory = estimate_run_memory(prepare(check_inputs(request)))
         assert memory.failure is None
         assert memory.batch.images is not None
         assert memory.batch.images[1:] == (3, SIDE, SIDE)
@@ -131,7 +131,7 @@ def shrunk(memory: RunMemory, **changes: Any) -> RunMemory:
 def test_a_run_that_does_not_fit_is_told_what_to_lower(chat: RunRequest) -> None:
     """One notice with the ways out in order, cheapest first; the run is not refused."""
     prepared = prepare(check_inputs(chat))
-    memory = shrunk(look_at_memory(prepared), host_bytes=10**6)
+    memory = shrunk(estimate_run_memory(prepared), host_bytes=10**6)
     (notice,) = advise(memory, prepared)
     need = f"{memory.estimate.total / 1e6:,.1f} MB"
     assert notice == (
@@ -146,7 +146,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_lower(chat: RunRequest) -> None
 def test_on_a_gpu_deepspeed_is_a_way_out(chat: RunRequest) -> None:
     """What was done already is not advised again; a tenth of the GPU stays free."""
     prepared = with_lora(chat, per_device_train_batch_size=1, activation_checkpointing=True)
-    memory = look_at_memory(prepared)
+    memory = estimate_run_memory(prepared)
     total = memory.estimate.total
     gpu = dataclasses.replace(memory, on_gpu=True, device_bytes=total)
     (notice,) = advise(gpu, prepared)
@@ -156,7 +156,7 @@ def test_on_a_gpu_deepspeed_is_a_way_out(chat: RunRequest) -> None:
 
 def test_processes_of_one_machine_share_its_memory(chat: RunRequest) -> None:
     """Without GPUs each of them takes its own."""
-    memory = look_at_memory(prepare(check_inputs(chat)))
+    memory = estimate_run_memory(prepare(check_inputs(chat)))
     need = memory.estimate.total + memory.program_bytes
     assert dataclasses.replace(memory, processes=2, host_bytes=2 * need).fits
     assert not dataclasses.replace(memory, processes=2, host_bytes=2 * need - 1).fits
@@ -166,7 +166,7 @@ def test_processes_of_one_machine_share_its_memory(chat: RunRequest) -> None:
 def test_a_model_that_cannot_be_traced_is_said_to_be_estimated_in_part(chat: RunRequest) -> None:
     """The reason is named, and the check goes on."""
     prepared = prepare(check_inputs(chat))
-    memory = look_at_memory(prepared)
+    memory = estimate_run_memory(prepared)
     assert memory.batch == BatchShape(2, memory.batch.length, memory.batch.supervised)
     (notice,) = advise(dataclasses.replace(memory, failure="no such operator"), prepared)
     assert notice == "memory: the activations of this model cannot be estimated (no such operator)"
@@ -177,7 +177,7 @@ def test_zero_3_shares_weights_in_the_estimate(chat: RunRequest) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
     file = Path(__file__).resolve().parents[2] / "configs" / "ds_zero_3_offload.json"
     prepared = with_lora(chat, deepspeed=str(file))
-    memory = look_at_memory(prepared)
+    memory = estimate_run_memory(prepared)
     assert memory.failure is None
     assert memory.estimate.host.weights == 4 * prepared.parameters[1]
     assert memory.estimate.weights == 0

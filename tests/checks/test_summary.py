@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from glm_edge_ft import recipe
-from glm_edge_ft.checks.disk import DiskNeed, advise_on_disk, describe_disk, look_at_disk
+from glm_edge_ft.checks.disk import DiskNeed, advise_on_disk, describe_disk, estimate_disk
 from glm_edge_ft.checks.preflight import check_inputs, prepare
 from glm_edge_ft.checks.summary import TESTED_VERSIONS, note_untested_versions
 from glm_edge_ft.data.dataset import build_dataset
@@ -74,7 +74,7 @@ def test_the_size_of_a_checkpoint_is_known_before(chat_folder: Path, peft: dict[
         str(chat_folder / "model"),
         write_config(chat_folder / "output", peft=peft, max_steps=2, save_steps=2),
     )
-    need = look_at_disk(prepare(check_inputs(request)))
+    need = estimate_disk(prepare(check_inputs(request)))
     output = do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", peft=peft, max_steps=2)
     size = sum(path.stat().st_size for path in (output / "checkpoint-2").iterdir())
     assert size <= need.checkpoint <= size + 100_000
@@ -94,7 +94,7 @@ def test_the_size_of_a_checkpoint_is_known_before(chat_folder: Path, peft: dict[
 def test_checkpoints_are_counted(chat_folder: Path, settings: dict[str, Any], count: int) -> None:
     """By steps, fractions and epochs, with a limit: the new one is written before an old one goes."""
     config = write_config(chat_folder / "output", **settings)
-    need = look_at_disk(prepare(check_inputs(RunRequest(chat_folder / "data", str(chat_folder / "model"), config))))
+    need = estimate_disk(prepare(check_inputs(RunRequest(chat_folder / "data", str(chat_folder / "model"), config))))
     assert need.checkpoints == count
 
 
