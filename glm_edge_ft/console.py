@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
-import logging
 import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from glm_edge_ft.distributed import (
-    claim_message,
-    is_main_process,
-    launch,
-    report_failure,
-    unset_overriding_variables,
-)
+from glm_edge_ft.distributed import claim_message, is_main_process, launch, report_failure
 from glm_edge_ft.errors import Problem, elide
 
 # a full or failing disk, a program behind a pipe that has ended, such as `| head`
@@ -98,17 +90,3 @@ def show_failure(text: str, may_follow_another: bool = False) -> None:
         rank = "" if is_main_process() else f"\n(rank {launch().rank} of {launch().world_size})"
         print(f"{text}{rank}", file=sys.stderr, flush=True)
     report_failure()
-
-
-def quiet_libraries() -> None:
-    """Silence the libraries' advice to developers and the environment's settings; warnings about the run stay."""
-    if removed := unset_overriding_variables():
-        show_notice(f"not used, since the config alone decides how a run computes and reports: {', '.join(removed)}")
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category)
-    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advertises packages; PEFT imports it where it can
-    import transformers.utils.logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

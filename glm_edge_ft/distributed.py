@@ -1,12 +1,11 @@
 """The processes of a run: the launcher's variables, the process group, waiting for one another, the failure of a peer.
 
-Rank and world size are read here alone. Torch is imported where it is needed: this module is used before the config is
-checked.
+Rank and world size are read here alone. Torch is imported inside functions, since this module is used before the config
+is checked.
 
-torchrun ends the processes of its own machine when one of them fails. Processes on other machines would wait for it in
-a collective until that times out. Therefore the processes of several machines form a control group (gloo) as soon as
-their command lines are checked. Its barriers, which end when training begins, have no time limit that encoding a large
-file could exceed, and end at once where a process fails or is gone.
+torchrun ends the processes of its own machine when one of them fails; those of other machines would wait for it in a
+collective until that times out. So on several machines all processes form a control group (gloo) at their first
+`barrier`. Until training begins, a barrier waits however long a process prepares, and ends when one fails or dies.
 """
 
 from __future__ import annotations
@@ -16,20 +15,19 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import socket
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from glm_edge_ft.errors import Problem, ProcessLost, UserError
+from glm_edge_ft.errors import Problem, ProcessLost
 from glm_edge_ft.files import write_text_atomically
 
 Result = TypeVar("Result")
@@ -40,20 +38,8 @@ TORCHRUN_VARIABLES = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 MPI_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """The number of processes, from which accelerate would make a process group."""
 
-# accelerate's families, and what its launcher sets; then torch's, cuBLAS's, oneDNN's and transformers' switches.
-_OVERRIDING_VARIABLE = re.compile(
-    r"(ACCELERATE|FSDP|FP8|MEGATRON_LM|PARALLELISM_CONFIG|XLA_USE|XLA_DOWNCAST)_.*|SM_(HP_MP|FRAMEWORK)_PARAM\w+"
-    r"|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|NVIDIA_TF32_OVERRIDE|(ONEDNN|DNNL)_DEFAULT_FPMATH_MODE"
-    r"|CUBLAS_EMULATION_STRATEGY|CUBLAS_EMULATE_\w+_PRECISION"
-    r"|TORCHDYNAMO_DISABLE|TORCH_COMPILE_(DISABLE|BACKEND|OVERRIDE_BACKENDS)|TORCHINDUCTOR_EMULATE_PRECISION_CASTS"
-    r"|TRANSFORMERS_SDPA_FORCE_GQA|KUBEFLOW_TRAINER_SERVER_URL"  # the latter switches reporting on
-)
-
 POLL_SECONDS = 0.5
-PREPARATION_LIMIT = timedelta(days=1)
-REPORT_LIMIT = timedelta(seconds=5)
-CONNECT_LIMIT = timedelta(seconds=60)
-"""How long a process that failed waits for those of other machines, which may still import torch."""
+PREPARATION_LIMIT, REPORT_LIMIT = timedelta(days=1), timedelta(seconds=5)
 
 # What the errors of gloo, and of NCCL where it finds the other end closed, have in common: torch gives them no class.
 _LOST_CONNECTION = ("gloo/transport/", "ncclRemoteError", "remote process exited")
@@ -163,39 +149,6 @@ def unset_launcher_variables() -> None:
         os.environ.pop(name, None)
 
 
-def unset_overriding_variables() -> list[str]:
-    """Remove variables by which libraries change precision, engine or compilation; return each as `NAME=value`.
-
-    This has an effect only before the library that reads them is imported.
-    """
-    names = sorted(name for name in os.environ if _OVERRIDING_VARIABLE.fullmatch(name))
-    return [f"{name}={os.environ.pop(name)}" for name in names]
-
-
-def use_one_gpu(training_args: Mapping[str, Any]) -> str:
-    """Restrict a process that no launcher started to its first GPU; return a notice where there are more.
-
-    transformers would share each batch among all of them by `nn.DataParallel`, whose copies of the model are bound to
-    the first GPU's weights. Raises UserError where a launcher started more processes than there are GPUs.
-    """
-    import torch
-
-    count, here, visible = torch.cuda.device_count(), launch(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if count == 0 or training_args.get("use_cpu"):
-        return ""
-    if here.launcher != "none":
-        shows_all = count > 1 or visible is None  # some launchers show each process only its own GPU
-        if here.local_world_size > count and shows_all and not training_args.get("ddp_backend"):
-            what = f"{here.local_world_size} processes were started on a machine with {count} GPU" + "s" * (count > 1)
-            raise UserError.single("--nproc_per_node", what, f"write --nproc_per_node={count}")
-        return ""
-    if count == 1:
-        return ""
-    os.environ["CUDA_VISIBLE_DEVICES"] = (visible or "0").partition(",")[0]  # read at the first use of a GPU
-    line = f"torchrun --standalone --nnodes=1 --nproc_per_node={count} {shlex.join(sys.argv)}"
-    return f"one of {count} GPUs is used; to use all: {line}"
-
-
 # ---- the process group ----
 
 
@@ -210,12 +163,7 @@ def set_single_process_env() -> None:
 
 
 def init_cpu_process_group(backend: str | None, timeout_seconds: float) -> None:
-    """Join the process group on CPUs; transformers would do so without the config's `ddp_timeout`.
-
-    Args:
-        backend: of the collectives; gloo by default.
-        timeout_seconds: how long a collective waits for a process that does not answer.
-    """
+    """Join the process group (gloo by default) on CPUs; transformers would do so without the config's `ddp_timeout`."""
     import torch
 
     if launch().world_size > 1 and not torch.distributed.is_initialized():
@@ -229,20 +177,13 @@ class _Control:
     is_closed = False
 
 
-def connect_machines(timeout_seconds: float) -> None:
-    """Form the control group of several machines. Raises ProcessLost, see `barrier`, after `timeout_seconds`."""
-    if has_several_machines():
-        _exchange(has_failed=False, connect_limit=timedelta(seconds=timeout_seconds), limit=PREPARATION_LIMIT)
+def barrier(connect_seconds: float = 60.0) -> None:
+    """Wait until the processes of all machines are here, however long their preparations take; else ProcessLost.
 
-
-def barrier() -> None:
-    """Wait until the processes of all machines are here, however long their preparations take.
-
-    Raises ProcessLost where one of them failed or is gone. On one machine this does nothing: torchrun ends all its
-    processes.
+    The first call waits `connect_seconds` for them. On one machine nothing is done: torchrun ends all its processes.
     """
     if has_several_machines():
-        _exchange(has_failed=False, connect_limit=CONNECT_LIMIT, limit=PREPARATION_LIMIT)
+        _exchange(has_failed=False, connect_seconds=connect_seconds, limit=PREPARATION_LIMIT)
 
 
 def close_control_group() -> None:
@@ -254,20 +195,23 @@ def report_failure() -> None:
     """Let the processes that wait in a barrier know that this one failed. Raises nothing."""
     if has_several_machines() and not _Control.is_closed:
         with contextlib.suppress(ProcessLost):
-            _exchange(has_failed=True, connect_limit=CONNECT_LIMIT, limit=REPORT_LIMIT)
+            # the others may still import torch
+            _exchange(has_failed=True, connect_seconds=60.0, limit=REPORT_LIMIT)
 
 
-def _exchange(has_failed: bool, connect_limit: timedelta, limit: timedelta) -> None:
+def _exchange(has_failed: bool, connect_seconds: float, limit: timedelta) -> None:
     """Tell all processes whether this one failed, and hear it from all of them."""
     import torch
     from torch.distributed import AllreduceOptions, PrefixStore, ProcessGroupGloo, ReduceOp
     from torch.distributed.rendezvous import rendezvous
 
     here = launch()
-    with explain_peer_failure(lambda: "nothing was trained"):
+    hint = "; where all run, set GLOO_SOCKET_IFNAME to the network interface that connects the machines"
+    with explain_peer_failure(lambda: f"nothing was trained{'' if _Control.group else hint}"):
         if _Control.group is None:
-            store = PrefixStore(f"control-{here.attempt}", next(rendezvous("env://", timeout=connect_limit))[0])
-            _Control.group = ProcessGroupGloo(store, here.rank, here.world_size, connect_limit)
+            timeout = timedelta(seconds=connect_seconds)
+            store = PrefixStore(f"control-{here.attempt}", next(rendezvous("env://", timeout=timeout))[0])
+            _Control.group = ProcessGroupGloo(store, here.rank, here.world_size, timeout)
             atexit.register(setattr, _Control, "group", None)  # its threads, left to the interpreter's end, abort it
         options = AllreduceOptions()
         options.reduceOp = ReduceOp(ReduceOp.MAX)
@@ -285,10 +229,13 @@ def _exchange(has_failed: bool, connect_limit: timedelta, limit: timedelta) -> N
 @contextmanager
 def explain_peer_failure(advice: Callable[[], str]) -> Iterator[None]:
     """Turn the loss of the connection to another process into ProcessLost, whose message ends with `advice()`."""
+    from torch.distributed import DistNetworkError, DistStoreError
+
     try:
         yield
     except RuntimeError as error:
-        if not is_lost_connection(error):
+        is_network = isinstance(error, DistNetworkError | DistStoreError)
+        if not (is_network or any(sign in str(error) for sign in _LOST_CONNECTION)):
             raise
         close_control_group()
         first_line = str(error).strip().partition("\n")[0]
@@ -297,14 +244,6 @@ def explain_peer_failure(advice: Callable[[], str]) -> Iterator[None]:
             f"another process of the run is gone, or does not answer ({reason}); its output, perhaps on another "
             f"machine, says why; {advice()}"
         ) from error
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Return whether a collective failed since another process is gone or silent."""
-    from torch.distributed import DistNetworkError, DistStoreError
-
-    is_network = isinstance(error, DistNetworkError | DistStoreError)
-    return is_network or any(sign in str(error) for sign in _LOST_CONNECTION)
 
 
 # ---- one machine ----
@@ -338,13 +277,9 @@ def compute_on_local_main(name: str, folder: Path, compute: Callable[[], Any]) -
 
 
 def claim_message(text: str, is_only_one: bool = False) -> bool:
-    """Return whether this process is the first on its machine to print `text`, and note that it does.
+    """Return whether this process is the first on its machine to print `text`, and note so in the temporary folder.
 
-    Notes are empty files in the system's temporary folder.
-
-    Args:
-        text: the message.
-        is_only_one: whether it is printed only where no message was claimed before.
+    With `is_only_one` it must be the first to print anything.
     """
     if launch().local_world_size == 1:
         return True

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.checks.arguments import rows_per_step, tokens_per_pass
 from glm_edge_ft.checks.disk import advise_on_disk, estimate_disk
+from glm_edge_ft.checks.environment import quiet_libraries, use_one_gpu
 from glm_edge_ft.checks.machines import check_same_on_all_machines
 from glm_edge_ft.checks.preflight import check_inputs, prepare, processes_of
 from glm_edge_ft.checks.processes import write_processes
@@ -30,15 +31,8 @@ from glm_edge_ft.checks.summary import (
     write_json,
     write_run_record,
 )
-from glm_edge_ft.console import quiet_libraries, show, show_notice
-from glm_edge_ft.distributed import (
-    barrier,
-    close_control_group,
-    connect_machines,
-    explain_peer_failure,
-    is_main_process,
-    use_one_gpu,
-)
+from glm_edge_ft.console import show, show_notice
+from glm_edge_ft.distributed import barrier, close_control_group, explain_peer_failure, is_main_process
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.failures import explain_failures
 from glm_edge_ft.files import lock_folder, make_folder
@@ -82,7 +76,7 @@ def run(request: RunRequest) -> None:
             show_notice(notice)
         if notice := use_one_gpu(plan.config.training_args):
             show_notice(notice)
-        connect_machines(plan.config.training_args.get("ddp_timeout", 1800))
+        barrier(plan.config.training_args.get("ddp_timeout", 1800))
         prepared = prepare(plan)
         barrier()
         if request.check:

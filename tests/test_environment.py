@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from glm_edge_ft.__main__ import main
+from glm_edge_ft.checks.environment import unset_overriding_variables, use_one_gpu
 from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
-from glm_edge_ft.distributed import Launch, check_launcher, launch, unset_overriding_variables, use_one_gpu
+from glm_edge_ft.distributed import Launch, check_launcher, launch
 from glm_edge_ft.errors import UserError
 from tests.launch import REPOSITORY
 from tests.runs import write_config

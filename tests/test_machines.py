@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from glm_edge_ft.checks.machines import MachineState, check_same_on_all_machines, compare_machines
-from glm_edge_ft.distributed import barrier, connect_machines, explain_peer_failure, report_failure
+from glm_edge_ft.distributed import barrier, explain_peer_failure, report_failure
 from glm_edge_ft.errors import Problem, ProcessLost, UserError
 from glm_edge_ft.training.checkpoints import find_checkpoints
 from tests.conftest import TokenizerMaker
@@ -24,7 +24,7 @@ import os, sys, typer
 from pathlib import Path
 from glm_edge_ft.checks import machines
 from glm_edge_ft.cli import run_command
-from glm_edge_ft.distributed import barrier, connect_machines, init_cpu_process_group
+from glm_edge_ft.distributed import barrier, init_cpu_process_group
 from glm_edge_ft.errors import UserError
 
 machines.SECONDS_TO_SEE_A_FILE = 1
@@ -33,7 +33,6 @@ def act():
     kind, is_second = sys.argv[1], os.environ["RANK"] == "1"
     if kind == "input" and is_second:
         raise UserError.single("MODEL glm", "there is no such folder", "copy it there")
-    connect_machines(60)
     barrier()
     if kind == "rows" and is_second:
         raise UserError.single("train.jsonl:7", "is no row", "correct it")
@@ -114,7 +113,6 @@ def test_one_machine_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path:
     """T7: torchrun itself ends all its processes; no connection is made."""
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    connect_machines(1)
     barrier()
     report_failure()
     check_same_on_all_machines(tmp_path, None, {})

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft.checks.environment import quiet_libraries
 from glm_edge_ft.config import RunConfig
-from glm_edge_ft.console import is_unicode, quiet_libraries, show_notice
+from glm_edge_ft.console import is_unicode, show_notice
 from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run
 from glm_edge_ft.deploy.source import Source, find_source

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.console import quiet_libraries, show, show_notice
+from glm_edge_ft.checks.environment import quiet_libraries
+from glm_edge_ft.console import show, show_notice
 from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.settings import default_settings, settings_of_run

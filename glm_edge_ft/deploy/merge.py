@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from glm_edge_ft.console import quiet_libraries, show, show_notice
+from glm_edge_ft.checks.environment import quiet_libraries
+from glm_edge_ft.console import show, show_notice
 from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
 from glm_edge_ft.deploy.opening import open_checkpoint
 from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
