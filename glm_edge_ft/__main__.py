@@ -20,10 +20,10 @@ from glm_edge_ft.cli import Overrides, argument, option, run_command
 from glm_edge_ft.console import show
 from glm_edge_ft.data.convert import convert_file
 from glm_edge_ft.data.convert_formats import READERS
-from glm_edge_ft.deploy.chat import ChatRequest, chat
-from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
-from glm_edge_ft.deploy.export_gguf import TYPES, ExportRequest, export_gguf
-from glm_edge_ft.deploy.merge import Format, MergeRequest, merge
+from glm_edge_ft.deploy.chat import chat
+from glm_edge_ft.deploy.evaluate import evaluate
+from glm_edge_ft.deploy.export_gguf import TYPES, export_gguf
+from glm_edge_ft.deploy.merge import Format, merge
 from glm_edge_ft.distributed import check_launcher, unset_launcher_variables
 from glm_edge_ft.files import expand_home
 from glm_edge_ft.report import report
@@ -86,10 +86,10 @@ def chat_command(
     ] = None,
     seed: Annotated[int | None, option("--seed", "N", "Makes sampled replies repeatable.")] = None,
 ) -> None:
-    """Talk to a model, with or without an adapter on it.
+    """Chat with a model, with or without an adapter on it.
 
     \b
-    A talk, ended by /quit:
+    A conversation, ended by /quit:
         python -m glm_edge_ft chat output/demo
     One answer for a script:
         python -m glm_edge_ft chat output/demo/checkpoint-120 --prompt "Hello"
@@ -106,7 +106,7 @@ def chat_command(
         "repetition_penalty": repetition_penalty,
     }
     generation = {name: value for name, value in given.items() if value is not None}
-    run_command(lambda: chat(ChatRequest(model, base, image, system, prompt, generation, seed)))
+    run_command(lambda: chat(model, base, image, system, prompt, generation, seed))
 
 
 @app.command("evaluate")
@@ -132,7 +132,7 @@ def evaluate_command(
         python -m glm_edge_ft evaluate data/demo/dev.jsonl output/demo/checkpoint-120 output/demo/checkpoint-240 \\
             --set training_args.per_device_eval_batch_size=64
     """
-    run_command(lambda: evaluate(EvaluateRequest(data_file, tuple(models), out, config, tuple(overrides or ()), base)))
+    run_command(lambda: evaluate(data_file, tuple(models), out, config, tuple(overrides or ()), base))
 
 
 @app.command("report")
@@ -176,7 +176,7 @@ def merge_command(
     A checkpoint, in full precision:
         python -m glm_edge_ft merge output/demo/checkpoint-120 output/merged-120 --dtype float32
     """
-    run_command(lambda: merge(MergeRequest(checkpoint, out_dir, base, dtype, max_shard_size)))
+    run_command(lambda: merge(checkpoint, out_dir, base, dtype, max_shard_size))
 
 
 @app.command("export-gguf")
@@ -196,7 +196,7 @@ def export_gguf_command(
     For a phone, half as large:
         python -m glm_edge_ft export-gguf output/demo output/demo-q8.gguf --type q8_0
     """
-    run_command(lambda: export_gguf(ExportRequest(model, out, base, kind)))
+    run_command(lambda: export_gguf(model, out, base, kind))
 
 
 @app.command("convert")

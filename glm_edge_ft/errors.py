@@ -74,8 +74,8 @@ class ProblemList:
         self.problems.append(Problem(where, what, fix))
 
     def extend(self, error: UserError) -> None:
-        """Add the problems of a caught error."""
-        self.problems.extend(error.problems)
+        """Add the problems of a caught error, each of them once."""
+        self.problems += [problem for problem in error.problems if problem not in self.problems]
 
     @contextmanager
     def collect(self) -> Iterator[None]:

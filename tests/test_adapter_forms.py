@@ -25,9 +25,8 @@ from glm_edge_ft.checks.preflight import inspect_structure
 from glm_edge_ft.config import load_config
 from glm_edge_ft.data.dataset import build_dataset
 from glm_edge_ft.data.encoding import ConversationEncoder
-from glm_edge_ft.deploy.export_gguf import ExportRequest, export_gguf
-from glm_edge_ft.deploy.merge import MergeRequest, merge
-from glm_edge_ft.deploy.merging import _NO_WEIGHTS_CHANGED
+from glm_edge_ft.deploy.export_gguf import export_gguf
+from glm_edge_ft.deploy.merge import PROMPT_TYPES, merge
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
 from glm_edge_ft.model.saved_adapter import load_adapter
@@ -136,7 +135,7 @@ def test_every_field_and_way_to_begin_of_peft_is_classed() -> None:
         for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
         if issubclass(config, PromptLearningConfig)
     }
-    assert prompts <= set(_NO_WEIGHTS_CHANGED)
+    assert prompts <= set(PROMPT_TYPES)
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +218,9 @@ def test_the_model_that_was_trained_is_the_one_that_is_kept(form: str, place: Pa
     found = {"plain PEFT": loss_of(PeftModel.from_pretrained(fresh(), out), place)}
     found["chat and evaluate"] = loss_of(load_adapter(fresh(), out), place)
     if peft["peft_type"] == "LORA":
-        merge(MergeRequest(str(out), tmp_path / "merged"))
+        merge(str(out), tmp_path / "merged")
         found["merged"] = loss_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), place)
-        export_gguf(ExportRequest(str(out), tmp_path / "model.gguf", type="f32"))
+        export_gguf(str(out), tmp_path / "model.gguf", kind="f32")
         assert loss_of(read_gguf_model(tmp_path / "model.gguf", base), place) == pytest.approx(trained, rel=1e-3)
     assert found == pytest.approx(dict.fromkeys(found, trained), rel=1e-5)
     again = tmp_path / "again"
@@ -310,7 +309,7 @@ def test_an_adapter_of_replicated_layers_is_refused_in_one_line(place: Path, tmp
     assert done.returncode == 2
     assert f"\nMODEL {adapter}: its layer_replication makes a model of more layers" in done.stderr
     with pytest.raises(UserError, match="its layer_replication makes a model of more layers"):
-        export_gguf(ExportRequest(str(adapter), tmp_path / "model.gguf"))
+        export_gguf(str(adapter), tmp_path / "model.gguf")
     expected = loss_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "plain"), adapter), place)
     assert loss_of(load_adapter(AutoModelForCausalLM.from_pretrained(place / "plain"), adapter), place) == expected
 
@@ -329,7 +328,7 @@ def test_what_cannot_be_kept_of_other_tools_adapters_is_refused(
     """K8, K11: a merged model would be another than the adapter's."""
     adapter = save_adapter(tmp_path / "adapter", place / "plain", **settings)
     with pytest.raises(UserError, match=said):
-        merge(MergeRequest(str(adapter), tmp_path / "merged"))
+        merge(str(adapter), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -341,7 +340,7 @@ def test_other_tools_adapters_that_change_the_base_model_are_merged_as_peft_load
     """K8: also on the head of a model with tied embeddings, both of which they change."""
     targets = ["lm_head", "q_proj"]
     adapter = save_adapter(tmp_path / "adapter", place / name, init_lora_weights=beginning, target_modules=targets)
-    merge(MergeRequest(str(adapter), tmp_path / "merged"))
+    merge(str(adapter), tmp_path / "merged")
     expected = loss_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / name), adapter), place)
     assert loss_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), place) == pytest.approx(
         expected, rel=1e-5

@@ -13,7 +13,7 @@ import torch
 
 from glm_edge_ft.__main__ import main
 from glm_edge_ft.checks.environment import unset_overriding_variables, use_one_gpu
-from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
+from glm_edge_ft.deploy.evaluate import evaluate
 from glm_edge_ft.distributed import Launch, check_launcher, launch
 from glm_edge_ft.errors import UserError
 from tests.launch import REPOSITORY
@@ -136,7 +136,7 @@ def test_an_evaluation_uses_one_gpu_too(chat_folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.nn.DataParallel, "__init__", lambda *_: pytest.fail("DataParallel"))
     data, settings = chat_folder / "data" / "test.jsonl", ("training_args.use_cpu=false",)
-    evaluate(EvaluateRequest(data, (str(chat_folder / "model"),), chat_folder / "out", overrides=settings))
+    evaluate(data, (str(chat_folder / "model"),), chat_folder / "out", overrides=settings)
     assert (chat_folder / "out" / "metrics.jsonl").is_file()
 
 

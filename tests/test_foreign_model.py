@@ -12,10 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm_edge_ft import recipe
-from glm_edge_ft.deploy.chat import ChatRequest, chat
-from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
-from glm_edge_ft.deploy.export_gguf import ExportRequest, export_gguf
-from glm_edge_ft.deploy.merge import MergeRequest, merge
+from glm_edge_ft.deploy.chat import chat
+from glm_edge_ft.deploy.evaluate import evaluate
+from glm_edge_ft.deploy.export_gguf import export_gguf
+from glm_edge_ft.deploy.merge import merge
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.run import RunRequest
 from tests.foreign import call, save_chatml_folder, tool, tool_row, turn, write_rows
@@ -91,14 +91,14 @@ def test_it_learns_and_is_served_as_it_was_trained(folder: Path, capsys: pytest.
     run = folder / "run"
     own = metrics(run)[-1]
     assert own["test_exact-match"] == 100
-    evaluate(EvaluateRequest(folder / "data" / "test.jsonl", (str(run),), folder / "evaluation"))
+    evaluate(folder / "data" / "test.jsonl", (str(run),), folder / "evaluation")
     (measured,) = metrics(folder / "evaluation")
     assert measured["test_exact-match"] == 100
     assert measured["test_loss"] == pytest.approx(own["test_loss"], rel=1e-4)
     capsys.readouterr()
-    chat(ChatRequest(str(run), prompt="What time is it?"))
+    chat(str(run), prompt="What time is it?")
     assert capsys.readouterr().out == "It is half past nine.\n"
-    merge(MergeRequest(str(run), folder / "merged"))
+    merge(str(run), folder / "merged")
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     models = {
         run: PeftModel.from_pretrained(base, run),
@@ -109,7 +109,7 @@ def test_it_learns_and_is_served_as_it_was_trained(folder: Path, capsys: pytest.
         assert plain_reply(model, tokenizer, SHORT["messages"][:1], tools=SHORT["tools"]) == CALLED
         assert plain_reply(model, tokenizer, ROWS[1]["messages"][:1]) == "It is half past nine."
     with pytest.raises(UserError, match=r"(?s)is of the type qwen2, not a GLM-Edge.*convert_hf_to_gguf.py"):
-        export_gguf(ExportRequest(str(run), folder / "model.gguf"))
+        export_gguf(str(run), folder / "model.gguf")
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
-from glm_edge_ft.deploy.export_gguf import ExportRequest, export_gguf
-from glm_edge_ft.deploy.merge import MergeRequest, merge
+from glm_edge_ft.deploy.evaluate import evaluate
+from glm_edge_ft.deploy.export_gguf import export_gguf
+from glm_edge_ft.deploy.merge import merge
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.precision import look_at_machine
 from tests.conftest import TokenizerMaker
@@ -182,14 +182,14 @@ def test_the_adapter_loads_with_peft_alone_and_says_the_same(trained: Path, mode
 def test_evaluate_measures_the_model_that_was_trained(trained: Path, model_folder: Path, tmp_path: Path) -> None:
     """E5: in 4 bits, as the record says, to the last digit of the run's own evaluation; a whole model as it is."""
     file = trained.parent / "data" / "test.jsonl"
-    evaluate(EvaluateRequest(file, (str(trained), str(model_folder)), tmp_path / "out"))
+    evaluate(file, (str(trained), str(model_folder)), tmp_path / "out")
     (found, base), (logged,) = metrics(tmp_path / "out"), [line for line in metrics(trained) if "test_loss" in line]
     for name in ("loss", "rouge-l", "bleu-4"):
         assert found[f"test_{name}"] == logged[f"test_{name}"], name
-    evaluate(EvaluateRequest(file, (str(trained),), tmp_path / "plain", overrides=("quantization=null",)))
+    evaluate(file, (str(trained),), tmp_path / "plain", overrides=("quantization=null",))
     (plain,) = metrics(tmp_path / "plain")
     assert 1e-4 < abs(plain["test_loss"] - found["test_loss"]) < 0.5
-    evaluate(EvaluateRequest(file, (str(model_folder),), tmp_path / "alone"))
+    evaluate(file, (str(model_folder),), tmp_path / "alone")
     assert metrics(tmp_path / "alone")[0]["test_loss"] == pytest.approx(base["test_loss"], rel=1e-5)
 
 
@@ -199,7 +199,7 @@ def test_without_bitsandbytes_the_base_is_used_as_plain_numbers_with_a_notice(
     """And a run, its check, and a merge are refused with what to install; Python is told that there is none."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     file = trained.parent / "data" / "test.jsonl"
-    evaluate(EvaluateRequest(file, (str(trained),), tmp_path / "out"))
+    evaluate(file, (str(trained),), tmp_path / "out")
     assert "the base model is used as plain numbers, not in 4 bits as its run had it" in capsys.readouterr().err
     for check in (True, False):
         with pytest.raises(UserError) as caught:
@@ -209,7 +209,7 @@ def test_without_bitsandbytes_the_base_is_used_as_plain_numbers_with_a_notice(
         assert problem.what == "is nf4, and bitsandbytes is not installed"
         assert problem.fix.startswith("pip install bitsandbytes==")
     with pytest.raises(UserError, match=r"in 4 bits when it was trained, and bitsandbytes is not installed"):
-        merge(MergeRequest(str(trained), tmp_path / "merged"))
+        merge(str(trained), tmp_path / "merged")
 
 
 def expected_merge(trained: Path, model_folder: Path) -> dict[str, torch.Tensor]:
@@ -234,16 +234,16 @@ def test_the_merged_model_is_the_adapter_on_the_numbers_of_its_run(
 ) -> None:
     """E5: to 1e-6, as a folder and as a GGUF file; a plain model, which says what the run said."""
     expected = expected_merge(trained, model_folder)
-    merge(MergeRequest(str(trained), tmp_path / "merged", dtype="float32"))
+    merge(str(trained), tmp_path / "merged", dtype="float32")
     assert "was in 4 bits when the adapter was trained" in capsys.readouterr().err
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert merged.keys() == expected.keys()
     for name, values in merged.items():
         torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-6, msg=name)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
-    evaluate(EvaluateRequest(trained.parent / "data" / "test.jsonl", (str(tmp_path / "merged"),), tmp_path / "out"))
+    evaluate(trained.parent / "data" / "test.jsonl", (str(tmp_path / "merged"),), tmp_path / "out")
     assert predictions(tmp_path / "out", "merged") == predictions(trained, f"test-{STEPS}")
-    export_gguf(ExportRequest(str(trained), tmp_path / "model.gguf", type="f32"))
+    export_gguf(str(trained), tmp_path / "model.gguf", kind="f32")
     for name, values in read_gguf(tmp_path / "model.gguf").tensors.items():
         if "mlp" in model_key(name) or "o_proj" in model_key(name):  # the format turns rows of q and k
             torch.testing.assert_close(values, expected[model_key(name)], rtol=0, atol=1e-6, msg=name)

@@ -1,1 +1,1 @@
-"""After training: talk to a model, measure it, merge its adapter."""
+"""After training: chat with a model, evaluate it, merge its adapter, export it as GGUF."""

@@ -9,84 +9,90 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import shlex
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.checks.environment import quiet_libraries
 from glm_edge_ft.console import show, show_notice
-from glm_edge_ft.deploy.merging import check_adapter_kind, check_not_quantized, load_merged
-from glm_edge_ft.deploy.opening import open_checkpoint
-from glm_edge_ft.deploy.settings import default_settings, settings_of_run
-from glm_edge_ft.deploy.source import Source, find_source, quantization_of_run
+from glm_edge_ft.deploy.merge import check_mergeable, check_unquantized, load_merged
+from glm_edge_ft.deploy.source import Source, default_settings, find_source, open_checkpoint, run_settings
 from glm_edge_ft.errors import ProblemList, UserError
-from glm_edge_ft.files import atomic_path, can_be_made
+from glm_edge_ft.files import atomic_path, can_be_made, format_bytes, free_bytes
 from glm_edge_ft.training.deepspeed import skip_deepspeed_import
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from gguf import GGUFWriter
 
-    from glm_edge_ft.deploy.gguf_parts import Part
-    from glm_edge_ft.deploy.gguf_vocabulary import Vocabulary
-    from glm_edge_ft.deploy.modelfile import Turns
     from glm_edge_ft.model.checkpoint import Checkpoint
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 INSTALL = "pip install gguf==0.19.0"
-_OTHER_NAMES = {
-    "fp32": "f32",
-    "float32": "f32",
-    "fp16": "f16",
-    "float16": "f16",
-    "half": "f16",
-    "bfloat16": "bf16",
-    "q8": "q8_0",
-    "int8": "q8_0",
-}
-_SUFFIX = ".gguf"
 
 
-@dataclass(frozen=True)
-class ExportRequest:
-    """One command line, as given."""
-
-    model: str
-    out: Path
-    base: str | None = None
-    type: str = "f16"
-
-
-def export_gguf(request: ExportRequest) -> None:
+def export_gguf(model: str, out: Path, base: str | None = None, kind: str = "f16") -> None:
     """Write the files, all of them whole or none; print how they are used.
 
-    Raises UserError when one is there already or cannot be written, for an unknown type, a model or tokenizer that
+    Each argument is that of the command line; `kind`, one of `TYPES`, is `--type`.
+
+    Raises UserError when a file is there already or cannot be written, for an unknown type, a model or tokenizer that
     llama.cpp would not follow, an adapter that cannot be merged, and a missing package.
     """
-    source = _check(request)
-    generation = (settings_of_run(source) or default_settings()).generation_config
-    _show_what_is_left(generation)
+    source = _check(model, out, base, kind)
+    import torch
+    from gguf import GGMLQuantizationType
+
+    from glm_edge_ft.data.template import ChatTemplate
+    from glm_edge_ft.deploy.gguf_weights import (
+        check_computation,
+        plan_language_tensors,
+        plan_vision_tensors,
+        write_file,
+    )
+    from glm_edge_ft.deploy.modelfile import build_modelfile, derive_prompt_format, unsupported_settings
+    from glm_edge_ft.model.loading import build_meta_model, load_weights
+
+    generation = (run_settings(source) or default_settings()).generation_config
+    if unsupported := unsupported_settings(generation):
+        show_notice(f"generation settings of the run that llama.cpp and Ollama do not have: {', '.join(unsupported)}")
     quiet_libraries()
     skip_deepspeed_import()
     checkpoint = open_checkpoint(source)
-    vocabulary = _check_model(source, checkpoint)
-    parts = _parts(request, source, checkpoint, vocabulary)
-    _check_space(request.out, parts, checkpoint)
-    model = _load(source, checkpoint)
-    text = _modelfile(parts, checkpoint, vocabulary, generation)
-    writers: dict[Path, Callable[[Path], Any]] = {part.path: _bind(part, model) for part in parts}
-    _write_whole({**writers, modelfile_path(request.out): lambda path: path.write_text(text, encoding="utf-8")})
-    _show_files(request.out, parts, generation)
-
-
-def _show_what_is_left(generation: Mapping[str, Any]) -> None:
-    from glm_edge_ft.deploy.modelfile import without_counterpart
-
-    left = without_counterpart(generation)
-    if left:
-        show_notice(f"generation settings of the run that llama.cpp and Ollama do not have: {', '.join(left)}")
+    config: Any = checkpoint.config
+    check_unquantized(source, checkpoint)
+    check_computation(f"MODEL {source.name}", config)
+    prompt_format = derive_prompt_format(
+        ChatTemplate(checkpoint.tokenizer, "parts" if checkpoint.is_vision else "string")
+    )
+    chat_template = checkpoint.tokenizer.get_chat_template()
+    if prompt_format is None:
+        show_notice("the chat template is more than text around contents: the Modelfile has none, and Ollama guesses")
+    elif checkpoint.is_vision:
+        chat_template = prompt_format.as_jinja_template()
+    writers = _begin_files(source, checkpoint, chat_template, out, kind)
+    plans = (plan_language_tensors, plan_vision_tensors)
+    number_format, meta_model = GGMLQuantizationType[kind.upper()], build_meta_model(checkpoint)
+    needed = sum(tensor.nbytes for plan in plans for tensor in plan(meta_model, number_format))
+    if (free := free_bytes(out)) < needed:
+        what = f"needs {format_bytes(needed)}, and {format_bytes(free)} are free there"
+        raise UserError.single(f"OUT {out}", what, "make room, name another disk, or take a smaller --type")
+    if source.adapter is not None:
+        loaded = load_merged(source, checkpoint)
+    else:  # in the least memory
+        loaded = load_weights(checkpoint, config.dtype or torch.float32)
+    stops = checkpoint.tokenizer.convert_ids_to_tokens(list(checkpoint.stop_ids))
+    text = build_modelfile(list(writers), prompt_format, stops, config.max_position_embeddings, generation)
+    try:
+        with ExitStack() as stack:  # none of the files appears before all are whole
+            for (path, writer), plan in zip(writers.items(), plans, strict=False):
+                tensors = plan(loaded, number_format)
+                write_file(writer, tensors, loaded.state_dict(), stack.enter_context(atomic_path(path)))
+            stack.enter_context(atomic_path(modelfile_path(out))).write_text(text, encoding="utf-8")
+    except OSError as error:
+        what = f"cannot be written: {error.strerror or error}"
+        raise UserError.single(f"OUT {out}", what, "make room, or name another disk") from error
+    _show_files(list(writers), text, generation)
 
 
 def vision_path(out: Path) -> Path:
@@ -99,30 +105,27 @@ def modelfile_path(out: Path) -> Path:
     return out.with_suffix(".Modelfile")
 
 
-def _check(request: ExportRequest) -> Source:
+def _check(model: str, out: Path, base: str | None, kind: str) -> Source:
     """Check all that needs no model."""
     problems = ProblemList()
     if importlib.util.find_spec("gguf") is None:
         problems.add("export-gguf", "needs the package gguf, which is not installed", INSTALL)
-    if request.type not in TYPES:
-        problems.add(f"--type {request.type}", "there is no such type", _hint_for_type(request.type))
-    _check_out(problems, request.out)
-    try:
-        source = find_source(request.model, request.base)
-        check_adapter_kind(source)
-    except UserError as error:
-        problems.extend(error)
+    if kind not in TYPES:
+        problems.add(f"--type {kind}", "there is no such type", _hint_for_type(kind.lower()))
+    _check_out(problems, out)
+    with problems.collect():
+        source = find_source(model, base)
+        check_mergeable(source)
     problems.raise_if_any()
     return source
 
 
 def _hint_for_type(name: str) -> str:
-    lower = name.lower().replace("-", "_")
-    close = _OTHER_NAMES.get(lower) or next(iter(difflib.get_close_matches(lower, TYPES, n=1, cutoff=0.75)), None)
-    if close is not None:
+    plain = name.replace("float", "f").replace("fp", "f")  # bfloat16, fp16
+    for close in difflib.get_close_matches(plain, TYPES, n=1, cutoff=0.65):
         return f"did you mean {close}?"
     choices = f"choose from {', '.join(TYPES)}"
-    is_smaller = lower.startswith(("q", "iq"))
+    is_smaller = name.startswith(("q", "iq"))
     return f"{choices}; llama.cpp's llama-quantize makes smaller ones of an f16 file" if is_smaller else choices
 
 
@@ -131,8 +134,8 @@ def _check_out(problems: ProblemList, out: Path) -> None:
     if out.is_dir():
         problems.add(where, "is a folder", f"name a file in it: {out / 'model.gguf'}")
         return
-    if out.suffix != _SUFFIX:
-        problems.add(where, f"does not end in {_SUFFIX}", f"name it {out.name}{_SUFFIX}")
+    if out.suffix != ".gguf":
+        problems.add(where, "does not end in .gguf", f"name it {out.name}.gguf")
         return
     if not out.name.isprintable():
         problems.add(where, f"{out.name!r} has characters that a Modelfile cannot name", "leave them out")
@@ -143,102 +146,47 @@ def _check_out(problems: ProblemList, out: Path) -> None:
         problems.add(where, "cannot be written there", "name a file in a folder of yours")
 
 
-def _check_model(source: Source, checkpoint: Checkpoint) -> Vocabulary:
-    from glm_edge_ft.deploy.gguf_vocabulary import read_vocabulary
-    from glm_edge_ft.deploy.gguf_weights import check_computation
+def _begin_files(
+    source: Source, checkpoint: Checkpoint, chat_template: str, out: Path, kind: str
+) -> dict[Path, GGUFWriter]:
+    """Return a writer with all its keys for each file: the language part, and the vision part of a vision model.
 
-    check_not_quantized(source, checkpoint)
-    check_computation(f"MODEL {source.name}", checkpoint.config)
-    vocabulary = read_vocabulary(checkpoint)
-    if vocabulary.unstopped:
-        show_notice(f"llama.cpp will not stop at {', '.join(vocabulary.unstopped)}: a GGUF file has three stop tokens")
-    turns = _read_turns(checkpoint)
-    if turns is None:
-        show_notice("the chat template is more than text around contents: the Modelfile has none, and Ollama guesses")
-    elif checkpoint.is_vision:
-        vocabulary = replace(vocabulary, chat_template=turns.as_jinja_template())
-    return vocabulary
-
-
-def _read_turns(checkpoint: Checkpoint) -> Turns | None:
-    from glm_edge_ft.data.template import ChatTemplate
-    from glm_edge_ft.deploy.modelfile import read_turns
-
-    return read_turns(ChatTemplate(checkpoint.tokenizer, "parts" if checkpoint.is_vision else "string"))
-
-
-def _parts(request: ExportRequest, source: Source, checkpoint: Checkpoint, vocabulary: Vocabulary) -> list[Part]:
-    from glm_edge_ft.deploy.gguf_parts import language_part, vision_part
-
-    name = Path(source.name).name or Path(source.name).absolute().name  # of "." too
-    parts = [language_part(request.out, name, checkpoint, vocabulary, request.type)]
-    if checkpoint.is_vision:
-        parts.append(vision_part(vision_path(request.out), name, checkpoint, request.type))
-    return parts
-
-
-def _check_space(out: Path, parts: list[Part], checkpoint: Checkpoint) -> None:
-    from glm_edge_ft.model.loading import build_meta_model
-
-    model = build_meta_model(checkpoint)
-    needed = sum(part.size(model) for part in parts)
-    folder = next(path for path in out.absolute().parents if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        what = f"needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
-        raise UserError.single(f"OUT {out}", what, "make room, name another disk, or take a smaller --type")
-
-
-def _load(source: Source, checkpoint: Checkpoint) -> PreTrainedModel:
-    """Return the weights: an adapter's merged in float32, a whole model's as stored, in the least memory."""
-    import torch
-
-    from glm_edge_ft.model.loading import load_weights
-
-    if checkpoint.location.adapter is not None:
-        return load_merged(checkpoint, quantization_of_run(source))
-    stored = getattr(checkpoint.config, "dtype", None)
-    return load_weights(checkpoint, stored if isinstance(stored, torch.dtype) else torch.float32)
-
-
-def _bind(part: Part, model: PreTrainedModel) -> Callable[[Path], None]:
-    return lambda path: part.write(model, path)
-
-
-def _write_whole(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Write the files; none of them appears before all are whole.
-
-    Raises UserError for a disk that refuses.
+    Raises UserError for a tokenizer or an image processor that cannot be written.
     """
-    try:
-        with ExitStack() as stack:
-            for path, write in writers.items():
-                write(stack.enter_context(atomic_path(path)))
-    except OSError as error:
-        what = f"cannot be written: {error.strerror or error}"
-        raise UserError.single(f"OUT {next(iter(writers))}", what, "make room, or name another disk") from error
+    import gguf
+
+    from glm_edge_ft.deploy.gguf_vocabulary import add_vocabulary
+    from glm_edge_ft.deploy.gguf_weights import add_language_keys, add_vision_keys
+    from glm_edge_ft.model.loading import load_image_processor
+
+    def begin(architecture: str, file_type: str) -> GGUFWriter:
+        writer = gguf.GGUFWriter(None, architecture)
+        writer.add_type(file_type)
+        writer.add_name(Path(source.name).name or Path(source.name).absolute().name)  # of "." too
+        writer.add_file_type(int(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        return writer
+
+    language = begin("chatglm", gguf.GGUFType.MODEL)
+    add_language_keys(language, checkpoint.config)
+    add_vocabulary(language, checkpoint, chat_template)
+    if not checkpoint.is_vision:
+        return {out: language}
+    vision = begin("clip", gguf.GGUFType.MMPROJ)
+    add_vision_keys(vision, checkpoint.config, load_image_processor(checkpoint.location))
+    return {out: language, vision_path(out): vision}
 
 
-def _modelfile(parts: list[Part], checkpoint: Checkpoint, vocabulary: Vocabulary, generation: Mapping[str, Any]) -> str:
-    from glm_edge_ft.deploy.modelfile import for_ollama, modelfile, sampling
+def _show_files(paths: list[Path], text: str, generation: Mapping[str, Any]) -> None:
+    from glm_edge_ft.deploy.modelfile import llama_cpp_command, ollama_name
 
-    config: Any = checkpoint.config
-    stops = [vocabulary.tokens[token_id] for token_id in checkpoint.stop_ids]
-    settings = {"num_ctx": config.max_position_embeddings, **for_ollama(sampling(generation))}
-    return modelfile([part.path for part in parts], _read_turns(checkpoint), stops, settings)
-
-
-def _show_files(out: Path, parts: list[Part], generation: Mapping[str, Any]) -> None:
-    from glm_edge_ft.deploy.modelfile import llama_command, ollama_name, sampling
-
-    for part in parts:
-        show(f"GGUF file: {part.path} ({part.path.stat().st_size / 1e6:,.1f} MB)")
-    vision = [part.path for part in parts[1:]]
+    out, *vision = paths
+    for path in paths:
+        show(f"GGUF file: {path} ({path.stat().st_size / 1e6:,.1f} MB)")
     if vision:
-        show_notice("llama.cpp puts a picture that is not square in the middle, training puts it top left: see README")
-    show(f"llama.cpp: {llama_command(out, vision[0] if vision else None, sampling(generation))}")
+        show_notice("llama.cpp puts an image that is not square in the middle, training puts it top left: see README")
+    show(f"llama.cpp: {llama_cpp_command(paths, generation)}")
     name = ollama_name(out.stem)
     create = shlex.join(["ollama", "create", name, "-f", str(modelfile_path(out))])
     show(f"Ollama:    {create} && {shlex.join(['ollama', 'run', name])}")
-    show(f"{modelfile_path(out)}:")
-    show(modelfile_path(out).read_text(encoding="utf-8").rstrip("\n"))
+    show(f"{modelfile_path(out)}:\n{text.rstrip()}")

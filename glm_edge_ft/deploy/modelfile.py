@@ -1,7 +1,7 @@
 """How a GGUF file is started: llama.cpp's command line, and the Modelfile that Ollama makes a model of.
 
 llama.cpp renders the chat template that the file holds. Ollama has templates of its own kind (Go), so the checkpoint's
-is read off a few rendered turns, and left out where it is more than text around contents.
+is derived from a few rendered turns, and left out where it is more than text around contents.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OF_EVALUATION = ("do_sample", "max_new_tokens", "max_time", "use_cache")
 
 
 @dataclass(frozen=True)
-class Turns:
+class PromptFormat:
     """A chat template as text around contents.
 
     Attributes:
@@ -58,7 +58,7 @@ class Turns:
     def as_jinja_template(self) -> str:
         """Return a Jinja template that renders the same from contents that are strings or lists of text parts.
 
-        llama.cpp puts pictures into the text itself, and ends with an error on a template that takes lists alone and
+        llama.cpp puts images into the text itself, and ends with an error on a template that takes lists alone and
         leaves system turns out, as that of the vision models does.
         """
         content = (
@@ -87,30 +87,28 @@ def _quoted(text: str) -> str:
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
-def read_turns(template: ChatTemplate) -> Turns | None:
+def derive_prompt_format(template: ChatTemplate) -> PromptFormat | None:
     """Return a chat template as text around contents, or None where it is more than that."""
-    user, reply = ({"role": role, "content": _CONTENTS[role]} for role in ("user", "assistant"))
-    system = {"role": "system", "content": _CONTENTS["system"]}
+    system, user, reply = ({"role": role, "content": text} for role, text in _CONTENTS.items())
+    conversation = [system, user, reply, user]
     try:
-        leading = template.render([])
-        asked = template.render([user])
-        around = {"user": _split(asked.removeprefix(leading), "user")}
-        answered = template.render([user, reply])
-        around["assistant"] = _split(answered.removeprefix(asked), "assistant")
-        with_system = template.render([system, user]).removeprefix(leading).removesuffix(asked.removeprefix(leading))
+        leading, asked = template.render([]), template.render([user])
+        turn = asked.removeprefix(leading)
+        around = {"user": _split(turn, "user")}
+        around["assistant"] = _split(template.render([user, reply]).removeprefix(asked), "assistant")
+        with_system = template.render([system, user]).removeprefix(leading).removesuffix(turn)
         if _CONTENTS["system"] in with_system:
             around = {"system": _split(with_system, "system"), **around}
         generation = template.render([user], add_generation_prompt=True).removeprefix(asked)
-        talk = [system, user, reply, user]
-        expected = template.render(talk, add_generation_prompt=True)
+        expected = template.render(conversation, add_generation_prompt=True)
     except (TemplateRefusal, ValueError):
         return None
     header = around["assistant"][0]
-    turns = Turns(leading, around, header if header.startswith(generation) else generation)
-    written = "".join([leading, *(part for pair in around.values() for part in pair), turns.reply])
-    if not turns.render(talk).startswith(expected) or "{{" in written or '"""' in written:
+    derived = PromptFormat(leading, around, header if header.startswith(generation) else generation)
+    written = "".join([leading, *(part for pair in around.values() for part in pair), derived.reply])
+    if not derived.render(conversation).startswith(expected) or "{{" in written or '"""' in written:
         return None
-    return turns
+    return derived
 
 
 def _split(text: str, role: str) -> tuple[str, str]:
@@ -119,28 +117,30 @@ def _split(text: str, role: str) -> tuple[str, str]:
     return before, after
 
 
-def modelfile(files: Sequence[Path], turns: Turns | None, stops: Sequence[str], settings: Mapping[str, Any]) -> str:
-    """Return the Modelfile for files that lie beside it.
+def build_modelfile(
+    paths: Sequence[Path],
+    prompt_format: PromptFormat | None,
+    stops: Sequence[str],
+    context_length: int,
+    generation: Mapping[str, Any],
+) -> str:
+    """Return the Modelfile for GGUF files beside it: the language part, then a vision part if there is one.
 
-    Args:
-        files: the language part, then a vision part if there is one.
-        turns: the chat template; without it Ollama looks for one that it knows.
-        stops: texts that end a reply.
-        settings: those of `sampling`, with `num_ctx`.
+    Without `prompt_format` Ollama looks for a template that it knows. `stops` end a reply.
     """
-    lines = [f"FROM ./{file.name}" for file in files]
-    if turns is not None:
-        lines.append(f'TEMPLATE """{turns.as_go_template()}"""')
-    lines += [f'PARAMETER stop "{text}"' for text in stops]
-    lines += [f"PARAMETER {name} {value}" for name, value in settings.items()]
+    lines = [f"FROM ./{path.name}" for path in paths]
+    if prompt_format is not None:
+        lines.append(f'TEMPLATE """{prompt_format.as_go_template()}"""')
+    lines += [f'PARAMETER stop "{token}"' for token in stops]
+    lines.append(f"PARAMETER num_ctx {context_length}")
+    lines += [f"PARAMETER {_SAMPLING[key][0]} {value}" for key, value in sampling_settings(generation).items()]
     return "\n".join(lines) + "\n"
 
 
-def sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a run's evaluation chose tokens, by transformers' names: greedily is a temperature of 0.
+def sampling_settings(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a run's evaluation chose tokens, by transformers' names, greedily as a temperature of 0.
 
-    All that the runtimes would fill in otherwise is there. transformers penalizes repetitions of the whole text, the
-    runtimes those of its last `repeat_last_n` tokens; -1: of all.
+    transformers penalizes repetitions of the whole text, the runtimes those of its last `repeat_last_n`; -1: all.
     """
     given = {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
     penalty = given.pop("repetition_penalty", 1)
@@ -148,7 +148,7 @@ def sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
     return {**(_DEFAULTS | given if generation.get("do_sample") else {"temperature": 0}), **repetition}
 
 
-def without_counterpart(generation: Mapping[str, Any]) -> list[str]:
+def unsupported_settings(generation: Mapping[str, Any]) -> list[str]:
     """Return the settings of a run by which neither a Modelfile nor the command line can choose tokens."""
     kept = (*_SAMPLING, *_OF_EVALUATION)
     return sorted(key for key, value in generation.items() if key not in kept and value not in (None, False, 0, 1))
@@ -162,18 +162,14 @@ def ollama_name(stem: str) -> str:
     return re.sub(r"[^a-z0-9_.]+", "-", stem.lower()).lstrip("-.")[:80].rstrip("-.") or "model"
 
 
-def for_ollama(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of `sampling` by the names of a Modelfile."""
-    return {_SAMPLING[key][0]: value for key, value in chosen.items()}
-
-
-def llama_command(out: Path, vision_part: Path | None, chosen: Mapping[str, Any]) -> str:
-    """Return the line that talks to the file with llama.cpp."""
-    own = {"repetition_penalty": 1}  # what llama.cpp does anyway
-    options = [
-        word for key, value in chosen.items() if own.get(key) != value for word in (_SAMPLING[key][1], str(value))
-    ]
-    if vision_part is None:
-        return shlex.join(["llama-cli", "-m", str(out), "--jinja", *options])
-    line = shlex.join(["llama-mtmd-cli", "-m", str(out), "--mmproj", str(vision_part), "--jinja", *options])
-    return f"{line} --image PICTURE -p QUESTION"
+def llama_cpp_command(paths: Sequence[Path], generation: Mapping[str, Any]) -> str:
+    """Return the line that runs GGUF files with llama.cpp: a language part, and a vision part if there is one."""
+    options = []
+    for key, value in sampling_settings(generation).items():
+        if (key, value) != ("repetition_penalty", 1):  # what llama.cpp does anyway
+            options += [_SAMPLING[key][1], str(value)]
+    out, *vision = map(str, paths)
+    if not vision:
+        return shlex.join(["llama-cli", "-m", out, "--jinja", *options])
+    line = shlex.join(["llama-mtmd-cli", "-m", out, "--mmproj", *vision, "--jinja", *options])
+    return f"{line} --image IMAGE -p QUESTION"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
 from tests.runs import LORA, PREFIX, do_run
@@ -65,6 +66,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: TokenizerMaker) -> Path:
     """Return the folder of a tiny model."""
     return save_model_folder(tmp_path_factory.mktemp("model"), make_tokenizer("glm"))
+
+
+@pytest.fixture(scope="session")
+def nano() -> Path:
+    """Return the folder of the embedded chat model."""
+    return EMBEDDED_MODELS["glm-edge-nano"]
 
 
 @pytest.fixture(scope="session")

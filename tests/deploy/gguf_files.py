@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import pytest
 import torch
 from gguf.quants import dequantize
+
+from glm_edge_ft.deploy.export_gguf import export_gguf
+from glm_edge_ft.errors import UserError
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -36,6 +40,21 @@ class GgufFile:
     keys: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     kinds: dict[str, str]
+
+
+def export(model: Path | str, out: Path, kind: str = "f16") -> GgufFile:
+    """Export a model and read the file of its language part."""
+    export_gguf(str(model), out, kind=kind)
+    return read_gguf(out)
+
+
+def refusal(model: Path | str, out: Path, kind: str = "f16") -> str:
+    """Return the message that an export is refused with; nothing is left on disk."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(UserError) as caught:
+        export_gguf(str(model), out, kind=kind)
+    assert sorted(out.parent.iterdir()) == before
+    return str(caught.value)
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -1,4 +1,4 @@
-"""Talking to a model: what it says is what its evaluation had of it, and what ends a reply, a turn, a talk."""
+"""Chatting with a model: what it says is what its evaluation had of it, and what ends a reply, a turn, a chat."""
 
 from __future__ import annotations
 
@@ -9,34 +9,40 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from glm_edge_ft.deploy.chat import COMMANDS, ChatRequest, chat, converse
-from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
-from glm_edge_ft.deploy.opening import load_model, open_checkpoint, prepare_use
-from glm_edge_ft.deploy.settings import default_settings, settings_of_run
-from glm_edge_ft.deploy.source import find_source
-from glm_edge_ft.deploy.talk import Talk
+from glm_edge_ft.deploy.chat import COMMANDS, ChatSession, chat, converse
+from glm_edge_ft.deploy.evaluate import evaluate
+from glm_edge_ft.deploy.source import (
+    default_settings,
+    find_source,
+    load_model,
+    open_checkpoint,
+    prepare_inference,
+    run_settings,
+)
 from glm_edge_ft.errors import UserError
 from tests.deploy.conftest import KINDS, ROOT, TURNS, command, predictions
 from tests.vision_folders import draw
 
 Pieces = list[str]
+Typed = Callable[..., tuple[str, str]]
 IMAGE_FIRST = re.compile(re.escape("<|user|>\\n<|begin_of_image|>"))
 
 
-def open_talk(name: Path, **options: Any) -> Talk:
-    """Return a talk with a model, opened as the command does."""
+def open_session(name: Path, **options: Any) -> ChatSession:
+    """Return a chat with a model, opened as the command does."""
     source = find_source(str(name))
     checkpoint = open_checkpoint(source)
-    config = settings_of_run(source) or default_settings()
-    prepared = prepare_use(source, config, takes_images=checkpoint.is_vision, output_dir=Path("output"), data_files={})
-    return Talk(prepared, load_model(prepared), **options)
+    config = run_settings(source) or default_settings()
+    images = checkpoint.is_vision
+    prepared = prepare_inference(source, config, takes_images=images, output_dir=Path("output"), data_files={})
+    return ChatSession(prepared, load_model(prepared), **options)
 
 
 def ignore(_: str) -> None:
@@ -46,8 +52,23 @@ def ignore(_: str) -> None:
 def answer(capsys: pytest.CaptureFixture[str], model: Path | str, prompt: str, **options: Any) -> str:
     """Return what `chat --prompt` prints on stdout."""
     capsys.readouterr()
-    chat(ChatRequest(str(model), prompt=prompt, **options))
+    chat(str(model), prompt=prompt, **options)
     return capsys.readouterr().out
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Return a function that converses over bytes or a text on stdin, and returns what was printed on both streams."""
+
+    def type_in(session: ChatSession, given: bytes | str) -> tuple[str, str]:
+        content = given if isinstance(given, bytes) else given.encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        capsys.readouterr()
+        converse(session)
+        printed = capsys.readouterr()
+        return printed.out, printed.err
+
+    return type_in
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,7 +93,7 @@ def test_an_adapter_changes_the_answer(
 
 def test_a_talk_is_encoded_as_a_row_of_its_turns(runs: dict[str, Path]) -> None:
     """With the history that the file has, the replies are those of the evaluation at each turn."""
-    talk = open_talk(runs["lora"])
+    talk = open_session(runs["lora"])
     rows = [row for row in predictions(runs["lora"]) if row["line"] == 4]
     assert [row["turn"] for row in rows] == [1, 3, 5, 7]
     for (question, reference), row in zip(TURNS, rows, strict=True):
@@ -83,7 +104,7 @@ def test_a_talk_is_encoded_as_a_row_of_its_turns(runs: dict[str, Path]) -> None:
 
 def test_the_history_is_cleared(runs: dict[str, Path]) -> None:
     """`/clear`: the next answer is the first one again, the system turn stays."""
-    talk = open_talk(runs["lora"], system="you are fine")
+    talk = open_session(runs["lora"], system="you are fine")
     first = talk.ask("how are you", ignore)
     assert [message["role"] for message in talk.messages] == ["system", "user", "assistant"]
     talk.ask("hello there", ignore)
@@ -95,7 +116,7 @@ def test_the_history_is_cleared(runs: dict[str, Path]) -> None:
 @pytest.mark.slow  # how far the reply has come when the key is pressed depends on the machine
 def test_ctrl_c_ends_the_reply_and_not_the_talk(runs: dict[str, Path]) -> None:
     """What was said stays in the history; a question without any reply does not."""
-    talk = open_talk(runs["lora"])
+    talk = open_session(runs["lora"])
     whole = talk.ask(TURNS[0][0], ignore)
     talk.clear()
     pieces: Pieces = []
@@ -131,20 +152,15 @@ def test_the_talk_goes_on_after_a_mistake_and_ends_with_quit(runs: dict[str, Pat
     assert COMMANDS in done.stderr
 
 
-def test_the_end_of_the_input_ends_the_talk(
-    vision_run: Path, vision_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_end_of_the_input_ends_the_talk(vision_run: Path, typed: Typed) -> None:
     """The last line has no line break; `/image` takes a quoted path and shows the picture with the next question."""
     (row, *_) = (row for row in predictions(vision_run) if "images" in row and IMAGE_FIRST.match(row["prompt"]))
-    talk = open_talk(vision_run)
-    monkeypatch.setattr("sys.stdin", io.StringIO(f'/image "{row["images"][0]}"\nwhat is the colour?'))
-    capsys.readouterr()
-    converse(talk)
-    assert capsys.readouterr().out == row["prediction"] + "\n"
+    out, _ = typed(open_session(vision_run), f'/image "{row["images"][0]}"\nwhat is the colour?')
+    assert out == row["prediction"] + "\n"
 
 
 def test_what_a_terminal_writes_of_a_dropped_file_is_understood(
-    vision_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    vision_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: Typed
 ) -> None:
     """K29: quotes, backslashes, a URL, `~`, capitals, and no command at all; the picture goes with the question."""
     picture = draw(tmp_path / "it's my (new) 图.png", 1)
@@ -157,21 +173,17 @@ def test_what_a_terminal_writes_of_a_dropped_file_is_understood(
         *("/image my\\ pic.png ", "/image 'my pic.png'", '/Image "my pic.png"', "/IMAGE ~/my\\ pic.png"),
         *(quoted, f"{escaped} ", picture.as_uri(), str(picture)),
     ]
-    talk = open_talk(vision_run)
+    talk = open_session(vision_run)
     for form in forms:
-        monkeypatch.setattr("sys.stdin", io.StringIO(f"/clear\n{form}\n"))
-        capsys.readouterr()
-        converse(talk)
+        _, err = typed(talk, f"/clear\n{form}\n")
         assert talk.image is not None, form
         assert Path(talk.image).samefile(picture if "new" in form else tmp_path / "my pic.png")
-        assert capsys.readouterr().err.count("\n") == 1
+        assert err.count("\n") == 1
 
 
-def test_a_line_that_names_no_file_is_one_line_and_the_talk_goes_on(
-    vision_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_line_that_names_no_file_is_one_line_and_the_talk_goes_on(vision_run: Path, typed: Typed) -> None:
     """K29: an open quote, a path without end, a NUL, bytes that are no text, a file of another encoding."""
-    talk = open_talk(vision_run)
+    talk = open_session(vision_run)
     for line, said in (
         (b"/image 'my pic.png", "image 'my pic.png: there is no such file"),
         (b"/image " + b"a" * 5000, "File name too long"),
@@ -182,23 +194,15 @@ def test_a_line_that_names_no_file_is_one_line_and_the_talk_goes_on(
         ("你好".encode("utf-16"), "not UTF-8 text"),
         (b"/what", COMMANDS),
     ):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line), encoding="utf-8"))
-        capsys.readouterr()
-        converse(talk)
-        printed = capsys.readouterr()
-        assert (printed.out, said in printed.err, len(printed.err) < 6000) == ("", True, True), printed.err
+        out, err = typed(talk, line)
+        assert (out, said in err, len(err) < 6000) == ("", True, True), err
     assert talk.messages == []
 
 
-def test_a_byte_order_mark_of_a_piped_file_is_no_text(
-    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_byte_order_mark_of_a_piped_file_is_no_text(runs: dict[str, Path], typed: Typed) -> None:
     """K29: the answer is that to the question without it."""
-    talk, question = open_talk(runs["lora"]), TURNS[0][0]
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + question.encode()), "utf-8"))
-    capsys.readouterr()
-    converse(talk)
-    assert capsys.readouterr().out == predictions(runs["lora"])[0]["prediction"] + "\n"
+    out, _ = typed(open_session(runs["lora"]), b"\xef\xbb\xbf" + TURNS[0][0].encode())
+    assert out == predictions(runs["lora"])[0]["prediction"] + "\n"
 
 
 def test_arguments_that_are_no_text_and_a_closed_stdin_are_one_line(tmp_path: Path) -> None:
@@ -235,7 +239,7 @@ def test_pictures_are_seen_as_in_the_evaluation(
 
 def test_what_is_no_picture_or_one_too_many_is_refused(vision_run: Path, tmp_path: Path) -> None:
     """I3, I4: a missing file, a text file, and a second picture in one talk; `/clear` makes room."""
-    talk = open_talk(vision_run)
+    talk = open_session(vision_run)
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     picture = draw(tmp_path / "with space" / "图.png", 1)
     for path, what in ((tmp_path / "none.png", "there is no such file"), (tmp_path / "text.png", "is no picture")):
@@ -259,12 +263,12 @@ def test_a_picture_of_the_command_line_that_cannot_be_used_is_refused(
         (vision_model, tmp_path / "none.png", "there is no such file"),
     ):
         with pytest.raises(UserError, match=f"image {re.escape(str(path))}: .*{what}"):
-            chat(ChatRequest(str(model), image=str(path), prompt="hi"))
+            chat(str(model), image=str(path), prompt="hi")
 
 
 def test_a_question_that_cannot_be_encoded_leaves_the_talk_as_it_was(vision_run: Path) -> None:
     """The text of the placeholder would be taken for a piece of a picture."""
-    talk = open_talk(vision_run)
+    talk = open_session(vision_run)
     with pytest.raises(UserError, match="image placeholder"):
         talk.ask("<|begin_of_image|>", ignore)
     assert talk.messages == []
@@ -285,7 +289,7 @@ def test_beams_are_shown_when_they_are_done(
 ) -> None:
     """transformers streams none; the answer is that of the evaluation with beams."""
     beams = ("training_args.generation_config.num_beams=2",)
-    evaluate(EvaluateRequest(data / "test.jsonl", (str(runs["prefix"]),), tmp_path / "out", None, beams))
+    evaluate(data / "test.jsonl", (str(runs["prefix"]),), tmp_path / "out", None, beams)
     said = answer(capsys, runs["prefix"], TURNS[0][0], generation={"num_beams": 2})
     assert said == predictions(tmp_path / "out", "prefix")[0]["prediction"] + "\n"
 
@@ -293,12 +297,12 @@ def test_beams_are_shown_when_they_are_done(
 def test_a_reply_as_long_as_the_model_is_refused(model_folder: Path) -> None:
     """No position would be left for a question."""
     with pytest.raises(UserError, match="--max-new-tokens: is 8192, which leaves no room"):
-        chat(ChatRequest(str(model_folder), prompt="hi", generation={"max_new_tokens": 8192}))
+        chat(str(model_folder), prompt="hi", generation={"max_new_tokens": 8192})
 
 
 def test_a_system_turn_that_the_template_drops_is_said(vision_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The template of the released vision models leaves it out."""
-    chat(ChatRequest(str(vision_run), prompt="hi", system="you are fine"))
+    chat(str(vision_run), prompt="hi", system="you are fine")
     assert "--system has no effect" in capsys.readouterr().err
 
 
@@ -321,7 +325,7 @@ def test_a_base_model_that_cannot_be_used_is_said_with_the_way_out(
     with pytest.raises(UserError, match=r"(?s)its base model THUDM/none cannot be used: .*--base MODEL"):
         open_checkpoint(lost)
     with pytest.raises(UserError, match=r"this adapter does not fit .*glm-edge-nano"):
-        chat(ChatRequest(str(runs["lora"]), base="glm-edge-nano", prompt="hi"))
+        chat(str(runs["lora"]), base="glm-edge-nano", prompt="hi")
 
 
 def test_help_is_light_and_names_what_there_is() -> None:

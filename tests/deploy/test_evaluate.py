@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from glm_edge_ft.deploy.evaluate import EvaluateRequest, evaluate
+from glm_edge_ft.deploy.evaluate import evaluate
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.training.metrics import METRIC_NAMES
 from tests.deploy.conftest import KINDS, command, predictions
@@ -36,7 +36,7 @@ def test_a_checkpoint_gets_the_numbers_that_its_run_logged(
 ) -> None:
     """E2, E4: exactly, and the same predictions, for the output folder and its last checkpoint."""
     models = (str(runs[kind]), str(runs[kind] / "checkpoint-6"))
-    evaluate(EvaluateRequest(data / "test.jsonl", models, tmp_path / "out"))
+    evaluate(data / "test.jsonl", models, tmp_path / "out")
     assert written(tmp_path / "out") == [logged(runs[kind])] * 2
     for label in (kind, f"{kind}-checkpoint-6"):
         assert predictions(tmp_path / "out", label) == predictions(runs[kind])
@@ -48,7 +48,7 @@ def test_a_checkpoint_gets_the_numbers_that_its_run_logged(
 
 def test_a_vision_run_gets_its_numbers_too(vision_run: Path, vision_data: Path, tmp_path: Path) -> None:
     """I2: rows with and without images, LoRA on the vision part."""
-    evaluate(EvaluateRequest(vision_data / "test.jsonl", (str(vision_run),), tmp_path / "out"))
+    evaluate(vision_data / "test.jsonl", (str(vision_run),), tmp_path / "out")
     assert written(tmp_path / "out") == [logged(vision_run)]
     assert predictions(tmp_path / "out", "lora") == predictions(vision_run)
 
@@ -57,11 +57,11 @@ def test_a_base_model_is_measured_as_the_run_beside_it(
     runs: dict[str, Path], model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The settings are those of the run, said once; the table has both, in the order of the command line."""
-    evaluate(EvaluateRequest(data / "test.jsonl", (str(model_folder), str(runs["lora"])), tmp_path / "out"))
+    evaluate(data / "test.jsonl", (str(model_folder), str(runs["lora"])), tmp_path / "out")
     base, lora = written(tmp_path / "out")
     assert lora == logged(runs["lora"])
     assert base["test_loss"] > lora["test_loss"]
-    assert f"measured with the settings of {runs['lora'] / 'run.json'}" in capsys.readouterr().err
+    assert f"with the settings of {runs['lora'] / 'run.json'}" in capsys.readouterr().err
     assert max(len(row["prediction"]) for row in predictions(tmp_path / "out", model_folder.name)) < 100
 
 
@@ -74,27 +74,25 @@ def test_a_config_goes_before_the_runs_settings(runs: dict[str, Path], data: Pat
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     model, out = (str(runs["lora"]),), tmp_path / "out"
-    evaluate(EvaluateRequest(data / "test.jsonl", model, out, path))
+    evaluate(data / "test.jsonl", model, out, path)
     shorter = predictions(out, "lora")
     full = predictions(runs["lora"])
     assert all(long["prediction"].startswith(short["prediction"]) for long, short in zip(full, shorter, strict=True))
     assert shorter != full
-    evaluate(
-        EvaluateRequest(data / "test.jsonl", model, out, None, ("training_args.generation_config.max_new_tokens=3",))
-    )
+    evaluate(data / "test.jsonl", model, out, None, ("training_args.generation_config.max_new_tokens=3",))
     assert predictions(out, "lora") == shorter
 
 
 def test_nothing_is_written_over(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
     """A second evaluation moves the first one aside; a run's folder is no place for either."""
-    request = EvaluateRequest(data / "test.jsonl", (str(runs["lora"]),), tmp_path / "out")
-    evaluate(request)
+    arguments = (data / "test.jsonl", (str(runs["lora"]),), tmp_path / "out")
+    evaluate(*arguments)
     first = (tmp_path / "out/metrics.jsonl").read_text(encoding="utf-8")
-    evaluate(request)
+    evaluate(*arguments)
     assert (tmp_path / "out/earlier/1/metrics.jsonl").read_text(encoding="utf-8") == first
     assert predictions(tmp_path / "out/earlier/1", "lora") == predictions(tmp_path / "out", "lora")
     with pytest.raises(UserError, match="is the output folder of a run"):
-        evaluate(EvaluateRequest(data / "test.jsonl", (str(runs["lora"]),), runs["full"]))
+        evaluate(data / "test.jsonl", (str(runs["lora"]),), runs["full"])
 
 
 def test_all_mistakes_are_listed_at_once_before_anything_heavy(tmp_path: Path) -> None:
@@ -113,7 +111,7 @@ def test_several_processes_are_refused(data: Path, tmp_path: Path, monkeypatch: 
     """Each would measure all of it, and all would write the same files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="torchrun: starts several processes"):
-        evaluate(EvaluateRequest(data / "test.jsonl", ("glm-edge-nano",), tmp_path / "out"))
+        evaluate(data / "test.jsonl", ("glm-edge-nano",), tmp_path / "out")
 
 
 def test_a_model_that_cannot_be_opened_stops_all_before_the_first_is_measured(
@@ -125,7 +123,7 @@ def test_a_model_that_cannot_be_opened_stops_all_before_the_first_is_measured(
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UserError, match="its weights cannot be read"):
-        evaluate(EvaluateRequest(data / "test.jsonl", (str(runs["lora"]), str(broken)), tmp_path / "out"))
+        evaluate(data / "test.jsonl", (str(runs["lora"]), str(broken)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -133,4 +131,4 @@ def test_bad_rows_are_refused_by_line(runs: dict[str, Path], tmp_path: Path) -> 
     """D2: as in training, before the weights are read."""
     (tmp_path / "bad.jsonl").write_text(json.dumps({"message": []}) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"bad\.jsonl:1: key 'message' found"):
-        evaluate(EvaluateRequest(tmp_path / "bad.jsonl", (str(runs["lora"]),), tmp_path / "out"))
+        evaluate(tmp_path / "bad.jsonl", (str(runs["lora"]),), tmp_path / "out")

@@ -14,9 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm_edge_ft import recipe
-from glm_edge_ft.deploy.export_gguf import ExportRequest, export_gguf
-from glm_edge_ft.deploy.merge import MergeRequest, merge
-from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
+from glm_edge_ft.deploy.export_gguf import export_gguf
+from glm_edge_ft.deploy.merge import merge
 from glm_edge_ft.run import RunRequest
 from tests.conftest import TokenizerMaker
 from tests.deploy.conftest import ROOT, command, predictions
@@ -79,16 +78,8 @@ def greedy(runtime: Any, llama: Any, prompt: str, length: int) -> list[int]:
 
 def export(model: Path | str, out: Path, kind: str = "f32") -> Path:
     """Export and return the file."""
-    export_gguf(ExportRequest(str(model), out, type=kind))
+    export_gguf(str(model), out, kind=kind)
     return out
-
-
-@pytest.fixture(scope="module")
-def nano() -> Path:
-    """Return the folder of the embedded chat model."""
-    folder = EMBEDDED_MODELS["glm-edge-nano"]
-    assert folder is not None
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +167,7 @@ def test_adapter_merged_folder_and_file_give_the_same_answers(runtime: Any, tune
     """R7, E5: all first turns of the demonstration's test file, in f32; with `chat --prompt` for three of them."""
     rows = [row for row in predictions(tuned, "test-120") if row["turn"] == 1]
     said = [row["prediction"] for row in rows]
-    merge(MergeRequest(str(tuned), tmp_path / "merged", dtype="float32"))
+    merge(str(tuned), tmp_path / "merged", dtype="float32")
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert answers(runtime, export(tuned, tmp_path / "adapter.gguf"), tokenizer, rows) == said
     export(tmp_path / "merged", tmp_path / "merged.gguf")

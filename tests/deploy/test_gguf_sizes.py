@@ -9,8 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from glm_edge_ft.deploy.export_gguf import TYPES
-from glm_edge_ft.deploy.gguf_vision import plan_vision_tensors
-from glm_edge_ft.deploy.gguf_weights import plan_tensors
+from glm_edge_ft.deploy.gguf_weights import plan_language_tensors, plan_vision_tensors
 from tests.bench.memory_table import build_released_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "glm_edge_ft" / "deploy"
@@ -24,6 +23,8 @@ def test_the_sizes_are_those_that_are_written(name: str) -> None:
     models = ("glm-edge-1.5b-chat", "glm-edge-4b-chat", "glm-edge-v-2b", "glm-edge-v-5b")
     for index, model in enumerate(map(build_released_model, models)):
         for kind, cells in lines:
-            plans = [plan(model, GGMLQuantizationType[kind.upper()]) for plan in (plan_tensors, plan_vision_tensors)]
+            plans = [
+                plan(model, GGMLQuantizationType[kind.upper()]) for plan in (plan_language_tensors, plan_vision_tensors)
+            ]
             sizes = [sum(tensor.nbytes for tensor in planned) / 1e9 for planned in plans if planned]
             assert cells.split(" | ")[index] == f"{' + '.join(f'{size:.2f}' for size in sizes)} GB"

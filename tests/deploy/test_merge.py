@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from glm_edge_ft.deploy.merge import MergeRequest, merge
+from glm_edge_ft.deploy.merge import merge
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.adapters import apply_adapter
 from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
@@ -49,14 +49,14 @@ def test_the_merged_model_says_what_the_adapter_said(runs: dict[str, Path], tmp_
     """E5: greedy text, by plain transformers, from the output folder and a checkpoint."""
     for name in ("", "checkpoint-6"):
         out = tmp_path / f"merged-{name}"
-        merge(MergeRequest(str(runs["lora"] / name), out))
+        merge(str(runs["lora"] / name), out)
         for row in predictions(runs["lora"])[:2]:
             assert plain_reply(out, TURNS[row["line"] - 1][0], 8) == row["prediction"]
 
 
 def test_the_folder_holds_all_that_is_needed_and_nothing_of_the_adapter(runs: dict[str, Path], tmp_path: Path) -> None:
     """R7: tokenizer, template, stop ids, the fields of the release; sharded where a file would grow too large."""
-    merge(MergeRequest(str(runs["lora"]), tmp_path / "out", max_shard_size="100KB"))
+    merge(str(runs["lora"]), tmp_path / "out", max_shard_size="100KB")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     assert {"chat_template.jinja", "model.safetensors.index.json", "model-00001-of-00005.safetensors"} <= names
@@ -69,8 +69,8 @@ def test_the_folder_holds_all_that_is_needed_and_nothing_of_the_adapter(runs: di
 def test_weights_are_merged_in_float32_and_then_cast(runs: dict[str, Path], model_folder: Path, tmp_path: Path) -> None:
     """E5: for a 16-bit base model each weight is the rounding of base + scaling * B @ A, computed apart."""
     base = copy_in(tmp_path / "base", model_folder, torch.bfloat16)
-    merge(MergeRequest(str(runs["lora"]), tmp_path / "out", base=str(base)))
-    merge(MergeRequest(str(runs["lora"]), tmp_path / "wide", base=str(base), dtype="float32"))
+    merge(str(runs["lora"]), tmp_path / "out", base=str(base))
+    merge(str(runs["lora"]), tmp_path / "wide", base=str(base), dtype="float32")
     merged, wide = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "wide"))
     adapter, before = load_file(runs["lora"] / "adapter_model.safetensors"), load_file(base / "model.safetensors")
     name = "model.layers.1.mlp.down_proj"
@@ -88,7 +88,7 @@ def test_modules_that_were_trained_whole_are_in_the_merged_model(
 ) -> None:
     """E5: `modules_to_save`, embeddings and head, as in the demonstration's config."""
     output = do_run(tmp_path / "run", data, model_folder, peft=LORA | WHOLE, test="test.jsonl")
-    merge(MergeRequest(str(output), tmp_path / "out"))
+    merge(str(output), tmp_path / "out")
     trained = load_file(output / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")["lm_head.weight"], trained)
     row = predictions(output)[0]
@@ -112,7 +112,7 @@ def test_tied_embeddings_stay_tied_only_where_both_are_as_before(
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    merge(MergeRequest(str(tmp_path / "adapter"), tmp_path / "out"))
+    merge(str(tmp_path / "adapter"), tmp_path / "out")
     ids = torch.arange(6)[None]
     with torch.no_grad():
         expected = adapted.eval()(ids).logits
@@ -129,7 +129,7 @@ def test_a_vision_model_keeps_the_released_layout(
 ) -> None:
     """E5: LoRA on the vision part too; the same keys as the base model's, its image processor, the same answers."""
     out = tmp_path / "out"
-    merge(MergeRequest(str(vision_run), out))
+    merge(str(vision_run), out)
     before, after = (load_file(folder / "model.safetensors") for folder in (vision_model, out))
     assert before.keys() == after.keys()
     vision = "model.vision.adapter.linear_proj.dense_4h_to_h.weight"
@@ -150,25 +150,25 @@ def test_code_that_the_release_names_goes_along(tmp_path: Path, backend: Tokeniz
     (base / "modeling_glm.py").write_text("raise AssertionError('run')\n", encoding="utf-8")
     data = write_vision_data(tmp_path / "data", train=4, others=1)
     output = do_run(tmp_path / "run", data, base, max_steps=1, save_strategy="no", takes_images=True)
-    merge(MergeRequest(str(output), tmp_path / "out"))
+    merge(str(output), tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["auto_map"] == config["auto_map"]
     assert (tmp_path / "out/modeling_glm.py").read_bytes() == (base / "modeling_glm.py").read_bytes()
 
 
-def refusal(request: MergeRequest) -> str:
+def refusal(*arguments: Any, **options: Any) -> str:
     """Return the message that a merge is refused with."""
     with pytest.raises(UserError) as caught:
-        merge(request)
+        merge(*arguments, **options)
     return str(caught.value)
 
 
 def test_what_cannot_be_merged_is_refused_with_the_reason(runs: dict[str, Path], tmp_path: Path) -> None:
     """E5: a prefix, and models that are whole; nothing is left on disk."""
-    assert PREFIX["peft_type"] in refusal(MergeRequest(str(runs["prefix"]), tmp_path / "out"))
-    assert "changes no weights" in refusal(MergeRequest(str(runs["prefix"]), tmp_path / "out"))
+    assert PREFIX["peft_type"] in refusal(str(runs["prefix"]), tmp_path / "out")
+    assert "changes no weights" in refusal(str(runs["prefix"]), tmp_path / "out")
     for name in (str(runs["full"]), "glm-edge-nano"):
-        assert "there is nothing to merge" in refusal(MergeRequest(name, tmp_path / "out"))
-    assert "does not fit" in refusal(MergeRequest(str(runs["lora"]), tmp_path / "out", base="glm-edge-nano"))
+        assert "there is nothing to merge" in refusal(name, tmp_path / "out")
+    assert "does not fit" in refusal(str(runs["lora"]), tmp_path / "out", base="glm-edge-nano")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,7 +179,7 @@ def test_a_quantized_base_model_is_refused(runs: dict[str, Path], model_folder: 
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert "is stored in a quantized form" in refusal(MergeRequest(str(runs["lora"]), tmp_path / "out", str(base)))
+    assert "is stored in a quantized form" in refusal(str(runs["lora"]), tmp_path / "out", str(base))
 
 
 def test_a_base_model_in_four_bits_is_dequantized(
@@ -194,8 +194,8 @@ def test_a_base_model_in_four_bits_is_dequantized(
     four_bits.llm_int8_skip_modules = ["lm_head", "down_proj"]  # the rows of `down_proj` are no whole blocks
     quantized: Any = AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=four_bits)
     quantized.save_pretrained(base)
-    merge(MergeRequest(str(runs["lora"]), tmp_path / "merged", str(base), dtype="float32"))
-    assert "is stored in 4 or 8 bits: it is turned into plain numbers" in capsys.readouterr().err
+    merge(str(runs["lora"]), tmp_path / "merged", str(base), dtype="float32")
+    assert "is stored in 4 or 8 bits" in capsys.readouterr().err
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     adapter = load_file(runs["lora"] / "adapter_model.safetensors")
     settings = json.loads((runs["lora"] / "adapter_config.json").read_text(encoding="utf-8"))
@@ -220,12 +220,12 @@ def test_a_folder_that_is_in_use_is_refused_and_both_mistakes_are_listed(tmp_pat
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: 2 problems in the input\n")
     assert f"OUT_DIR {tmp_path}: is not empty, and nothing is written over" in done.stderr
-    assert "is a file" in refusal(MergeRequest("glm-edge-nano", tmp_path / "file"))
-    assert "cannot be made" in refusal(MergeRequest("glm-edge-nano", tmp_path / "file" / "below"))
+    assert "is a file" in refusal("glm-edge-nano", tmp_path / "file")
+    assert "cannot be made" in refusal("glm-edge-nano", tmp_path / "file" / "below")
 
 
 def test_an_empty_folder_is_taken(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And what was written is said."""
-    merge(MergeRequest(str(runs["lora"]), tmp_path))
+    merge(str(runs["lora"]), tmp_path)
     assert f"merged model: {tmp_path} (" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").is_file()

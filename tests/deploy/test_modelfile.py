@@ -11,14 +11,12 @@ import pytest
 
 from glm_edge_ft.data.template import ChatTemplate
 from glm_edge_ft.deploy.modelfile import (
-    Turns,
-    for_ollama,
-    llama_command,
-    modelfile,
+    PromptFormat,
+    build_modelfile,
+    derive_prompt_format,
+    llama_cpp_command,
     ollama_name,
-    read_turns,
-    sampling,
-    without_counterpart,
+    unsupported_settings,
 )
 from tests.conftest import TEMPLATES, TokenizerMaker
 
@@ -30,10 +28,10 @@ TALK = (
 )
 
 
-def turns_of(make_tokenizer: TokenizerMaker, template: str) -> tuple[ChatTemplate, Turns | None]:
+def turns_of(make_tokenizer: TokenizerMaker, template: str) -> tuple[ChatTemplate, PromptFormat | None]:
     """Return a template, and what was read off it."""
     chat_template = ChatTemplate(make_tokenizer(template))
-    return chat_template, read_turns(chat_template)
+    return chat_template, derive_prompt_format(chat_template)
 
 
 def render_go(template: str, messages: Sequence[Mapping[str, str]]) -> str:
@@ -112,7 +110,7 @@ def test_a_template_that_is_more_than_text_around_contents_is_left_out(
 def test_the_modelfile_names_files_template_stops_and_settings(make_tokenizer: TokenizerMaker) -> None:
     """The whole text, for the template of the released chat models."""
     _, turns = turns_of(make_tokenizer, "glm-newline")
-    text = modelfile([Path("out/a.gguf")], turns, ["<|endoftext|>", "<|user|>"], {"num_ctx": 8192, "temperature": 0})
+    text = build_modelfile([Path("out/a.gguf")], turns, ["<|endoftext|>", "<|user|>"], 8192, {})
     header = ('{{ if eq .Role "system" }}', '{{ else if eq .Role "user" }}', '{{ else if eq .Role "assistant" }}')
     roles = "".join(
         f"{action}<|{role}|>\n{{{{ .Content }}}}"
@@ -125,6 +123,7 @@ def test_the_modelfile_names_files_template_stops_and_settings(make_tokenizer: T
         'PARAMETER stop "<|user|>"\n'
         "PARAMETER num_ctx 8192\n"
         "PARAMETER temperature 0\n"
+        "PARAMETER repeat_penalty 1\n"
     )
 
 
@@ -155,15 +154,16 @@ def test_the_runs_own_way_to_choose_tokens_is_kept(
     generation: dict[str, Any], ollama: dict[str, Any], command: str
 ) -> None:
     """R7, K31: the device answers as the evaluation did, not by the runtime's own defaults."""
-    assert for_ollama(sampling(generation)) == ollama
-    line = llama_command(Path("a b.gguf"), None, sampling(generation))
+    lines = build_modelfile([], None, [], 64, generation).splitlines()
+    assert lines == ["PARAMETER num_ctx 64", *(f"PARAMETER {name} {value}" for name, value in ollama.items())]
+    line = llama_cpp_command([Path("a b.gguf")], generation)
     assert line == f"llama-cli -m 'a b.gguf' --jinja {command}"
 
 
 def test_a_setting_that_the_runtimes_do_not_have_is_named() -> None:
     """Beams among others; what sampling carries, and values that change nothing, are not."""
     generation = {"num_beams": 4, "no_repeat_ngram_size": 0, "do_sample": True, "top_k": 7, "max_new_tokens": 8}
-    assert without_counterpart(generation) == ["num_beams"]
+    assert unsupported_settings(generation) == ["num_beams"]
 
 
 @pytest.mark.parametrize(

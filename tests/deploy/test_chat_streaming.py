@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glm_edge_ft.data.prompts import clean_prediction
-from glm_edge_ft.deploy.streaming import ReplyStreamer
+from glm_edge_ft.deploy.chat import ReplyStreamer
 from tests.conftest import STOP_TOKENS, TEMPLATES, EncoderMaker, TokenizerMaker
 
 REPLIES = ("hello my friend", "好的😀，走吧。", "", " \n two  lines\n", "a \\ and a \\n inside", "half of it \\")
