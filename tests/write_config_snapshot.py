@@ -43,7 +43,8 @@ def snapshot() -> dict[str, dict[str, Entry]]:
         "types": ["null", "section", "text"],
         "fields": _dataclass_entries(AcceleratorConfig),
     }
-    training["report_to"] |= {"services": [*INTEGRATION_TO_CALLBACK, "all", "none"]}
+    services = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+    training["report_to"] = {"types": ["null", "choice", "list[choice]"], "choices": services, "default": "none"}
     return {
         "training_args": training,
         "generation_config": _generation_entries(),

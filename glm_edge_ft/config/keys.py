@@ -155,7 +155,7 @@ class Key:
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
         """What reads a value of this key."""
-        several = len([part for part in get_args(self.type) if part is not NoneType]) > 1 and _is_union(self.type)
+        several = _is_union(self.type) and len(set(get_args(self.type)) - {NoneType}) > 1
         return TypeAdapter(Annotated[self.type, Field(union_mode="left_to_right")] if several else self.type)
 
     @property
@@ -217,7 +217,9 @@ def words(kind: Any) -> str:
     if origin is Annotated:
         return words(parts[0])
     if _is_union(kind):
-        return " or ".join(dict.fromkeys(words(part) for part in sorted(parts, key=lambda part: part is NoneType)))
+        found = sorted(map(words, parts), key=lambda text: (text == "null", text.startswith("a list")))
+        listed = [f"a list, each item {text}" for text in found]
+        return " or ".join(dict.fromkeys("a list of them" if text in listed else text for text in found))
     if origin is Literal and type(parts[0]) is int:
         return _WORDS[int]
     if origin is Literal:
@@ -257,7 +259,8 @@ def key_table() -> dict[str, Any]:
 def library_keys(section: str) -> dict[str, Key]:
     """Return the keys of `training_args`, `generation_config`, `LORA` or `PREFIX_TUNING` by name."""
     rules = section_rules("peft_config" if section in PEFT_TYPES else section)
-    return {name: _key(entry, rules.get(name, {})) for name, entry in _snapshot()[section].items()}
+    snapshot = json.loads((Path(__file__).parent / "library_keys.json").read_text(encoding="utf-8"))
+    return {name: _key(entry, rules.get(name, {})) for name, entry in snapshot[section].items()}
 
 
 @cache
@@ -266,18 +269,6 @@ def section_rules(section: str) -> dict[str, dict[str, Any]]:
     single = {name: rule for name, rule in key_table()[section].items() if name != "rules"}
     shared = {name: rule for rule in key_table()[section]["rules"] for name in rule["keys"]}
     return {name: {**single.get(name, {}), **shared.get(name, {})} for name in (*single, *shared)}
-
-
-@cache
-def reporting_services() -> tuple[str, ...]:
-    """Return the names that `report_to` takes, `all` and `none` among them."""
-    return tuple(_snapshot()["training_args"]["report_to"]["services"])
-
-
-@cache
-def _snapshot() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "library_keys.json").read_text("utf-8"))
-    return found
 
 
 def _key(entry: Mapping[str, Any], rule: Mapping[str, Any]) -> Key:

@@ -8,6 +8,7 @@ from typing import Any
 from glm_edge_ft.config.builder import ConfigBuilder
 from glm_edge_ft.config.keys import Key, Mismatch, Switch, key_table, library_keys, plain, shown
 from glm_edge_ft.config.settings import DATA_KEYS
+from glm_edge_ft.config.yaml_source import Section
 
 # values of enumerated keys that transformers 5 no longer has
 _OLD_VALUES = {"optim": {"adamw_hf": "adamw_torch"}}
@@ -19,17 +20,17 @@ def move_into_sections(builder: ConfigBuilder) -> None:
     for section, names in (("data_config", tuple(DATA_KEYS)), ("training_args", ("generation_config",))):
         written = [name for name in names if name in source.values]
         inner = source.values.get(section)
-        if not written or not (inner is None or isinstance(inner, dict)):
+        if not written or not (inner is None or isinstance(inner, Section)):
             continue
-        inner = source.values[section] = inner or {}
+        if inner is None:
+            inner = source.values[section] = Section()
         for name in written:
             old, new = (name,), (section, name)
-            if name not in inner or source.is_overridden(old) > source.is_overridden(new):
-                inner[name] = source.values[name]
-                source.move(old, new)
-            elif source.is_overridden(old) == source.is_overridden(new):
+            if name in inner and source.is_overridden(old) == source.is_overridden(new):
                 builder.refuse(old, f"`{name}` is given twice", f"`{name}` belongs under {section}: delete this one")
-            del source.values[name]
+            elif name not in inner or source.is_overridden(old):
+                source.values.move(name, inner)
+            source.values.pop(name, None)
         verb = "is read as a key" if len(written) == 1 else "are read as keys"
         builder.notice((section, written[0]), f"{', '.join(written)} at the top of the file {verb} of {section}")
 
@@ -95,7 +96,6 @@ def _rename(builder: ConfigBuilder, training: dict[str, Any], name: str, old: Ma
     if new in training and not wins:
         builder.notice(old_path, f"old name for {new}, which --set gives")
         return
-    source.forget(new_path)
     training[new] = value
     source.written_as[new_path] = old_path
     seen = "" if new.endswith("_token") else f": {plain(value)}"  # a secret is not printed

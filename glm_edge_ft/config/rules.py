@@ -10,7 +10,7 @@ from typing import Any
 
 from glm_edge_ft.config.builder import GENERATION, PEFT, TRAINING, ConfigBuilder
 from glm_edge_ft.config.deepspeed import check_deepspeed, find, read_json
-from glm_edge_ft.config.keys import Key, library_keys, nearest, reporting_services, shown
+from glm_edge_ft.config.keys import Key, library_keys, nearest, shown
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.files import did_you_mean, expand_home
 
@@ -40,18 +40,14 @@ def apply_rules(builder: ConfigBuilder) -> None:
         _check_peft(builder, peft)
     _apply_table(builder, TRAINING, training, library_keys("training_args"))
     _apply_table(builder, GENERATION, builder.generation, library_keys("generation_config"))
-    _check_max_length(builder)
-    if training.get("remove_unused_columns"):
-        training["remove_unused_columns"] = False
-        builder.notice((*TRAINING, "remove_unused_columns"), "set to false: training needs all columns of this data")
+    _note_what_decides(builder)
     for name, value in TRAINING_DEFAULTS.items():
         training.setdefault(name, value)
+    training["report_to"] = training["report_to"] or "none"
     _check_output_dir(builder)
     for is_so, path, what, fix in _conflicts(builder):
         if is_so:
             builder.refuse(path, what, fix)
-    _note_what_decides(builder)
-    _check_reporting(builder)
     evaluates = _settle_evaluation(builder)
     training.setdefault("predict_with_generate", bool(builder.data.get("val_file") or builder.data.get("test_file")))
     _check_best_model(builder, evaluates)
@@ -79,18 +75,6 @@ def _apply_table(
             del values[name]
         elif "needs" in rule and not (values.get(rule["needs"]) or builder.is_refused(values, *path, rule["needs"])):
             builder.notice((*path, name), f"{_NO_EFFECT}it belongs to {rule['needs']}, which is not set")
-
-
-def _check_max_length(builder: ConfigBuilder) -> None:
-    if builder.generation.get("max_length") is None:
-        return
-    path = (*GENERATION, "max_length")
-    if builder.is_set(*GENERATION, "max_new_tokens"):
-        builder.notice(path, _NO_EFFECT + "max_new_tokens decides the length of a reply")
-        del builder.generation["max_length"]
-    else:
-        what = "counts the prompt too, so that a long prompt leaves no room for a reply"
-        builder.refuse(path, what, "write max_new_tokens instead: the largest number of tokens of a reply")
 
 
 def _check_peft(builder: ConfigBuilder, peft: dict[str, Any]) -> None:
@@ -150,6 +134,9 @@ def _conflicts(builder: ConfigBuilder) -> Iterator[tuple[Any, tuple[str, ...], s
     for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
         alone = training.get(name) and not has_workers
         yield alone, (*TRAINING, name), "needs dataloader_num_workers of 1 or more", f"leave {name} out"
+    what = "counts the prompt too, so that a long prompt leaves no room for a reply"
+    fix = "write max_new_tokens instead: the largest number of tokens of a reply"
+    yield builder.generation.get("max_length") is not None, (*GENERATION, "max_length"), what, fix
     # `do_train` and the like are flags of other scripts; here the files in `data_config` decide what is done
     what = "`false` contradicts this command, which trains"
     yield training.get("do_train") is False, (*TRAINING, "do_train"), what, "leave it out"
@@ -172,7 +159,14 @@ def _conflicts(builder: ConfigBuilder) -> Iterator[tuple[Any, tuple[str, ...], s
 
 
 def _note_what_decides(builder: ConfigBuilder) -> None:
+    """Give a notice for each setting that another one overrides."""
     training = builder.training
+    if builder.generation.get("max_length") is not None and builder.is_set(*GENERATION, "max_new_tokens"):
+        del builder.generation["max_length"]
+        builder.notice((*GENERATION, "max_length"), _NO_EFFECT + "max_new_tokens decides the length of a reply")
+    if training.get("remove_unused_columns"):
+        training["remove_unused_columns"] = False
+        builder.notice((*TRAINING, "remove_unused_columns"), "set to false: training needs all columns of this data")
     if training.get("max_steps", -1) > 0 and builder.is_set("training_args", "num_train_epochs"):
         text = f"max_steps: {training['max_steps']} decides the length of the run; num_train_epochs is not used"
         builder.notice((*TRAINING, "num_train_epochs"), text)
@@ -182,19 +176,6 @@ def _note_what_decides(builder: ConfigBuilder) -> None:
     if training.get("do_predict") is False and builder.data.get("test_file"):
         builder.data["test_file"] = None
         builder.notice((*TRAINING, "do_predict"), "false: data_config.test_file is not used")
-
-
-def _check_reporting(builder: ConfigBuilder) -> None:
-    services = builder.training["report_to"]
-    if services is None:
-        services = builder.training["report_to"] = "none"
-    known = reporting_services()
-    for service in [services] if isinstance(services, str) else services:
-        if service not in known:
-            close = nearest(service, known)
-            hint = f"did you mean {close}? " if close else ""
-            fix = f"{hint}write none, tensorboard or another of: {', '.join(sorted(known))}"
-            builder.refuse((*TRAINING, "report_to"), f"{shown(service)} is no service to report to", fix)
 
 
 def _settle_evaluation(builder: ConfigBuilder) -> bool | None:

@@ -41,6 +41,18 @@ class PlainScalar(str):
         return scalar
 
 
+class Section(dict[str, Any]):
+    """A mapping of a config, with the line of each key; infinity for what a `--set` option wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, float] = {}
+
+    def move(self, name: str, target: Section) -> None:
+        """Move a key to another section, at the place where it was written."""
+        target[name], target.lines[name] = self.pop(name), self.lines.pop(name)
+
+
 @dataclass
 class YamlSource:
     """The values of one configuration, with the place of each.
@@ -49,22 +61,24 @@ class YamlSource:
         name: the file as the user named it, for messages.
         folder: the folder of the file, which relative paths inside it start from.
         values: the mapping at the top, `--set` options applied.
-        lines: key path → line, counted from 1; infinity for what a `--set` option wrote.
         written_as: key path of today's name → the key path that the user wrote.
         problems: errors that did not keep the rest from being read, each with its line.
     """
 
     name: str
     folder: Path
-    values: dict[str, Any] = field(default_factory=dict)
-    lines: dict[KeyPath, float] = field(default_factory=dict)
+    values: Section = field(default_factory=Section)
     written_as: dict[KeyPath, KeyPath] = field(default_factory=dict)
     problems: list[tuple[float, Problem]] = field(default_factory=list)
 
     def line(self, path: KeyPath) -> float | None:
         """Return the line of a key, or of the nearest section around it; None for what is written nowhere."""
-        path = self.written_as.get(path, path)
-        return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
+        found, value = None, self.values
+        for part in self.written_as.get(path, path):
+            if not isinstance(value, Section) or part not in value.lines:
+                break
+            found, value = value.lines[str(part)], value.get(str(part))
+        return found
 
     def is_overridden(self, path: KeyPath) -> bool:
         """Return whether a `--set` option wrote this key or a section around it."""
@@ -72,25 +86,11 @@ class YamlSource:
 
     def where(self, path: KeyPath) -> str:
         """Return the place of a key for messages: `lora.yaml:12: training_args.max_steps` or `--set KEY`."""
-        path, line = self.written_as.get(path, path), self.line(path)
-        if line is None and path:  # a section that `--set` made is named by the key below it
-            below = [known for known in self.lines if known[: len(path)] == path]
-            path, line = min(below, default=path, key=len), math.inf if below else None
+        line, key = self.line(path), dotted(self.written_as.get(path, path))
         if line == math.inf:
-            return f"--set {dotted(path)}"
+            return f"--set {key}"
         place = self.name if line is None else f"{self.name}:{line}"
-        return f"{place}: {dotted(path)}" if path else place
-
-    def move(self, path: KeyPath, new: KeyPath) -> None:
-        """Know a key and everything below it by another path, at the place where it was written."""
-        moved = {new + known[len(path) :]: line for known, line in self.lines.items() if known[: len(path)] == path}
-        self.forget(path)
-        self.forget(new)
-        self.lines |= moved
-
-    def forget(self, path: KeyPath) -> None:
-        """Drop the lines of a key and of everything below it."""
-        self.lines = {known: line for known, line in self.lines.items() if known[: len(path)] != path}
+        return f"{place}: {key}" if key else place
 
 
 def dotted(path: KeyPath) -> str:
@@ -227,7 +227,7 @@ class _Builder:
             if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
                 return self._mapping(node, path)
             if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-                return [self._entry(child, child, (*path, index)) for index, child in enumerate(node.value)]
+                return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
             if isinstance(node, yaml.ScalarNode) and node.tag in _READERS:
                 return _READERS[node.tag](node.value)
             what = f"the tag `{node.tag.replace(_TAG, '!!')[:60]}` is not allowed here"
@@ -237,33 +237,28 @@ class _Builder:
             self.open.pop()
         return self._refuse(node, path, what, "write a plain value")
 
-    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        merged: list[yaml.Node] = []
-        first_lines: dict[str, int] = {}
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> Section:
+        section, merged = Section(), []
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if key_node.tag == _TAG + "merge":
                 merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
             elif not isinstance(key_node, yaml.ScalarNode):
                 self._refuse(key_node, path, "a list or mapping cannot be a key", "write the key as one word")
-            elif key in first_lines:
-                what = f"`{key}` is given twice, in lines {first_lines[key]} and {line}"
+            elif key in section:
+                what = f"`{key}` is given twice, in lines {section.lines[key]} and {line}"
                 self._refuse(key_node, (*path, key), what, "keep one of them")
             else:
-                first_lines[key] = line
-                values[key] = self._entry(key_node, value_node, (*path, key))
-        for base_node in merged:
+                section.lines[key] = math.inf if self.is_option else line
+                section[key] = self.build(value_node, (*path, key))
+        for base_node in merged:  # an earlier one wins over a later one, and what is written here over both
             base = self.build(base_node, path) if isinstance(base_node, yaml.MappingNode) else None
             if base is None:
                 self._refuse(base_node, path, "`<<` takes an alias of a mapping", "write `<<: *name`")
-            else:
-                values = {**base, **values}
-        return values
-
-    def _entry(self, key_node: yaml.Node, value_node: yaml.Node, path: KeyPath) -> Any:
-        self.source.lines[path] = math.inf if self.is_option else key_node.start_mark.line + 1
-        return self.build(value_node, path)
+                continue
+            for key in [key for key in base if key not in section]:
+                base.move(key, section)
+        return section
 
     def _refuse(self, node: yaml.Node, path: KeyPath, what: str, fix: str) -> None:
         line = math.inf if self.is_option else node.start_mark.line + 1
@@ -298,12 +293,11 @@ def _apply_override(source: YamlSource, path: tuple[str, ...], node: yaml.Node |
     target = source.values
     for depth, part in enumerate(path[:-1], start=1):
         if target.get(part) is None:
-            target[part] = {}
-        if not isinstance(target[part], dict):
+            target[part], target.lines[part] = Section(), math.inf
+        if not isinstance(target[part], Section):
             section = dotted(path[:depth])
             what = f"`{section}` is a single value, so nothing can be set below it"
             raise UserError.single(f"--set {dotted(path)}", what, f"write --set {section}=VALUE")
         target = target[part]
-    source.forget(path)
-    source.lines[path] = math.inf
+    target.lines[path[-1]] = math.inf
     target[path[-1]] = None if node is None else _Builder(source, is_option=True).build(node, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glm_edge_ft.config.keys import PEFT_TYPES, key_table, library_keys, reporting_services, section_rules
+from glm_edge_ft.config.keys import PEFT_TYPES, key_table, library_keys, section_rules
 from glm_edge_ft.config.settings import TOP_KEYS
 from tests import write_config_snapshot
 
@@ -30,7 +30,7 @@ def test_enumerations_and_services_are_those_of_the_classes() -> None:
     assert {"passive", "warning"} <= set(training["log_level"].choices)
     assert "CAUSAL_LM" in library_keys("LORA")["task_type"].choices
     assert library_keys("generation_config")["early_stopping"].choices == ["never"]
-    assert {"tensorboard", "wandb", "all", "none"} <= set(reporting_services())
+    assert {"tensorboard", "wandb", "all", "none"} <= set(training["report_to"].choices)
 
 
 def test_the_table_names_keys_that_exist() -> None:
