@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from types import NoneType, UnionType
+from types import GenericAlias, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, TypeAdapter, ValidationError, WrapValidator
@@ -27,7 +27,7 @@ from glm_edge_ft.errors import shorten
 PEFT_TYPES = ("LORA", "PREFIX_TUNING")
 _NUMBER = re.compile(r"\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\s*")
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_WORDS = {
+_WORDS: Mapping[Any, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"},
     **{dict: "a mapping of keys", Any: "anything"},
 }
@@ -114,7 +114,7 @@ def _whole_or_fraction(value: float) -> float:
 
 def _type_of(name: str, entry: Mapping[str, Any], rule: Mapping[str, Any]) -> Any:
     if name.startswith("list["):
-        items = list[_type_of(name[5:-1], entry, {})]  # type: ignore[misc]
+        items: Any = GenericAlias(list, (_type_of(name[5:-1], entry, {}),))
         splits = BeforeValidator(lambda value: value.split() if isinstance(value, str) else value)
         return Annotated[items, splits] if name == "list[choice]" else items
     found = _choice(entry["choices"]) if name == "choice" else _TYPES[name]
@@ -156,7 +156,8 @@ class Key:
     def adapter(self) -> TypeAdapter[Any]:
         """What reads a value of this key."""
         several = _is_union(self.type) and len(set(get_args(self.type)) - {NoneType}) > 1
-        return TypeAdapter(Annotated[self.type, Field(union_mode="left_to_right")] if several else self.type)
+        kind: Any = Annotated[self.type, Field(union_mode="left_to_right")] if several else self.type
+        return TypeAdapter(kind)
 
     @property
     def choices(self) -> list[str]:

@@ -103,5 +103,6 @@ def _keys(fields: Mapping[str, FieldInfo], *left_out: str) -> dict[str, Key]:
     return keys
 
 
-DATA_KEYS = _keys(DataConfig.__pydantic_fields__)
-TOP_KEYS = _keys(RunConfig.__pydantic_fields__, "path", "generation_config", "notices", *SECTIONS)
+DATA_KEYS = _keys(DataConfig.__pydantic_fields__)  # type: ignore[attr-defined]
+_NOT_TOP = ("path", "generation_config", "notices", *SECTIONS)
+TOP_KEYS = _keys(RunConfig.__pydantic_fields__, *_NOT_TOP)  # type: ignore[attr-defined]

@@ -42,7 +42,7 @@ class PlainScalar(str):
 
 
 class Section(dict[str, Any]):
-    """A mapping of a config, with the line of each key; infinity for what a `--set` option wrote."""
+    """A mapping of a config, with the line of each key: infinity where `--set` wrote it, 0 where for a key inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,11 +73,12 @@ class YamlSource:
 
     def line(self, path: KeyPath) -> float | None:
         """Return the line of a key, or of the nearest section around it; None for what is written nowhere."""
-        found, value = None, self.values
+        value: Any = self.values
+        found: float | None = None
         for part in self.written_as.get(path, path):
-            if not isinstance(value, Section) or part not in value.lines:
+            if not isinstance(value, Section):
                 break
-            found, value = value.lines[str(part)], value.get(str(part))
+            found, value = value.lines.get(str(part), found), value.get(str(part))
         return found
 
     def is_overridden(self, path: KeyPath) -> bool:
@@ -87,7 +88,7 @@ class YamlSource:
     def where(self, path: KeyPath) -> str:
         """Return the place of a key for messages: `lora.yaml:12: training_args.max_steps` or `--set KEY`."""
         line, key = self.line(path), dotted(self.written_as.get(path, path))
-        if line == math.inf:
+        if line in (0, math.inf):
             return f"--set {key}"
         place = self.name if line is None else f"{self.name}:{line}"
         return f"{place}: {key}" if key else place
@@ -238,7 +239,8 @@ class _Builder:
         return self._refuse(node, path, what, "write a plain value")
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> Section:
-        section, merged = Section(), []
+        section = Section()
+        merged: list[yaml.Node] = []
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if key_node.tag == _TAG + "merge":
@@ -293,7 +295,7 @@ def _apply_override(source: YamlSource, path: tuple[str, ...], node: yaml.Node |
     target = source.values
     for depth, part in enumerate(path[:-1], start=1):
         if target.get(part) is None:
-            target[part], target.lines[part] = Section(), math.inf
+            target[part], target.lines[part] = Section(), 0
         if not isinstance(target[part], Section):
             section = dotted(path[:depth])
             what = f"`{section}` is a single value, so nothing can be set below it"
