@@ -50,8 +50,8 @@ def prepare_loader(folder: Path, model: str) -> Loader:
     """Do what a run does up to its loader."""
     import torch
 
+    from glm_edge_ft.checks.environment import quiet_libraries
     from glm_edge_ft.checks.preflight import check_inputs, prepare
-    from glm_edge_ft.console import quiet_libraries
     from glm_edge_ft.data.pixels import pixel_normalizer
     from glm_edge_ft.run import RunRequest, build_collator
 
