@@ -41,6 +41,11 @@ def elide(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3 - half]}...{text[-half:]}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library's error says, or its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def shorten(text: str, limit: int = 200) -> str:
     """Return a text of the user for a message: printable, on one line, of at most `limit` characters."""
     text = elide(text, limit)

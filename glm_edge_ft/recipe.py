@@ -205,10 +205,8 @@ def build_trainer(
     from transformers import PrinterCallback, ProgressCallback
 
     from glm_edge_ft.model.adapters import apply_adapter
-    from glm_edge_ft.model.fewer_copies import use_fewer_copies
-    from glm_edge_ft.model.joint_lora import compute_lora_jointly
+    from glm_edge_ft.model.fast_layers import fuse_norms, skip_input_cast
     from glm_edge_ft.model.loading import load_weights
-    from glm_edge_ft.model.lora_inputs import skip_input_cast
     from glm_edge_ft.model.packed_attention import use_attention
     from glm_edge_ft.model.saved_folder import complete_saved_folder
     from glm_edge_ft.training.logs import RunLog
@@ -220,12 +218,12 @@ def build_trainer(
     base = load_weights(checkpoint, getattr(torch, prepared.precision.weights), config.quantization, args.device)
     use_attention(base, attention_of(prepared))
     install_supervised_loss(base, label_smoothing=args.label_smoothing_factor)
-    use_fewer_copies(base)
+    if not fuse_norms(base):
+        show_notice("this model's layers are no GLM layers of transformers: they are computed as they are there")
     torch.manual_seed(args.seed)  # the adapter's first values
     model = apply_adapter(base, config.peft_config, prepared.keeps_vision)
     if (args.bf16 or args.fp16) and not args.deepspeed:  # under DeepSpeed all weights are in 16 bit, without autocast
         skip_input_cast(model)
-    compute_lora_jointly(model)
     images = complete_images(prepared, base)
     peft_type = config.peft_config["peft_type"] if config.peft_config else "full fine-tuning"
     title = f"{checkpoint.location.name}, {peft_type}"

@@ -20,10 +20,9 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.model.adapters import apply_adapter, generate
-from glm_edge_ft.model.fewer_copies import use_fewer_copies
+from glm_edge_ft.model.fast_layers import fuse_norms
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
-from glm_edge_ft.model.joint_lora import compute_lora_jointly
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.model_folders import tiny_config, tiny_model
 
@@ -58,10 +57,9 @@ def build(kind: str) -> Any:
     else:
         base = tiny_model()
     install_supervised_loss(base)
-    use_fewer_copies(base)
+    fuse_norms(base)
     torch.manual_seed(1)
     model = apply_adapter(base, KINDS[kind]).train()
-    compute_lora_jointly(model)
     if kind.endswith("recomputed"):  # as `activation_checkpointing` does
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -29,7 +29,7 @@ from glm_edge_ft.deploy.export_gguf import export_gguf
 from glm_edge_ft.deploy.merge import PROMPT_TYPES, merge
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
-from glm_edge_ft.model.saved_adapter import load_adapter
+from glm_edge_ft.model.saved_folder import load_adapter
 from tests.conftest import TokenizerMaker
 from tests.deploy.conftest import command
 from tests.deploy.gguf_files import model_key, read_gguf

@@ -11,12 +11,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from glm_edge_ft.errors import UserError
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft import LoraConfig, PeftModel
 
 Use = Literal["load", "merge", "train"]
@@ -34,6 +39,34 @@ _WHERE = (
     "trainable_token_indices",
 )
 _FAULTS = (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError, NotImplementedError)
+
+
+def check_is_kept(settings: Mapping[str, Any], wrapped: PeftModel) -> None:
+    """Refuse a form of LoRA whose trained model is not the one that is saved, loaded, resumed and merged.
+
+    Args:
+        settings: `peft_config`.
+        wrapped: what `wrap_meta_model` made by it.
+
+    Raises:
+        UserError: it is such a form, with the key that makes it one.
+    """
+    fault = find_fault(wrapped, "train") if settings["peft_type"] == "LORA" else None
+    if fault is not None:
+        key, reason = fault
+        fix = "write true, gaussian or orthogonal" if key == "init_lora_weights" else "leave it out"
+        raise UserError.single(f"peft_config.{key}", f"{settings.get(key)} {reason}", fix)
+
+
+def check_is_loaded(wrapped: PeftModel, folder: Path) -> None:
+    """Raise UserError for a saved LoRA that PEFT loads as another one, with the key that makes it so.
+
+    `wrapped` is the model with the adapter of `folder`.
+    """
+    fault = find_fault(wrapped, "load")
+    if fault is not None:
+        what = f"its {fault[0]} {fault[1]}"
+        raise UserError.single(str(folder / "adapter_config.json"), what, "merge it with the tool that trained it")
 
 
 def find_fault(model: PeftModel, use: Use) -> tuple[str, str] | None:

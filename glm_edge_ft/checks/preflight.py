@@ -191,10 +191,9 @@ def _check_model(
     plan: Plan, checkpoint: Checkpoint, images: ImageSettings | None, keeps_vision: bool, problems: ProblemList
 ) -> Structure | None:
     """Check adapter, weight files and image features against the model's structure; None where it does not fit."""
-    from glm_edge_ft.model.loading import build_meta_model
+    from glm_edge_ft.model.loading import build_meta_model, check_weights
     from glm_edge_ft.model.packed_attention import check_packing
     from glm_edge_ft.model.quantization import check_stored_form
-    from glm_edge_ft.model.weight_files import check_weights
 
     config, meta_model = plan.config, None
     with problems.collect():
@@ -202,7 +201,7 @@ def _check_model(
     if meta_model is None:
         return None
     with problems.collect():
-        check_weights(checkpoint, meta_model)
+        check_weights(checkpoint)
     with problems.collect():
         if config.padding_free:
             check_packing(meta_model)
@@ -279,7 +278,8 @@ class Structure:
 
 def inspect_structure(config: RunConfig, meta_model: PreTrainedModel, keeps_vision: bool) -> Structure:
     """Put the adapter on a copy of `meta_model`. Raises UserError if it does not fit, or is not saved as trained."""
-    from glm_edge_ft.model.adapters import check_is_kept, wrap_meta_model
+    from glm_edge_ft.checks.adapter_trial import check_is_kept
+    from glm_edge_ft.model.adapters import wrap_meta_model
     from glm_edge_ft.model.memory import measure_size
     from glm_edge_ft.model.meta_model import quantize_meta_model
 

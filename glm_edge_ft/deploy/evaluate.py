@@ -30,7 +30,7 @@ from glm_edge_ft.deploy.source import (
 from glm_edge_ft.distributed import launch
 from glm_edge_ft.errors import ProblemList
 from glm_edge_ft.files import DATA_SUFFIXES, append_text, can_be_made, did_you_mean, expand_home, make_folder
-from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG
+from glm_edge_ft.model.saved_folder import ADAPTER_CONFIG
 from glm_edge_ft.run import Prepared, build_collator, build_generation_context, load_evaluations
 from glm_edge_ft.training.checkpoints import (
     METRICS_FILE,

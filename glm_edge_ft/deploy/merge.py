@@ -128,7 +128,7 @@ def load_merged(source: Source, checkpoint: Checkpoint) -> PreTrainedModel:
     import torch
 
     from glm_edge_ft.model.loading import load_weights
-    from glm_edge_ft.model.saved_adapter import load_adapter
+    from glm_edge_ft.model.saved_folder import load_adapter
 
     adapter = checkpoint.location.adapter
     assert adapter is not None

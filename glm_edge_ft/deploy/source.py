@@ -23,7 +23,7 @@ from glm_edge_ft.files import expand_home
 from glm_edge_ft.model.checkpoint import ModelLocation
 from glm_edge_ft.model.loading import locate_model
 from glm_edge_ft.model.quantization import REQUIREMENT, is_installed
-from glm_edge_ft.model.saved_adapter import ADAPTER_CONFIG, SavedAdapter, read_adapter
+from glm_edge_ft.model.saved_folder import ADAPTER_CONFIG, SavedAdapter, read_adapter
 from glm_edge_ft.run import Plan, Prepared, RunRequest
 from glm_edge_ft.training.checkpoints import RUN_RECORD, ResumePlan, find_checkpoints
 from glm_edge_ft.training.deepspeed import skip_deepspeed_import
@@ -278,7 +278,7 @@ def load_model(prepared: Prepared) -> PreTrainedModel | PeftModel:
 
     from glm_edge_ft.model.loading import load_weights
     from glm_edge_ft.model.precision import choose_precision, look_at_machine
-    from glm_edge_ft.model.saved_adapter import load_adapter
+    from glm_edge_ft.model.saved_folder import load_adapter
 
     skip_deepspeed_import()
     adapter, config = prepared.plan.location.adapter, prepared.plan.config

@@ -22,10 +22,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.models.glm.modeling_glm import GlmRMSNorm
 
-from glm_edge_ft.model.fewer_copies import use_fewer_copies
-from glm_edge_ft.model.joint_lora import compute_lora_jointly
-from glm_edge_ft.model.lora_inputs import LoraDropout, skip_input_cast
+from glm_edge_ft.model.fast_layers import SharedDropout, skip_input_cast
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,6 @@ def trace_step(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     install_loss(base)
-    use_fewer_copies(base)
     model.train()
     if checkpointing is not None:  # as the Trainer does
         settings = dict(checkpointing)
@@ -147,12 +145,8 @@ def trace_step(
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings or None, every_n_layers=layers)
     if formats.autocast is not None:
         skip_input_cast(model)
-    compute_lora_jointly(model)
-    if formats.on_gpu:  # its fused dropout keeps a mask of one byte a number
-        for module in model.modules():
-            if isinstance(module, nn.Dropout) and module.p > 0:
-                name = "drop" if isinstance(module, LoraDropout) else "forward"
-                setattr(module, name, functools.partial(_fused_dropout, module.p))
+    if formats.on_gpu:
+        _compute_as_gpu(model)
     counter = _Storages(batch.supervised)
     moments: list[tuple[int, int]] = []
     done = 0
@@ -179,6 +173,36 @@ def trace_step(
             loss.backward()
         moments.append((done, counter.take_highest()))
     return StepTrace(kept, tuple(moments))
+
+
+def _compute_as_gpu(model: nn.Module) -> None:
+    """Let dropout keep a mask of one byte a number, and RMS norms their input alone, as GPU kernels do."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            name = "drop" if isinstance(module, SharedDropout) else "forward"
+            setattr(module, name, functools.partial(_fused_dropout, module.p))
+        elif type(module) is GlmRMSNorm:
+            module.forward = functools.partial(_compute_norm, module, module.forward)  # type: ignore[method-assign]
+
+
+def _compute_norm(norm: GlmRMSNorm, original: Callable[[torch.Tensor], Any], hidden_states: torch.Tensor) -> Any:
+    is_fused = hidden_states.dtype == norm.weight.dtype
+    return _FusedNorm.apply(hidden_states, norm.weight) if is_fused else original(hidden_states)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Allocates and keeps what PyTorch's RMS norm on a GPU does; the numbers mean nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        scale = hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(hidden_states, weight, scale)
+        return torch.empty_like(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = ctx.saved_tensors[1]
+        return torch.empty_like(gradients[0]), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 def _fused_dropout(rate: float, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache, GlmForCausalLM, GlmModel
 from transformers import initialization as init
@@ -29,9 +28,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
-from glm_edge_ft.errors import ProblemList, UserError
+from glm_edge_ft.model.checkpoint import ModelLocation
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig, read_glm_edge_v_config
 from glm_edge_ft.model.glm_edge_v_vision import GlmEdgeVAdapter, GlmEdgeVVision
+from glm_edge_ft.model.weight_files import fetch_weights, load_whole
 
 # The tower's pooling head is stored in checkpoints and never computed; the others are counted up anew on every start.
 UNUSED_KEYS = [r"vision_model\.head\.", r"embeddings\.position_ids$", r"rotary_emb\.inv_freq$"]
@@ -273,40 +273,11 @@ def load_glm_edge_v(source: str | Path, dtype: torch.dtype, **options: Any) -> G
         options: further ones of `from_pretrained`.
 
     Raises:
-        UserError: the config is not that of a vision model, the weights cannot be read or have other shapes, some are
-            missing (transformers would fill them with random numbers), or some belong to nothing in the model.
+        UserError: the config is not that of a vision model, or the weights are not exactly those that it describes.
     """
-    where = f"MODEL {source}"
-    config = read_glm_edge_v_config(source, download_weights=True)
-    try:
-        loaded: Any = GlmEdgeVForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, with names and shapes
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError.single(
-            where, f"its weights cannot be read: {first_line}", "download the model again"
-        ) from error
-    model, info = loaded
-    mismatched = [f"{name} {tuple(stored)} for {tuple(wanted)}" for name, stored, wanted in info["mismatched_keys"]]
-    problems = ProblemList()
-    for found, what, fix in (
-        (info["missing_keys"], "are missing from its files", "download the model again"),
-        (
-            info["unexpected_keys"],
-            "are unknown to GLM-Edge-V",
-            "give a checkpoint in the layout of the released models",
-        ),
-        (mismatched, "have other shapes than its config.json says", "use the config.json that came with the weights"),
-    ):
-        if found:
-            shown = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
-            problems.add(where, f"{len(found)} weights {what}: {shown}", fix)
-    problems.raise_if_any()
+    is_local = Path(source).is_dir()
+    folder = fetch_weights(ModelLocation(str(source), str(source), is_local))
+    config = read_glm_edge_v_config(folder)
+    load: Any = GlmEdgeVForCausalLM.from_pretrained
+    model: Any = load_whole(f"MODEL {source}", load, folder, config=config, dtype=dtype, **options)
     return model

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import SiglipVisionModel
 
-from glm_edge_ft.model.glm_edge_v_config import BOUNDARY_RANK, CONVOLUTION_STRIDE, GlmEdgeVConfig, siglip_config
+from glm_edge_ft.model.glm_edge_v_config import CONVOLUTION_STRIDE, GlmEdgeVConfig, siglip_config
 
 # No released file states these two. GLM-4V, whose adapter this is, has "none" (exact GELU) and PyTorch's default of
 # 1e-5; llama.cpp computes with "tanh" and 1e-6. The difference is below bfloat16's resolution.
@@ -67,7 +67,7 @@ class GlmEdgeVAdapter(nn.Module):
 
     def __init__(self, config: GlmEdgeVConfig) -> None:
         super().__init__()
-        shape = config.boundary_shape or (1,) * (BOUNDARY_RANK - 1) + (config.hidden_size,)
+        shape = config.boundary_shape or (1, 1, config.hidden_size)
         self.boi = nn.Parameter(torch.zeros(shape))
         self.eoi = nn.Parameter(torch.zeros(shape))
         self.conv = nn.Conv2d(

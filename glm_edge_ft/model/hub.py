@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -23,16 +22,15 @@ def read_cached_first(read: Callable[[bool], Result]) -> Result:
     except (OSError, ValueError):
         if not is_hub_reachable():
             raise
-    with _quiet_retries():
-        return read(False)
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it reports each of its retries
+    return read(False)
 
 
 @functools.cache
 def is_hub_reachable() -> bool:
     """Return whether the hub answers one request, asked once per run.
 
-    huggingface_hub itself tries each file six times with growing pauses, which is half a minute for each without a
-    network.
+    huggingface_hub itself tries each file six times with growing pauses: half a minute for each without a network.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -44,14 +42,3 @@ def is_hub_reachable() -> bool:
     except Exception:  # whatever the HTTP library of this version raises: there is no answer
         return False
     return True
-
-
-@contextmanager
-def _quiet_retries() -> Iterator[None]:
-    logger = logging.getLogger("huggingface_hub.utils._http")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -7,17 +7,18 @@ real model before the weights are touched. `load_weights` reads them.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.errors import UserError
+from glm_edge_ft.errors import UserError, first_line
 from glm_edge_ft.files import did_you_mean, expand_home
 from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS, Checkpoint, ModelLocation
 from glm_edge_ft.model.hub import read_cached_first
-from glm_edge_ft.model.weight_files import find_cached_folder, name_first, refuse_pointers
+from glm_edge_ft.model.weight_files import check_weight_files, fetch_weights, find_weights, load_whole, refuse_pointers
 
 if TYPE_CHECKING:
     import torch
@@ -29,56 +30,45 @@ _ONLY_IN_SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical
 def locate_model(name: str) -> ModelLocation:
     """Return where MODEL is to be read from, without importing anything heavy.
 
-    An embedded model's name wins over a hub id; an existing folder wins over both. Raises UserError when the argument
+    An existing folder is taken before an embedded model, and that before a hub id. Raises UserError when the argument
     can only be a path and no folder is there, or when the folder holds no `config.json`.
     """
-    folder = expand_home(name)
-    if folder.is_dir():
-        return _check_folder(name, folder)
-    if name in EMBEDDED_MODELS:
-        return _check_folder(name, EMBEDDED_MODELS[name])
-    known = ", ".join(sorted(EMBEDDED_MODELS))
+    where, folder = f"MODEL {name}", expand_home(name)
+    if folder.is_dir() or name in EMBEDDED_MODELS:
+        # absolute, since a saved adapter names its base model by it and is used from other folders
+        folder = folder.absolute() if folder.is_dir() else EMBEDDED_MODELS[name]
+        _check_folder(where, folder)
+        return ModelLocation(name=name, source=str(folder), is_local=True)
     if folder.is_file():
-        raise UserError.single(f"MODEL {name}", "is a file, not a folder", "give the folder that holds config.json")
+        raise UserError.single(where, "is a file, not a folder", "give the folder that holds config.json")
     close = difflib.get_close_matches(name.lower(), EMBEDDED_MODELS, n=1, cutoff=0.85)
     if close and "/" not in name:  # with a slash it may well be a hub id
-        raise UserError.single(f"MODEL {name}", "there is no such folder", f"did you mean {close[0]}?")
+        raise UserError.single(where, "there is no such folder", f"did you mean {close[0]}?")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != 1:
-        raise UserError.single(
-            f"MODEL {name}",
-            "there is no such folder",
-            f"{did_you_mean(folder)}give a folder, a hub id such as owner/model, or one of: {known}",
-        )
+        known = ", ".join(sorted(EMBEDDED_MODELS))
+        fix = f"{did_you_mean(folder)}give a folder, a hub id such as owner/model, or one of: {known}"
+        raise UserError.single(where, "there is no such folder", fix)
     return ModelLocation(name=name, source=name, is_local=False)
 
 
-def _check_folder(name: str, folder: Path) -> ModelLocation:
-    folder = folder.absolute()  # a saved adapter names its base model by it, and is used from other folders
-    if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        what = "holds an adapter, not a model" if adapter else "holds no config.json"
-        fix = (
-            "give the base model here; a run is continued with the RESUME argument"
-            if adapter
-            else "give a model folder"
-        )
-        raise UserError.single(f"MODEL {name}", f"the folder {what}", fix)
-    if (folder / "adapter_config.json").is_file():
-        raise UserError.single(
-            f"MODEL {name}",
-            "the folder holds a model and an adapter (adapter_config.json), and which of them is meant is not clear",
-            "merge the adapter into the model, or give the base model's folder",
-        )
-    refuse_pointers(f"MODEL {name}", folder)
+def _check_folder(where: str, folder: Path) -> None:
+    has_model, has_adapter = ((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if has_adapter and has_model:
+        what = "the folder holds a model and an adapter (adapter_config.json), and it is not clear which is meant"
+        raise UserError.single(where, what, "merge the adapter into the model, or give the base model's folder")
+    if has_adapter:
+        fix = "give the base model here; a run is continued with the RESUME argument"
+        raise UserError.single(where, "the folder holds an adapter, not a model", fix)
+    if not has_model:
+        raise UserError.single(where, "the folder holds no config.json", "give a model folder")
+    refuse_pointers(where, folder)
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"it holds a {type(config).__name__}, not an object")
     except (OSError, ValueError) as error:
-        raise UserError.single(
-            f"{folder / 'config.json'}", f"cannot be read as JSON: {error}", "download the model again"
-        ) from error
-    return ModelLocation(name=name, source=str(folder), is_local=True)
+        raise UserError.single(f"{path}", f"cannot be read as JSON: {error}", "download the model again") from error
 
 
 def read_checkpoint(location: ModelLocation) -> Checkpoint:
@@ -97,7 +87,7 @@ def read_checkpoint(location: ModelLocation) -> Checkpoint:
     try:
         config = _read(location, AutoConfig.from_pretrained, trust_remote_code=False)
     except Exception as error:  # a broken file shows in many ways, and each is the file's
-        raise UserError.single(where, _why_unreadable(location, error), _what_to_do(location)) from error
+        raise _unreadable(location, error) from error
     folder = Path(str(cached_file(location.source, "config.json", local_files_only=True))).parent
     if is_vision_config(config) and config.model_type == "glm":
         config = read_glm_edge_v_config(folder)
@@ -108,18 +98,13 @@ def read_checkpoint(location: ModelLocation) -> Checkpoint:
     try:
         tokenizer = _read((has_tokenizer or [location])[0], AutoTokenizer.from_pretrained, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises plain Exception
-        what = _why_unreadable(location, error, "its tokenizer ")
-        raise UserError.single(where, what, _what_to_do(location)) from error
+        raise _unreadable(location, error, "its tokenizer ") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError.single(
-            where,
-            f"its tokenizer ({type(tokenizer).__name__}) is not a fast one",
-            "use a checkpoint with tokenizer.json",
-        )
+        what = f"its tokenizer ({type(tokenizer).__name__}) is not a fast one"
+        raise UserError.single(where, what, "use a checkpoint with tokenizer.json")
     if not tokenizer.chat_template:
-        raise UserError.single(
-            where, "its tokenizer has no chat template", "use a chat model, or add chat_template.jinja"
-        )
+        fix = "use a chat model, or add chat_template.jinja"
+        raise UserError.single(where, "its tokenizer has no chat template", fix)
     stop_ids = _read_stop_ids(location, config, tokenizer)
     _set_pad_token(where, config, tokenizer, stop_ids)
     return Checkpoint(location=location, config=config, tokenizer=tokenizer, stop_ids=stop_ids, folder=folder)
@@ -151,19 +136,31 @@ def load_image_processor(location: ModelLocation) -> Any:
 
 def _read(location: ModelLocation, from_pretrained: Callable[..., Any], **options: Any) -> Any:
     """Call a `from_pretrained` for the location; for a hub id the cache is asked before the network."""
-    if location.is_local:
-        return from_pretrained(location.source, local_files_only=True, **options)
 
     def read(cached: bool) -> Any:
         return from_pretrained(location.source, local_files_only=cached, **options)
 
-    return read_cached_first(read)
+    return read(True) if location.is_local else read_cached_first(read)
+
+
+def _unreadable(location: ModelLocation, error: Exception, part: str = "") -> UserError:
+    """Return the error of a model, or of a part of it, that cannot be read."""
+    fix = "the folder needs config.json, tokenizer.json, tokenizer_config.json and the weights as *.safetensors"
+    if not location.is_local:
+        hint = did_you_mean(expand_home(location.name))
+        fix = f"{hint}download the model where there is a network and give its folder as MODEL"
+    what = f"{part}cannot be read: {first_line(error)}"
+    if "trust_remote_code" in str(error):
+        what = f"{part}needs Python code that comes with it, and this toolkit runs none"
+    elif not location.is_local:
+        what = f"is neither a folder, nor cached on this machine, nor reachable on the hub ({first_line(error)})"
+    return UserError.single(f"MODEL {location.name}", what, fix)
 
 
 def _check_is_causal(where: str, config: PretrainedConfig) -> None:
     from transformers import AutoModelForCausalLM
 
-    names = getattr(config, "architectures", None) or []
+    names = config.architectures or []
     unfit = type(config) not in AutoModelForCausalLM._model_mapping
     unfit = unfit or any(not name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
     if unfit or config.model_type in ("bert", "roberta"):  # these have a causal class, for decoders of two-part models
@@ -176,32 +173,13 @@ def _set_pad_token(
 ) -> None:
     if tokenizer.pad_token_id is not None:
         return
-    pad, eos = getattr(config, "pad_token_id", None), tokenizer.eos_token_id
-    for token_id in (pad, eos, *stop_ids):
+    for token_id in (getattr(config, "pad_token_id", None), tokenizer.eos_token_id, *stop_ids):
         if isinstance(token_id, int) and 0 <= token_id < len(tokenizer):
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token_id)
             return
-    raise UserError.single(
-        where,
-        "neither its tokenizer nor its config says which token pads and which ends a text",
-        'download tokenizer_config.json again, or write "pad_token_id" and "eos_token_id" into config.json',
-    )
-
-
-def _why_unreadable(location: ModelLocation, error: Exception, part: str = "") -> str:
-    first_line = _first_line(error)
-    if "trust_remote_code" in str(error):
-        return f"{part}needs Python code that comes with it, and this toolkit runs none"
-    if location.is_local:
-        return f"{part}cannot be read: {first_line}"
-    return f"is neither a folder, nor cached on this machine, nor reachable on the hub ({first_line})"
-
-
-def _what_to_do(location: ModelLocation) -> str:
-    if location.is_local:
-        return "the folder needs config.json, tokenizer.json, tokenizer_config.json and the weights as *.safetensors"
-    hint = did_you_mean(expand_home(location.name))
-    return f"{hint}download the model where there is a network and give its folder as MODEL"
+    what = "neither its tokenizer nor its config says which token pads and which ends a text"
+    fix = 'download tokenizer_config.json again, or write "pad_token_id" and "eos_token_id" into config.json'
+    raise UserError.single(where, what, fix)
 
 
 def _read_stop_ids(
@@ -218,10 +196,7 @@ def _read_stop_ids(
             continue
     ids: set[int] = set()
     for value in (generation_eos, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
-        if isinstance(value, int):
-            ids.add(value)
-        elif value is not None:
-            ids.update(value)
+        ids.update([] if value is None else [value] if isinstance(value, int) else value)
     return tuple(sorted(ids))
 
 
@@ -233,23 +208,33 @@ def build_meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 
     config: Any = checkpoint.config
-    pad, vocab_size = config.get_text_config().pad_token_id, config.get_text_config().vocab_size
+    where, text = f"MODEL {checkpoint.location.name}", config.get_text_config()
+    pad, vocab_size = text.pad_token_id, text.vocab_size
     if pad is not None and not -vocab_size <= pad < vocab_size:  # as torch.nn.Embedding takes it
-        raise UserError.single(
-            f"MODEL {checkpoint.location.name}",
-            f"pad_token_id {pad} is none of its {vocab_size} ids (transformers takes that number where config.json "
-            "states none)",
-            f'write "pad_token_id": {checkpoint.tokenizer.pad_token_id} into its config.json',
-        )
+        what = f"pad_token_id {pad} is none of its {vocab_size} ids (transformers' default where config.json has none)"
+        fix = f'write "pad_token_id": {checkpoint.tokenizer.pad_token_id} into its config.json'
+        raise UserError.single(where, what, fix)
     try:
         with torch.device("meta"):
             return GlmEdgeVForCausalLM(config) if checkpoint.is_vision else AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise UserError.single(
-            f"MODEL {checkpoint.location.name}",
-            f"is not a causal language model that transformers knows: {error}",
-            "give a chat model",
-        ) from error
+        what = f"is not a causal language model that transformers knows: {error}"
+        raise UserError.single(where, what, "give a chat model") from error
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Compare the weight files' headers with the structure that the config describes; reads no weight.
+
+    A hub id whose weights are not cached is not checked, nor are names and shapes in quantized files. Raises UserError
+    for files that are missing or cut, and for weights that are missing, of another shape or left over.
+    """
+    from glm_edge_ft.model.quantization import stored_settings
+
+    folder = find_weights(checkpoint.location)
+    if folder is not None:
+        check_weight_files(f"MODEL {checkpoint.location.name}", folder)
+        if stored_settings(checkpoint.config) is None:
+            _load(checkpoint, device_map="meta")
 
 
 def load_weights(
@@ -257,80 +242,42 @@ def load_weights(
 ) -> PreTrainedModel:
     """Load the weights in `dtype`, with the stop ids written into the generation config.
 
-    With `quantization` (`nf4`) the layers that `model/quantization.py` names are put into 4 bits one by one as they are
-    read, and compute in `dtype`. A model in 4 bits, also one that is stored so, is loaded onto `device`; a plain one
-    comes on the CPU.
+    With `quantization` (`nf4`) the layers that `model/quantization.py` names are quantized to 4 bits one by one as they
+    are read, and compute in `dtype`. A model in 4 bits, also one that is stored so, is loaded onto `device`; an
+    unquantized one onto the CPU.
 
-    Weights are read from safetensors only. A checkpoint in which weights of the model are missing is refused, since
-    transformers would fill them with random numbers, and so is one with weights left over, since it would drop them.
-    Raises UserError for each.
+    Raises UserError when the weights are not whole safetensors files with exactly the weights of the model.
     """
-    from safetensors import SafetensorError
+    from glm_edge_ft.model.quantization import fix_compute_dtype, is_stored_in_4_bits, loading_settings
+
+    options: dict[str, Any] = {"dtype": dtype}
+    if is_stored_in_4_bits(checkpoint.config):
+        options["device_map"] = {"": device}
+    elif quantization is not None:
+        options["device_map"] = {"": device}
+        options["quantization_config"] = loading_settings(build_meta_model(checkpoint), dtype)
+    model = _load(checkpoint, **options)
+    fix_compute_dtype(model, dtype)
+    model.name_or_path = model.config._name_or_path = checkpoint.location.source  # a saved adapter names its base by it
+    _write_stop_ids(model, checkpoint)
+    return model
+
+
+def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    from glm_edge_ft.model.quantization import settle
+    from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
+    from glm_edge_ft.model.glm_edge_v_config import read_glm_edge_v_config
 
-    options = _quantized_loading(checkpoint, dtype, quantization, device)
+    folder = fetch_weights(checkpoint.location)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    config = copy.deepcopy(checkpoint.config)
     if checkpoint.is_vision:
-        return _load_vision_weights(checkpoint, dtype, options)
-    where = f"MODEL {checkpoint.location.name}"
-    try:
-        loaded = _read(
-            checkpoint.location,
-            AutoModelForCausalLM.from_pretrained,
-            config=checkpoint.config,
-            dtype=dtype,
-            use_safetensors=True,
-            adapter_kwargs={"local_files_only": True},  # the look for an adapter asks the hub otherwise
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError.single(
-            where, f"its weights cannot be read: {_first_line(error)}", "download the model again"
-        ) from error
-    model, info = loaded
-    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if missing:
-        what = f"{len(missing)} weights are missing from its files: {name_first(missing)}"
-        raise UserError.single(where, what, "download the model again")
-    if surplus:
-        what = f"its files hold {len(surplus)} weights that config.json has no place for: {name_first(surplus)}"
-        raise UserError.single(where, what, "take config.json and the weights from one download")
-    settle(model, dtype)
-    carry_stop_ids(model, checkpoint)
-    return model
+        load, config = GlmEdgeVForCausalLM.from_pretrained, read_glm_edge_v_config(folder)
+    return load_whole(f"MODEL {checkpoint.location.name}", load, folder, config=config, **options)
 
 
-def _quantized_loading(
-    checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None, device: torch.device | str
-) -> dict[str, Any]:
-    """Return what `from_pretrained` needs besides for a model in 4 bits; nothing for a plain one."""
-    from glm_edge_ft.model.quantization import is_stored_in_4_bits, loading_settings
-
-    if is_stored_in_4_bits(checkpoint.config):
-        return {"device_map": {"": device}}
-    if quantization is None:
-        return {}
-    settings = loading_settings(build_meta_model(checkpoint), dtype)
-    return {"quantization_config": settings, "device_map": {"": device}}
-
-
-def _load_vision_weights(checkpoint: Checkpoint, dtype: torch.dtype, options: Mapping[str, Any]) -> PreTrainedModel:
-    from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
-    from glm_edge_ft.model.quantization import settle
-
-    location = checkpoint.location
-    cached = None if location.is_local else find_cached_folder(location.source)
-    model: Any = load_glm_edge_v(cached or location.source, dtype, **options)
-    settle(model, dtype)
-    model.name_or_path = model.config._name_or_path = location.source  # a saved adapter names its base model by it
-    carry_stop_ids(model, checkpoint)
-    return model
-
-
-def carry_stop_ids(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def _write_stop_ids(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Write stop ids and pad id into the model's generation config, so that every saved folder stops by itself.
 
     Settings of sampling that the checkpoint has without `do_sample` take no effect, and transformers 5 refuses to save
@@ -342,8 +289,3 @@ def carry_stop_ids(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             setattr(generation_config, name, None)
     generation_config.eos_token_id = list(checkpoint.stop_ids)
     generation_config.pad_token_id = checkpoint.tokenizer.pad_token_id
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

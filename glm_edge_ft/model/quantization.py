@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from glm_edge_ft.errors import Problem, UserError
-from glm_edge_ft.model.weight_files import name_first
+from glm_edge_ft.model.weight_files import join_first
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +134,7 @@ def loading_settings(twin: PreTrainedModel, compute: torch.dtype) -> BitsAndByte
     )
 
 
-def settle(model: PreTrainedModel, compute: torch.dtype) -> None:
+def fix_compute_dtype(model: PreTrainedModel, compute: torch.dtype) -> None:
     """Make a model in 4 bits, once loaded, compute in one format, in training as in evaluation.
 
     bitsandbytes would make plain numbers of a weight in the format of the file in the backward pass and in the format
@@ -163,6 +163,6 @@ def settle(model: PreTrainedModel, compute: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
             weight.quant_state.dtype = compute
     if torn:
-        what = f"{len(torn)} of its 4-bit layers have rows that are no whole blocks: {name_first(torn)}"
+        what = f"{len(torn)} of its 4-bit layers have rows that are no whole blocks: {join_first(torn)}"
         fix = "use it on a GPU, or give the model that it was quantized from; bitsandbytes reads them wrongly on a CPU"
         raise UserError.single(f"MODEL {model.name_or_path}", what, fix)

@@ -21,11 +21,9 @@ from transformers import GlmForCausalLM
 
 from glm_edge_ft.model.activations import BatchShape, StepFormats
 from glm_edge_ft.model.adapters import apply_adapter, freeze_vision
-from glm_edge_ft.model.fewer_copies import use_fewer_copies
+from glm_edge_ft.model.fast_layers import fuse_norms, skip_input_cast
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
-from glm_edge_ft.model.joint_lora import compute_lora_jointly
-from glm_edge_ft.model.lora_inputs import skip_input_cast
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.model.vision_fixtures import Shape, released_config
 from tests.model_folders import tiny_config
@@ -80,11 +78,10 @@ def measure(name: str) -> int:
     before = memory_status("VmRSS")
     base = build_model(name, formats)
     install_supervised_loss(base)
-    use_fewer_copies(base)
+    fuse_norms(base)
     model: Any = apply_adapter(base, settings)
     if formats.autocast is not None:
         skip_input_cast(model)
-    compute_lora_jointly(model)
     if name == "vision kept":
         freeze_vision(model)
     model.train()

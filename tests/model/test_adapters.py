@@ -11,7 +11,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import GlmConfig, GlmForCausalLM
 
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.model.adapters import apply_adapter, build_peft_config, check_adapter, count_parameters, generate
+from glm_edge_ft.model.adapters import apply_adapter, build_peft_config, count_parameters, generate, wrap_meta_model
 from tests.model_folders import tiny_model
 
 HAS_SCIPY = importlib.util.find_spec("scipy") is not None
@@ -66,7 +66,7 @@ def test_module_names_that_do_not_exist_are_refused_with_the_real_ones() -> None
     """Every wrong name of every list, at once."""
     settings = {**LORA, "target_modules": ["query_key_value", "q_proj"], "modules_to_save": ["head"]}
     with pytest.raises(UserError) as caught:
-        check_adapter(settings, meta_model())
+        wrap_meta_model(settings, meta_model())
     problems = caught.value.problems
     assert [problem.where for problem in problems] == ["peft_config.target_modules", "peft_config.modules_to_save"]
     assert problems[0].what == "the model has no module named 'query_key_value'"
@@ -77,13 +77,13 @@ def test_module_names_that_do_not_exist_are_refused_with_the_real_ones() -> None
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     """`target_modules` as a regular expression."""
     with pytest.raises(UserError, match="does not fit the model"):
-        check_adapter({**LORA, "target_modules": "visual.*query"}, meta_model())
+        wrap_meta_model({**LORA, "target_modules": "visual.*query"}, meta_model())
 
 
 def test_settings_that_peft_refuses_are_the_users_problem() -> None:
     """Not a traceback out of PEFT."""
     with pytest.raises(UserError, match="PEFT refuses these settings"):
-        check_adapter({**LORA, "target_modules": "all-linear", "layers_to_transform": [0]}, meta_model())
+        wrap_meta_model({**LORA, "target_modules": "all-linear", "layers_to_transform": [0]}, meta_model())
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_settings_that_peft_refuses_are_the_users_problem() -> None:
 def test_what_peft_cannot_use_here_is_no_traceback(settings: dict[str, Any]) -> None:
     """Packages that are not installed, a key that it does not know."""
     with pytest.raises(UserError, match=r"^peft_config: (PEFT refuses these settings|this adapter does not fit)"):
-        check_adapter({**LORA, **settings}, meta_model())
+        wrap_meta_model({**LORA, **settings}, meta_model())
 
 
 def test_a_runtime_config_is_given_as_a_mapping() -> None:
@@ -109,13 +109,13 @@ def test_a_runtime_config_is_given_as_a_mapping() -> None:
 def test_eva_is_refused_for_its_pass_over_the_data() -> None:
     """Without the pass the matrices would keep meaningless values."""
     with pytest.raises(UserError, match="is eva, which needs a pass over the data before training"):
-        check_adapter({**LORA, "init_lora_weights": "eva"}, meta_model())
+        wrap_meta_model({**LORA, "init_lora_weights": "eva"}, meta_model())
 
 
 def test_a_module_that_cannot_be_adapted_is_refused_with_the_layers_inside() -> None:
     """A whole attention block as target."""
     with pytest.raises(UserError) as caught:
-        check_adapter({**LORA, "target_modules": ["self_attn", "q_proj"]}, meta_model())
+        wrap_meta_model({**LORA, "target_modules": ["self_attn", "q_proj"]}, meta_model())
     assert str(caught.value) == (
         "peft_config.target_modules: 'self_attn' is no layer that LoRA can adapt\n"
         "    -> name the layers themselves: k_proj, o_proj, q_proj, v_proj"
@@ -129,28 +129,31 @@ def test_a_module_that_cannot_be_adapted_is_refused_with_the_layers_inside() -> 
 def test_sizes_of_a_prefix_that_contradict_the_model_are_refused(key: str, wrong: int, right: int) -> None:
     """PEFT takes them from the model; what the model says too is let through."""
     with pytest.raises(UserError) as caught:
-        check_adapter({**PREFIX, key: wrong}, meta_model())
+        wrap_meta_model({**PREFIX, key: wrong}, meta_model())
     assert str(caught.value).startswith(f"peft_config.{key}: is {wrong}, the model has {right}\n")
-    assert check_adapter({**PREFIX, key: right}, meta_model()) == check_adapter(PREFIX, meta_model())
+    sizes = [count_parameters(wrap_meta_model(one, meta_model())) for one in (PREFIX, {**PREFIX, key: right})]
+    assert sizes[0] == sizes[1]
 
 
 def test_the_width_of_a_projection_needs_the_projection() -> None:
     """It has no effect otherwise."""
     with pytest.raises(UserError, match="is 32, but only a prefix projection has it"):
-        check_adapter({**PREFIX, "encoder_hidden_size": 32}, meta_model())
-    check_adapter({**PREFIX, "encoder_hidden_size": 32, "prefix_projection": True}, meta_model())
+        wrap_meta_model({**PREFIX, "encoder_hidden_size": 32}, meta_model())
+    wrap_meta_model({**PREFIX, "encoder_hidden_size": 32, "prefix_projection": True}, meta_model())
 
 
 def test_a_prefix_leaves_positions_for_text() -> None:
     """The tiny model has 8192."""
     with pytest.raises(UserError, match="is 8192, but the model has only 8192 positions"):
-        check_adapter({**PREFIX, "num_virtual_tokens": 8192}, meta_model())
+        wrap_meta_model({**PREFIX, "num_virtual_tokens": 8192}, meta_model())
 
 
 @pytest.mark.parametrize("settings", [LORA, PREFIX])
 def test_the_meta_twin_counts_what_the_real_model_trains(settings: dict[str, Any]) -> None:
     """The count that `--check` shows is the one that training has."""
-    assert check_adapter(settings, meta_model()) == count_parameters(apply_adapter(tiny_model(), settings))[0]
+    assert count_parameters(wrap_meta_model(settings, meta_model())) == count_parameters(
+        apply_adapter(tiny_model(), settings)
+    )
 
 
 def prefix_model() -> Any:

@@ -132,7 +132,7 @@ def test_missing_and_unknown_weights_are_refused_by_name(tmp_path: Path) -> None
         load_glm_edge_v(folder, torch.float32)
     assert [problem.what for problem in caught.value.problems] == [
         "1 weights are missing from its files: model.vision.adapter.conv.bias",
-        "1 weights are unknown to GLM-Edge-V: model.vision.adapter.scale",
+        "1 weights have no place in the model that config.json describes: model.vision.adapter.scale",
     ]
 
 
@@ -143,11 +143,11 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_glm_edge_v(folder, torch.float32)
     assert [problem.what for problem in caught.value.problems] == [
-        "4 weights have other shapes than its config.json says: "
-        "model.layers.0.self_attn.o_proj.weight (32, 32) for (32, 24), "
-        "model.layers.0.self_attn.q_proj.weight (32, 32) for (24, 32), "
-        "model.layers.1.self_attn.o_proj.weight (32, 32) for (32, 24), "
-        "model.layers.1.self_attn.q_proj.weight (32, 32) for (24, 32)"
+        "4 weights have other shapes than config.json says: "
+        "model.layers.0.self_attn.o_proj.weight 32x32 for 32x24, "
+        "model.layers.0.self_attn.q_proj.weight 32x32 for 24x32, "
+        "model.layers.1.self_attn.o_proj.weight 32x32 for 32x24, "
+        "model.layers.1.self_attn.q_proj.weight 32x32 for 24x32"
     ]
 
 

@@ -11,7 +11,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import GlmForCausalLM
 
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.model.adapters import apply_adapter, check_adapter, freeze_vision, generate
+from glm_edge_ft.model.adapters import apply_adapter, freeze_vision, generate, wrap_meta_model
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM, load_glm_edge_v
 from glm_edge_ft.model.glm_edge_v_config import VISION_PREFIX
 from glm_edge_ft.training.loss import install_supervised_loss
@@ -378,7 +378,7 @@ def test_all_linear_means_the_linear_layers_of_the_text_part(model: Any) -> None
 def test_lora_names_of_a_vision_part_that_stays_as_it_is_are_refused(model: Any, names: Any) -> None:
     """I6: those that mean the vision part alone, with the word that was written."""
     with pytest.raises(UserError) as caught:
-        check_adapter({**LORA, "target_modules": names}, model, keep_vision=True)
+        wrap_meta_model({**LORA, "target_modules": names}, model, keep_vision=True)
     shown = "'fc1', 'out_proj'" if isinstance(names, list) else repr(names)
     assert [problem.what for problem in caught.value.problems] == [
         f"{shown} would train the vision part, which freezeV: true keeps as it is"
@@ -388,7 +388,7 @@ def test_lora_names_of_a_vision_part_that_stays_as_it_is_are_refused(model: Any,
 def test_a_lora_pattern_is_judged_by_the_modules_that_it_matches(model: Any) -> None:
     """K13: one that speaks of the vision part to leave it out trains nothing of it, and is taken."""
     settings = {**LORA, "target_modules": r"(?!.*vision).*q_proj"}
-    check_adapter(settings, model, keep_vision=True)
+    wrap_meta_model(settings, model, keep_vision=True)
     assert not [name for name in adapted_parts(apply_adapter(model, settings, True)) if "vision" in name]
 
 
@@ -396,13 +396,13 @@ def test_modules_saved_whole_do_not_thaw_a_vision_part_that_stays_as_it_is(model
     """I6: a name that tower and language model share would make a trained copy of the tower's modules."""
     settings = {**LORA, "target_modules": ["o_proj"], "modules_to_save": ["k_proj"]}
     with pytest.raises(UserError, match=r"peft_config\.modules_to_save: 4 weights of the vision part would be trained"):
-        check_adapter(settings, model, keep_vision=True)
+        wrap_meta_model(settings, model, keep_vision=True)
 
 
 def test_a_lora_pattern_that_is_none_is_refused(model: Any) -> None:
     """Not a traceback out of `re`."""
     with pytest.raises(UserError, match=r"is no regular expression: '\*\.q_proj' \(nothing to repeat"):
-        check_adapter({**LORA, "target_modules": "*.q_proj"}, model)
+        wrap_meta_model({**LORA, "target_modules": "*.q_proj"}, model)
 
 
 def test_lora_reaches_the_tower_where_the_config_names_it(model: Any) -> None:

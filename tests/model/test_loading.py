@@ -17,8 +17,7 @@ from transformers import GenerationConfig
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.hub import is_hub_reachable
-from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
-from glm_edge_ft.model.weight_files import check_weights
+from glm_edge_ft.model.loading import build_meta_model, check_weights, load_weights, locate_model, read_checkpoint
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
 from tests.vision_folders import save_vision_folder
@@ -129,7 +128,7 @@ def test_a_vision_checkpoint_is_known_by_its_config(tmp_path: Path, backend: Tok
     assert checkpoint.is_vision
     structure = {name: tensor.shape for name, tensor in build_meta_model(checkpoint).state_dict().items()}
     assert {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()} == structure
-    check_weights(checkpoint, build_meta_model(checkpoint))
+    check_weights(checkpoint)
     model: Any = load_weights(checkpoint, torch.bfloat16)
     assert type(model) is GlmEdgeVForCausalLM
     assert model.generation_config.eos_token_id == list(checkpoint.stop_ids)
@@ -145,11 +144,11 @@ def test_the_weight_files_of_a_vision_checkpoint_are_checked_by_their_headers(
     head = "model.vision.vit.model.vision_model.head.probe"
     save_file(state | {head: torch.zeros(1, 1, 24)}, folder / "model.safetensors", metadata={"format": "pt"})
     checkpoint = read_checkpoint(locate_model(str(folder)))
-    check_weights(checkpoint, build_meta_model(checkpoint))
+    check_weights(checkpoint)
     del state["model.vision.adapter.conv.bias"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights are missing from its files: model\.vision\.adapter\.conv\.bias"):
-        check_weights(checkpoint, build_meta_model(checkpoint))
+        check_weights(checkpoint)
 
 
 def test_a_vision_config_with_missing_fields_is_refused(folder: Path) -> None:
@@ -258,7 +257,7 @@ def test_a_cached_hub_id_is_read_without_a_connection(
     put_in_cache(tmp_path / "cache", folder)
     tried = use_cache(monkeypatch, tmp_path / "cache")
     checkpoint = read_checkpoint(locate_model("someone/tiny"))
-    check_weights(checkpoint, build_meta_model(checkpoint))
+    check_weights(checkpoint)
     load_weights(checkpoint, torch.float32)
     assert len(tried) <= 1  # huggingface_hub asks once per process for a list of its own
 

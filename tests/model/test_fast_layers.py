@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from glm_edge_ft.model.adapters import apply_adapter
-from glm_edge_ft.model.lora_inputs import LoraDropout, share_dropout, skip_input_cast
+from glm_edge_ft.model.fast_layers import SharedDropout, share_dropout, skip_input_cast
 from tests.model_folders import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
@@ -134,7 +134,7 @@ def test_evaluation_drops_nothing_and_a_seed_repeats_a_mask() -> None:
     """In evaluation the input comes back itself; the generator of PyTorch decides."""
     model = adapted()
     dropout = dropout_of(model, "q_proj")
-    assert isinstance(dropout, LoraDropout)
+    assert isinstance(dropout, SharedDropout)
     inputs = torch.randn(3, 64)
     torch.manual_seed(9)
     first = dropout.drop(inputs)

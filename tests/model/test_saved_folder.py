@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.adapters import apply_adapter
-from glm_edge_ft.model.saved_adapter import ADAPTER_WEIGHTS, load_adapter, read_adapter
+from glm_edge_ft.model.saved_folder import ADAPTER_WEIGHTS, load_adapter, read_adapter
 from tests.model_folders import tiny_model
 from tests.runs import LORA, PREFIX
 
