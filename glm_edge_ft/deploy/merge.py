@@ -127,6 +127,7 @@ def load_merged(source: Source, checkpoint: Checkpoint) -> PreTrainedModel:
     """
     import torch
 
+    from glm_edge_ft.checks.adapter_trial import check_is_loaded
     from glm_edge_ft.model.loading import load_weights
     from glm_edge_ft.model.saved_folder import load_adapter
 
@@ -144,6 +145,7 @@ def load_merged(source: Source, checkpoint: Checkpoint) -> PreTrainedModel:
         base = base.dequantize(torch.float32).float()
     tied = _tied_weight(base)
     wrapped: Any = load_adapter(base, adapter)
+    check_is_loaded(wrapped, adapter)
     if tied is not None:
         _untie(wrapped, tied)
     before = _probe(wrapped)

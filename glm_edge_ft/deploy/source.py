@@ -276,6 +276,7 @@ def load_model(prepared: Prepared) -> PreTrainedModel | PeftModel:
     """
     import torch
 
+    from glm_edge_ft.checks.adapter_trial import check_is_loaded
     from glm_edge_ft.model.loading import load_weights
     from glm_edge_ft.model.precision import choose_precision, look_at_machine
     from glm_edge_ft.model.saved_folder import load_adapter
@@ -287,5 +288,8 @@ def load_model(prepared: Prepared) -> PreTrainedModel | PeftModel:
     device = prepared.training_arguments.device
     model = load_weights(prepared.checkpoint, getattr(torch, chosen.weights), config.quantization, device)
     model.requires_grad_(False)
-    whole: Any = model if adapter is None else load_adapter(model, adapter)
+    whole: Any = model
+    if adapter is not None:
+        whole = load_adapter(model, adapter)
+        check_is_loaded(whole, adapter)
     return whole.to(device).eval()
