@@ -43,17 +43,11 @@ FINAL_MODEL_FILES = (
 )
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHT_FILES = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
-_ENTRIES = ("adapter_config.json", "config.json")
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """One `checkpoint-N` on disk.
-
-    Attributes:
-        step: N.
-        defect: why no run can resume from it; "" when it is whole.
-    """
+    """One `checkpoint-N` on disk, and why no run can resume from it ("" when it is whole)."""
 
     step: int
     path: Path
@@ -199,7 +193,7 @@ def publish(staged: Path, output_dir: Path) -> Path:
     flush_tree(staged)
     write_text_atomically(staged / MANIFEST, json.dumps({"files": sizes}, indent=1))
     flush_to_disk(staged)
-    _refuse_torn(staged.name, find_defect(staged, to_resume=False))
+    _stop_at(find_defect(staged, to_resume=False), staged.name)
     final = output_dir / staged.name
     if final.exists():
         _hide(final, staged.parent)
@@ -209,7 +203,7 @@ def publish(staged: Path, output_dir: Path) -> Path:
     return final
 
 
-def _refuse_torn(name: str, defect: str) -> None:
+def _stop_at(defect: str, name: str) -> None:
     if defect:
         raise RunStopped(f"{name} could not be written whole ({defect}): is the disk full, or failing?")
 
@@ -258,20 +252,20 @@ def publish_final_model(staged: Path, output_dir: Path) -> None:
     """
     sizes = sizes_of_files(staged)
     flush_tree(staged)
-    no_entry = "" if any(name in sizes for name in _ENTRIES) else f"there is neither {' nor '.join(_ENTRIES)}"
-    _refuse_torn("the final model", _find_broken_file(staged, sizes) or no_entry)
-    for name in filter(sizes.__contains__, _ENTRIES):
+    entries = [name for name in sizes if name in ("adapter_config.json", "config.json")]
+    no_entry = "" if entries else "there is neither adapter_config.json nor config.json"
+    _stop_at(_find_broken_file(staged, sizes) or no_entry, "the final model")
+    for name in entries:
         (output_dir / name).unlink(missing_ok=True)
     flush_to_disk(output_dir)
-    for name in (name for name in sizes if name not in _ENTRIES):
+    for name in [name for name in sizes if name not in entries]:
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (staged / name).replace(output_dir / name)
-    shards = [path for pattern in FINAL_MODEL_FILES if pattern.startswith("model") for path in output_dir.glob(pattern)]
-    for path in shards:
+    for path in (*output_dir.glob("model*.safetensors"), output_dir / "model.safetensors.index.json"):
         if path.name not in sizes:
-            path.unlink()
+            path.unlink(missing_ok=True)
     flush_to_disk(output_dir)
-    for name in filter(sizes.__contains__, _ENTRIES):
+    for name in entries:
         (staged / name).replace(output_dir / name)
     flush_to_disk(output_dir)
     remove_unfinished(output_dir)

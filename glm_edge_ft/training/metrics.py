@@ -28,13 +28,7 @@ that is no dictionary word, which a model caught in a loop does write: 32,000 of
 class PairScores:
     """The scores of one prediction against its reference, each from 0 to 100.
 
-    Attributes:
-        rouge_1: F-measure of the distinct words that both sides share.
-        rouge_2: F-measure of the distinct pairs of neighbouring words that both sides share.
-        rouge_l: F-measure of the longest common subsequence of words.
-        bleu_4: BLEU of word n-grams up to 4, smoothed by the NIST sequence.
-        exact_match: 100 where both sides are the same text, else 0.
-        was_cut: a side was longer than `MAX_SCORED_CHARACTERS`; the rest of it counts in `exact_match` alone.
+    `was_cut`: a side was longer than `MAX_SCORED_CHARACTERS`; the rest of it counts in `exact_match` alone.
     """
 
     rouge_1: float
@@ -117,8 +111,8 @@ def summarize(scores: Sequence[PairScores]) -> dict[str, float]:
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Return the length of the longest common subsequence of two word sequences.
 
-    Bit-parallel: one Python integer holds a row of the dynamic-programming table, a word of the other sequence costs
-    a few operations on it. Source: H. Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004.
+    Bit-parallel: one integer holds a row of the dynamic-programming table. Source: H. Hyyrö, "Bit-parallel LCS-length
+    computation revisited", AWOCA 2004.
     """
     shorter, longer = sorted((first, second), key=len)
     positions: defaultdict[str, int] = defaultdict(int)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from glm_edge_ft.errors import RunStopped, UserError
+from glm_edge_ft.errors import Problem, RunStopped, UserError
 from glm_edge_ft.training.checkpoints import (
+    ResumePlan,
     find_checkpoints,
     publish,
     remove_old_checkpoints,
@@ -56,12 +57,18 @@ def test_checkpoints_are_ordered_by_their_number(output: Path) -> None:
     assert [(found.step, found.defect) for found in find_checkpoints(output)] == [(2, ""), (4, ""), (10, "")]
 
 
-@pytest.mark.parametrize("word", ["yes", "YES", "y", "true"])
-def test_yes_takes_the_newest_whole_checkpoint(output: Path, word: str) -> None:
-    """R1: without a word about others when the newest is whole."""
-    plan = resolve_resume(word, output)
-    assert plan.path == output / "checkpoint-10"
-    assert plan.notice == f"continuing from {output / 'checkpoint-10'}"
+@pytest.mark.parametrize(
+    ("word", "step"),
+    [
+        *((word, 10) for word in ("yes", "YES", "y", "true")),
+        *((word, 4) for word in ("4", "checkpoint-4", " 4 ")),
+        *((word, None) for word in (None, "", "no", "No", "n", "N", "false")),
+    ],
+)
+def test_resume_takes_the_newest_the_named_or_none(output: Path, word: str | None, step: int | None) -> None:
+    """R1, R2: without a word about others when the newest is whole; `no` without a word at all."""
+    path = output / f"checkpoint-{step}" if step else None
+    assert resolve_resume(word, output) == ResumePlan(path, f"continuing from {path}" if path else "")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -92,19 +99,25 @@ def test_a_checkpoint_without_manifest_is_taken_when_all_is_there(tmp_path: Path
     assert resolve_resume("2", tmp_path).path == tmp_path / "checkpoint-2"
 
 
+def refusal(word: str, output: Path) -> Problem:
+    """Return the problem that RESUME is refused for."""
+    with pytest.raises(UserError) as caught:
+        resolve_resume(word, output)
+    (problem,) = caught.value.problems
+    assert problem.where == f"RESUME {word}"
+    return problem
+
+
 def test_weights_that_are_missing_altogether_are_said(tmp_path: Path) -> None:
     """A folder that holds only the state."""
-    fill(tmp_path / "checkpoint-2", 2)
-    (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="checkpoint-2 is not whole: its weights are missing"):
-        resolve_resume("2", tmp_path)
+    (fill(tmp_path / "checkpoint-2", 2) / "adapter_model.safetensors").unlink()
+    assert refusal("2", tmp_path).what.endswith("checkpoint-2 is not whole: its weights are missing")
 
 
 def test_a_renamed_checkpoint_is_not_whole(output: Path) -> None:
     """Its state says another step than its name."""
     (output / "checkpoint-10").rename(output / "checkpoint-77")
-    with pytest.raises(UserError, match="checkpoint-77 is not whole: its state says step 10: was the folder renamed"):
-        resolve_resume("77", output)
+    assert "checkpoint-77 is not whole: its state says step 10" in refusal("77", output).what
 
 
 def test_a_checkpoint_of_the_model_alone_cannot_be_continued_from(tmp_path: Path) -> None:
@@ -113,8 +126,24 @@ def test_a_checkpoint_of_the_model_alone_cannot_be_continued_from(tmp_path: Path
     for name in ("optimizer.pt", "scheduler.pt"):
         (staged / name).unlink()
     publish(staged, tmp_path)
-    with pytest.raises(UserError, match=r"is not whole: optimizer\.pt is missing"):
-        resolve_resume("2", tmp_path)
+    assert refusal("2", tmp_path).what.endswith("is not whole: optimizer.pt is missing")
+
+
+@pytest.mark.parametrize("step", [99, 10])
+def test_a_number_that_is_not_there_or_not_whole_is_refused_with_the_list(output: Path, step: int) -> None:
+    """R1, R2: it is not silently replaced by another, and only the whole ones are offered."""
+    broken = output / "checkpoint-10"
+    (broken / "optimizer.pt").unlink()
+    problem = refusal(str(step), output)
+    absent = f"there is no checkpoint-99 in {output}"
+    assert problem.what == (absent if step == 99 else f"{broken} is not whole: optimizer.pt is missing")
+    assert problem.fix == "whole checkpoints: 2, 4"
+
+
+@pytest.mark.parametrize("word", ["latest", "-1", "4.0", "yes please", "./output/checkpoint-4"])
+def test_other_words_are_refused(output: Path, word: str) -> None:
+    """R2: neither yes, no nor a number."""
+    assert refusal(word, output).what == "is neither yes, no nor a checkpoint number"
 
 
 def test_a_random_state_is_no_part_of_wholeness(tmp_path: Path) -> None:
@@ -139,47 +168,6 @@ def test_yes_before_any_checkpoint_is_a_fresh_start_with_a_notice(tmp_path: Path
     plan = resolve_resume("yes", tmp_path / "nothing")
     assert plan.path is None
     assert plan.notice == f"there is no checkpoint in {tmp_path / 'nothing'} yet: starting from the beginning"
-
-
-@pytest.mark.parametrize("word", [None, "", "no", "No", "n", "N", "false"])
-def test_no_is_a_fresh_start_without_a_word(output: Path, word: str | None) -> None:
-    """R2."""
-    plan = resolve_resume(word, output)
-    assert (plan.path, plan.notice) == (None, "")
-
-
-@pytest.mark.parametrize("word", ["4", "checkpoint-4", " 4 "])
-def test_a_number_takes_that_checkpoint(output: Path, word: str) -> None:
-    """R1."""
-    assert resolve_resume(word, output).path == output / "checkpoint-4"
-
-
-def test_a_number_that_is_not_there_is_refused_with_the_list(output: Path) -> None:
-    """R2: only the whole ones are offered."""
-    (output / "checkpoint-10" / "optimizer.pt").unlink()
-    with pytest.raises(UserError) as caught:
-        resolve_resume("99", output)
-    (problem,) = caught.value.problems
-    assert problem.where == "RESUME 99"
-    assert problem.what == f"there is no checkpoint-99 in {output}"
-    assert problem.fix == "whole checkpoints: 2, 4"
-
-
-def test_a_broken_one_that_is_named_is_refused_with_the_list(output: Path) -> None:
-    """R1: `10` is not silently replaced by another."""
-    (output / "checkpoint-10" / "optimizer.pt").unlink()
-    with pytest.raises(UserError) as caught:
-        resolve_resume("10", output)
-    (problem,) = caught.value.problems
-    assert problem.what == f"{output / 'checkpoint-10'} is not whole: optimizer.pt is missing"
-    assert problem.fix == "whole checkpoints: 2, 4"
-
-
-@pytest.mark.parametrize("word", ["latest", "-1", "4.0", "yes please", "./output/checkpoint-4"])
-def test_other_words_are_refused(output: Path, word: str) -> None:
-    """R2: neither yes, no nor a number."""
-    with pytest.raises(UserError, match="is neither yes, no nor a checkpoint number"):
-        resolve_resume(word, output)
 
 
 def test_publishing_replaces_a_checkpoint_of_the_same_step(output: Path) -> None:
