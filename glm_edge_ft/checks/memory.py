@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.checks.arguments import tokens_per_pass
 from glm_edge_ft.distributed import launch
 from glm_edge_ft.files import format_bytes
@@ -174,7 +175,7 @@ def largest_batch(prepared: Prepared) -> BatchShape:
     limit = tokens_per_pass(prepared.plan.config, args)
     if limit is not None:
         rows = [rows[number] for number in plan_parts(lengths[rows].tolist(), limit, padded=not packed)[0]]
-    supervised = sum(int((train[row]["labels"][1:] != -100).sum()) for row in rows)
+    supervised = sum(int((train[row]["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
     images = sum(len(train.images(row)) for row in rows) if prepared.image_processor and train.has_images else 0
     shape = None
     if images:

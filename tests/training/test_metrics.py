@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jieba
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
@@ -23,34 +25,12 @@ from glm_edge_ft.training.metrics import (
     summarize,
 )
 
-REPOSITORY = Path(__file__).parents[2]
-
 REPLY = "这款连衣裙采用优质棉料，穿着舒适。简约的版型很显瘦！你会喜欢吗？"
 REFERENCE = "这件裙子采用柔软的棉料，舒适透气。版型简约，非常显瘦。"
 
 # Pieces that bring rouge-chinese's sentence splitting, its blank-line rule and jieba's word rules into play.
-PIECES = [
-    *[
-        "今天",
-        "天气",
-        "很好",
-        "裙子",
-        "显瘦",
-        "的的",
-        "A4",
-        "cotton",
-        "3.5%",
-        "。",
-        "！",
-        "？",
-        "?",
-        "”",
-        "’",
-        "……",
-        "......",
-    ],
-    *["\n", "\n\n", "\r\n", " ", "  ", "\u3000", "\t", "，", "😀", "é", "\u2028", "\x1c", "\x00", "龘"],
-]
+WORDS = "今天 天气 很好 裙子 显瘦 的的 A4 cotton 3.5% 。 ！ ？ ? ” ’ …… ...... ， 😀 é 龘"
+PIECES = [*WORDS.split(), "\n", "\n\n", "\r\n", " ", "  ", "\u3000", "\t", "\u2028", "\x1c", "\x00"]
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=25).map("".join) | st.text(max_size=25)
 
 
@@ -96,22 +76,12 @@ def test_a_perfect_reply_scores_100_in_everything() -> None:
     assert [round(value, 4) for value in scores.as_dict().values()] == [100.0, 100.0, 100.0, 100.0, 100.0]
 
 
-def test_rouge_equals_rouge_chinese_on_real_sentences() -> None:
-    """Several sentences on each side: the words of all of them form one sequence."""
-    scores, expected = score_pair(REPLY, REFERENCE), library_rouge(REPLY, REFERENCE)
-    assert (scores.rouge_1, scores.rouge_2, scores.rouge_l) == (
-        expected["rouge-1"],
-        expected["rouge-2"],
-        expected["rouge-l"],
-    )
-
-
 @settings(max_examples=400, deadline=None)
 @given(TEXTS, TEXTS)
+@example(REPLY, REFERENCE)
 def test_rouge_equals_rouge_chinese_wherever_it_has_a_value(prediction: str, reference: str) -> None:
     """Every text that is not empty: blank lines, quotation marks, ellipses, odd whitespace."""
-    if not prediction.strip() or not reference.strip():
-        return
+    assume(prediction.strip() and reference.strip())
     scores, expected = score_pair(prediction, reference), library_rouge(prediction, reference)
     assert {name: scores.as_dict()[name] for name in expected} == pytest.approx(expected, abs=1e-9)
 
@@ -134,33 +104,31 @@ def test_the_longest_common_subsequence_equals_the_textbook_table(first: list[st
     assert longest_common_subsequence(first, second) == table_lcs(first, second)
 
 
-@pytest.mark.parametrize("blank", ["", " ", "\n\n", "\u3000\t "])
-@pytest.mark.parametrize("other", [REFERENCE, "。", "😀"])
-def test_an_empty_side_scores_0(blank: str, other: str) -> None:
-    """E1: an empty prediction and an empty reference are scored 0, not raised."""
-    assert score_pair(blank, other) == PairScores(0.0, 0.0, 0.0, 0.0, 0.0)
-    assert score_pair(other, blank) == PairScores(0.0, 0.0, 0.0, 0.0, 0.0)
+NOTHING = PairScores(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *itertools.product(("", " ", "\n\n", "\u3000\t "), (REFERENCE, "。", "😀")),
+        *((odd, "今天天气很好") for odd in ("。", "😀", "👩‍👩‍👧", "?", "……", "\ud83d", "\x00")),
+    ],
+)
+def test_a_side_that_is_empty_or_shares_nothing_scores_0(one: str, other: str) -> None:
+    """E1: an empty prediction or reference, a lone full stop, half a surrogate pair: scored 0, not raised."""
+    assert score_pair(one, other) == NOTHING
+    assert score_pair(other, one) == NOTHING
 
 
 def test_two_empty_sides_score_0_but_match() -> None:
     """E1: no word to find in either, and yet the same text."""
-    assert score_pair("", "") == PairScores(0.0, 0.0, 0.0, 0.0, 100.0)
-    assert score_pair(" \n", "\t") == PairScores(0.0, 0.0, 0.0, 0.0, 100.0)
-
-
-@pytest.mark.parametrize("odd", ["。", "😀", "👩‍👩‍👧", "?", "……", "\ud83d", "\x00"])
-def test_an_odd_reply_that_shares_nothing_scores_0(odd: str) -> None:
-    """E1: a lone full stop, an emoji, half a surrogate pair against a sentence without them."""
-    assert score_pair(odd, "今天天气很好") == PairScores(0.0, 0.0, 0.0, 0.0, 0.0)
-    assert score_pair("今天天气很好", odd) == PairScores(0.0, 0.0, 0.0, 0.0, 0.0)
+    assert score_pair("", "") == score_pair(" \n", "\t") == replace(NOTHING, exact_match=100.0)
 
 
 def test_one_word_that_is_right_has_no_bigram_to_score() -> None:
     """E1: the reply "。" to the reference "。" matches as a word; pairs of words do not exist in it."""
     scores = score_pair("。", "。")
-    assert scores.rouge_1 == pytest.approx(100.0, abs=1e-5)
-    assert scores.rouge_2 == 0.0
-    assert scores.rouge_l == pytest.approx(100.0, abs=1e-5)
+    assert (round(scores.rouge_1, 4), scores.rouge_2, round(scores.rouge_l, 4)) == (100.0, 0.0, 100.0)
     assert scores.exact_match == 100.0
 
 
@@ -199,11 +167,6 @@ def test_a_text_of_3000_words_is_scored_whole() -> None:
     assert scores.rouge_l == pytest.approx(50.0, abs=1e-5)
 
 
-def test_no_pairs_give_no_scores() -> None:
-    """An empty dev set is not a mistake here."""
-    assert summarize([]) == {}
-
-
 def test_the_summary_is_the_mean_over_all_pairs() -> None:
     """E1: a pair with an empty side counts as 0 in the mean, and values carry 4 decimals."""
     scores = [
@@ -212,6 +175,7 @@ def test_the_summary_is_the_mean_over_all_pairs() -> None:
         PairScores(100.0, 50.0, 0.0, 10.00003, 0.0),
     ]
     expected = {"rouge-1": 66.6667, "rouge-2": 33.3333, "rouge-l": 33.3333, "bleu-4": 6.6667, "exact-match": 33.3333}
+    assert summarize([]) == {}
     assert summarize(scores) == expected
     assert list(summarize(scores)) == list(METRIC_NAMES)
 
@@ -224,13 +188,8 @@ def test_scoring_prints_nothing_leaves_no_file_and_needs_no_torch(tmp_path: Path
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy or not scores.rouge_l else 0)"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(tmp_path)),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "always", "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(tmp_path))
+    command = [sys.executable, "-W", "always", "-c", program]
+    done = subprocess.run(command, env=os.environ | temporary, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
