@@ -242,7 +242,7 @@ def build_trainer(
         termination=termination,
         max_tokens_per_pass=tokens_per_pass(config, args),
         images=images,
-        callbacks=[RunLog(prepared.plan.output_dir, title, is_main_process(), show_notice)],
+        callbacks=[RunLog(prepared.plan.output_dir, title, show_notice)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

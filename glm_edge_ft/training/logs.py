@@ -31,15 +31,13 @@ class RunLog(TrainerCallback):
     Args:
         output_dir: the run's folder.
         title: heading of the curve.
-        show: whether to print lines; `disable_tqdm` switches off the bar alone.
         warn: shows one line to the user.
     """
 
-    def __init__(self, output_dir: Path, title: str, show: bool, warn: Callable[[str], None]) -> None:
+    def __init__(self, output_dir: Path, title: str, warn: Callable[[str], None]) -> None:
         self.metrics_file = output_dir / METRICS_FILE
         self.curve_file = output_dir / CURVE_FILE
         self.title = title
-        self.show = show
         self.warn = warn
         self.waiting: list[str] = []  # lines that could not be written
         self.curve_failed = False
@@ -54,7 +52,7 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         cut_back(self.metrics_file, state.global_step)
-        if self.show and not args.disable_tqdm:
+        if not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", leave=False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -78,7 +76,7 @@ class RunLog(TrainerCallback):
             record["peak_memory_bytes"] = peak_memory()
         self._write(json.dumps(record) + "\n")
         line = self._line(state, logs)
-        if self.show and line:
+        if line:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 

@@ -11,7 +11,10 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import typer
 
@@ -50,13 +53,17 @@ def make_long_pair(words: int) -> Pair:
 
 def score_ours(pairs: Sequence[Pair]) -> list[list[float]]:
     """Return the scores of each pair as a run computes them, with two processes where there is enough to do."""
-    from glm_edge_ft.training.predictions import PairScorer
+    from glm_edge_ft.training.predictions import PredictionsWriter
 
-    characters = sum(len(prediction) + len(reference) for prediction, reference in pairs)
-    with PairScorer(2, characters, warn=sys.exit) as scorer:
-        batches = [pairs[start : start + 16] for start in range(0, len(pairs), 16)]
-        futures = [(scorer.submit(batch), batch) for batch in batches]
-        scores = [one.as_dict() for future, batch in futures for one in scorer.result(future, batch)]
+    context: Any = SimpleNamespace(scoring_processes=2, warn=sys.exit, decode=str)
+    place = {"file": "dev.jsonl", "line": 1, "turn": 1, "images": (), "prompt_ids": ()}
+    prompts: Any = [SimpleNamespace(**place, reference=reference) for _, reference in pairs]
+    replies = {index: prediction for index, (prediction, _) in enumerate(pairs)}
+    with TemporaryDirectory() as folder, PredictionsWriter(Path(folder) / "eval-1.jsonl", prompts, context) as writer:
+        for batch in (range(start, min(start + 16, len(pairs))) for start in range(0, len(pairs), 16)):
+            writer.add({index: replies[index] for index in batch})
+        writer.finish()
+    scores = [writer.scores[index].as_dict() for index in range(len(pairs))]
     return [[score[name] for name in NAMES] for score in scores]
 
 

@@ -41,8 +41,8 @@ def echo(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_:
     return input_ids[:, -1:]
 
 
-def tools(generate: Any, said: list[str]) -> GenerationContext:
-    """Return tools whose model is a function."""
+def make_context(generate: Any, said: list[str]) -> GenerationContext:
+    """Return a context whose model is a function."""
     collator = PaddedCollator(0, "left")
     return GenerationContext(
         generate=generate,
@@ -56,7 +56,9 @@ def tools(generate: Any, said: list[str]) -> GenerationContext:
 
 def evaluate(path: Path, generate: Any = echo, batch_size: int = 2) -> dict[str, float]:
     """Evaluate the samples in one process."""
-    return generate_and_score(torch.nn.Identity(), RankWorkload(SAMPLES, batch_size, CPU), tools(generate, []), path)
+    return generate_and_score(
+        torch.nn.Identity(), RankWorkload(SAMPLES, batch_size, CPU), make_context(generate, []), path
+    )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ class CountedRows:
 
 
 def hand_out(rows: CountedRows, model: Any, options: Any) -> CountedRows:
-    """Be the `start_continuous_batch` of tools."""
+    """Be the `start_continuous_batch` of a context."""
     return rows
 
 
@@ -116,7 +118,7 @@ def test_rows_that_are_refilled_answer_each_prompt_once_in_the_room_of_a_batch(
         rows = CountedRows()
         asked: list[None] = []
         share = RankWorkload(prompts, size, CPU, rank, world, functools.partial(asked.append, None))
-        refilling = replace(tools(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
+        refilling = replace(make_context(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
         for replies in generate_replies(torch.nn.Identity(), refilling, share):
             assert all(ids == [number] for number, ids in replies.items())
             answered += replies
@@ -134,7 +136,7 @@ def test_short_prompts_go_in_more_at_once_than_the_batch_size() -> None:
     rows = CountedRows()
     prompts = [Sample([1] * length, "", number + 1) for number, length in enumerate([200] + [5] * 40)]
     share = RankWorkload(prompts, 4, CPU)
-    refilling = replace(tools(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
+    refilling = replace(make_context(echo, []), start_continuous_batch=functools.partial(hand_out, rows))
     assert sum(len(replies) for replies in generate_replies(torch.nn.Identity(), refilling, share)) == 41
     assert max(count for count, _ in rows.seen) > 8
 

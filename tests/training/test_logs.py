@@ -62,7 +62,7 @@ def test_there_is_no_table_without_two_evaluations() -> None:
 
 def test_the_log_line_tells_where_the_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Step, loss, learning rate, gradient norm, tokens per second and the time left; the file has the memory too."""
-    log = RunLog(tmp_path, "title", show=True, warn=print)
+    log = RunLog(tmp_path, "title", warn=print)
     arguments = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, report_to="none")
     state, control = TrainerState(max_steps=100), TrainerControl()
     log.on_train_begin(arguments, state, control)
@@ -92,7 +92,7 @@ def test_the_peak_of_memory_stays_after_what_made_it_is_gone() -> None:
 def test_a_log_that_cannot_be_written_is_kept_for_later(tmp_path: Path) -> None:
     """Half a line is never left behind, the order stays, and both ends are said once."""
     said: list[str] = []
-    log = RunLog(tmp_path, "title", show=False, warn=said.append)
+    log = RunLog(tmp_path, "title", warn=said.append)
     arguments = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, report_to="none")
     state, control = TrainerState(max_steps=100), TrainerControl()
     file = tmp_path / "metrics.jsonl"
