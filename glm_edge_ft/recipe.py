@@ -146,20 +146,21 @@ def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], t
 
 def train_and_evaluate(trainer: GlmEdgeTrainer, plan: Plan, evaluations: Mapping[str, EvaluationData]) -> None:
     """Take the steps that are left, save the final model and evaluate it."""
+    from glm_edge_ft.training.finished_run import final_step, has_steps_left, restore
     from glm_edge_ft.training.logs import forget_evaluations
 
-    finished = plan.resume.path is not None and not trainer.has_steps_left(plan.resume.path)
+    finished = plan.resume.path is not None and not has_steps_left(trainer, plan.resume.path)
     if finished:
         assert plan.resume.path is not None
         show_notice(f"{plan.resume.path} has all steps behind it: nothing is trained, evaluation follows")
-        trainer.restore(plan.resume.path)
-        forget_evaluations(plan.output_dir / METRICS_FILE, trainer.final_step())
+        restore(trainer, plan.resume.path)
+        forget_evaluations(plan.output_dir / METRICS_FILE, final_step(trainer))
     else:
         trainer.train(resume_from_checkpoint=str(plan.resume.path) if plan.resume.path else None)
         if trainer.state.global_step == 0:
             raise RunStopped("the run took no step: training_args and the training rows leave none to take")
     trainer.save_model()
-    trainer.state.global_step = trainer.final_step()  # what follows is said of the model that is kept
+    trainer.state.global_step = final_step(trainer)  # what follows is said of the model that is kept
     try:
         evaluate(trainer, evaluations, always=finished)
     except Terminated:
@@ -295,9 +296,11 @@ def images_seen_again(prepared: Prepared) -> list[str]:
 
 def evaluate(trainer: GlmEdgeTrainer, evaluations: Mapping[str, EvaluationData], always: bool) -> None:
     """Evaluate the final model on `val`, unless training just did, and on `test`."""
+    from glm_edge_ft.training.finished_run import best_or_last_evaluation, final_step
+
     wants_val = "val" in evaluations and trainer.args.eval_strategy != "no"
-    last = trainer.best_or_last_evaluation()
-    if wants_val and (always or last is None or last["step"] != trainer.final_step()):
+    last = best_or_last_evaluation(trainer)
+    if wants_val and (always or last is None or last["step"] != final_step(trainer)):
         trainer.evaluate(evaluations["val"], metric_key_prefix="eval")
     if "test" in evaluations:
         trainer.evaluate(evaluations["test"], metric_key_prefix="test")
@@ -305,9 +308,10 @@ def evaluate(trainer: GlmEdgeTrainer, evaluations: Mapping[str, EvaluationData],
 
 def show_results(trainer: GlmEdgeTrainer, plan: Plan) -> None:
     """Print the metrics before and after, and the names of what was written."""
+    from glm_edge_ft.training.finished_run import best_or_last_evaluation
     from glm_edge_ft.training.logs import format_comparison
 
-    table = format_comparison(trainer.state.log_history, trainer.best_or_last_evaluation())
+    table = format_comparison(trainer.state.log_history, best_or_last_evaluation(trainer))
     if table and trainer.args.eval_strategy != "no":
         show("\n" + table)
     folder = plan.output_dir

@@ -166,10 +166,10 @@ def test_afterwards_the_signal_is_noted() -> None:
     """One process knows at once; a second signal changes nothing."""
     with Termination() as termination:
         termination.defer(torch.device("cpu"))
-        assert (termination.agreed(), termination.agreed_before()) == (False, False)
+        assert (termination.poll_stop(), termination.poll_stop_async()) == (False, False)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-            assert (termination.agreed(), termination.agreed_before()) == (True, True)
+            assert (termination.poll_stop(), termination.poll_stop_async()) == (True, True)
 
 
 def test_a_forked_process_dies_of_the_signal_as_ever() -> None:
@@ -187,4 +187,4 @@ def test_a_forked_process_dies_of_the_signal_as_ever() -> None:
         os.read(ready, 1)
         os.kill(child, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
-        assert not termination.agreed()
+        assert not termination.poll_stop()

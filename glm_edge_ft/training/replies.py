@@ -90,3 +90,10 @@ class GenerationContext:
     scoring_processes: int = 1
     loader_processes: int = 0
     show_progress: bool = True
+
+
+class ImageFeatureSource(Protocol):
+    """What adds to a batch what loader processes leave out of images, and may keep it for later batches."""
+
+    def add_image_features(self, batch: Mapping[str, Any]) -> dict[str, Any]: ...
+    def remove(self) -> None: ...

@@ -1,9 +1,9 @@
-"""SIGTERM, by which a cluster takes its machine back: what a run still does before it goes.
+"""SIGTERM, by which a cluster takes its machine back: what a run still does before it ends.
 
-Before training there is nothing to save, and the run ends at once. From then on the signal is noted; at the next good
-moment (the end of a step, the next batch of an evaluation, whose replies break off) all processes agree that one of
-them was asked to go, save a whole checkpoint together and end. torchrun hands the signal on to its workers and kills
-them 30 seconds later.
+Before training there is nothing to save, and the run ends at once. From then on the signal is noted. At the end of a
+step, or at the next batch of an evaluation, all processes agree that one of them was asked to stop, save a whole
+checkpoint together and end. torchrun sends the signal to its workers and kills them 30 seconds later. transformers'
+`enable_jit_checkpoint` does not serve: its processes do not agree on the step, and it cannot stop an evaluation.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 
 class Terminated(RunStopped):
-    """SIGTERM ended the run; raised in all processes alike once training has begun."""
+    """SIGTERM ended the run; once training has begun all processes raise it at the same point."""
 
 
 class Termination:
-    """Whether the run was asked to end; as a context it answers SIGTERM, of which a second one changes nothing."""
+    """Whether the run was asked to end. As a context manager it handles SIGTERM; a second signal changes nothing."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
+        """Whether this process was asked; the others may not know yet."""
         self._is_deferred = False
         self._owner = os.getpid()
         self._before: Any = None
@@ -37,69 +38,63 @@ class Termination:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def __enter__(self) -> Termination:
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers there alone
-            self._before = signal.signal(signal.SIGTERM, self._answer)
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
+            self._before = signal.signal(signal.SIGTERM, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _answer(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         if os.getpid() != self._owner:  # a process that was forked from this one
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
         elif self._is_deferred:
-            self._asked = True
+            self.asked = True
         else:
             self._is_deferred = True
             raise Terminated("by SIGTERM before training began; there was nothing to save")
 
     def defer(self, device: torch.device) -> None:
-        """From now on note the signal, for `agreed` and `agreed_before` to tell; they compute on `device`."""
+        """From now on note the signal, for `poll_stop` and `poll_stop_async`, whose collectives use `device`."""
         self._is_deferred = True
         self._device = device
 
-    @property
-    def asked(self) -> bool:
-        """Whether this process was asked to end; the others may not know yet."""
-        return self._asked
-
-    def agreed(self) -> bool:
+    def poll_stop(self) -> bool:
         """Return whether any process was asked to end. All processes must call this at the same point of the run."""
-        asked_before = self.agreed_before()  # which begins a new question
-        return asked_before | self._take_answer()
+        asked_before = self.poll_stop_async()  # which starts a new collective
+        return asked_before | self._finish_pending()
 
-    def agreed_before(self) -> bool:
-        """Return what `agreed` would have at the last call, so that no process waits for one that is behind.
+    def poll_stop_async(self) -> bool:
+        """Return what `poll_stop` would have returned at the last call, so that no process waits for a slower one.
 
-        One process alone knows at once. All processes must call this as many times.
+        One process alone knows at once. All processes must call this equally often.
         """
-        if not _is_shared():
-            return self._asked
         import torch
 
-        answer = self._take_answer()
-        flag = torch.tensor([int(self._asked)], device=self._device)
+        if not torch.distributed.is_initialized():
+            return self.asked
+        answer = self._finish_pending()
+        flag = torch.tensor([int(self.asked)], device=self._device)
         self._pending = flag, torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
         return answer
 
-    def _take_answer(self) -> bool:
+    def stop_evaluation(self) -> None:
+        """Raise Terminated where `poll_stop_async` says so, between batches of an evaluation."""
+        if self.poll_stop_async():
+            raise Terminated("by SIGTERM in an evaluation")
+
+    def _finish_pending(self) -> bool:
         if self._pending is None:
-            return self._asked and not _is_shared()
+            return False
         (flag, work), self._pending = self._pending, None
         work.wait()
         return bool(flag.item())
 
 
-def _is_shared() -> bool:
-    import torch
-
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def leave_signals_to_parent() -> None:
-    """Prepare a helper process: a terminal's Ctrl-C and a cluster's SIGTERM reach all, and the main one answers them.
+    """Let a helper process ignore Ctrl-C and SIGTERM, which reach all processes; the main one handles them.
 
     A loader process that died of it would end the run before its checkpoint is written.
     """
@@ -108,9 +103,9 @@ def leave_signals_to_parent() -> None:
 
 
 def end_helper_processes() -> None:
-    """End the loader processes that a run which broke off left behind; the interpreter would wait for them at its end.
+    """Kill the loader processes of a run that broke off, last of all; the interpreter would wait for them at its end.
 
-    They do not hear the SIGTERM that it sends them (see `leave_signals_to_parent`). Called when all else is done.
+    They ignore the SIGTERM that it sends them (see `leave_signals_to_parent`).
     """
     helpers = [child for child in multiprocessing.active_children() if child.daemon]
     if not helpers or sys.platform == "win32":
