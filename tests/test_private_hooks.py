@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterator
 from functools import cache, reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,7 @@ def names_of_libraries() -> set[str]:
 def digest_of(place: str) -> str:
     """Return a digest of a function's source without its white space; `place` is `module:qualified.name`."""
     module, _, name = place.partition(":")
-    function = reduce(getattr, name.split("."), importlib.import_module(module))
+    function: Any = reduce(getattr, name.split("."), importlib.import_module(module))
     return hashlib.sha256("".join(inspect.getsource(inspect.unwrap(function)).split()).encode()).hexdigest()[:12]
 
 

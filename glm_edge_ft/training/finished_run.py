@@ -52,4 +52,4 @@ def best_or_last_evaluation(trainer: GlmEdgeTrainer) -> Mapping[str, float] | No
     """Return the log event of the evaluation of the model that was kept, else of the last one, or None."""
     evaluations = [event for event in trainer.state.log_history if "eval_loss" in event]
     of_final_step = [event for event in evaluations if event["step"] == final_step(trainer)]
-    return (of_final_step or evaluations or [None])[-1]
+    return next(reversed(of_final_step or evaluations), None)

@@ -31,8 +31,8 @@ class RunCallback(TrainerCallback):
         self.trainer.find_best_checkpoint()
         if state.global_step > 0:  # a kill may have come between a new checkpoint and the removal of an old one
             self.trainer.remove_old_checkpoints()
-        stored: Any = state.stateful_callbacks.get("TrainerControl", {})
-        was_due = stored.get("args", {}).get("should_evaluate", False) and state.global_step > 0
+        stored: Any = state.stateful_callbacks  # its annotation is that of the constructor's argument
+        was_due = stored.get("TrainerControl", {}).get("args", {}).get("should_evaluate", False)
         self.begins_with_evaluation = was_due and args.eval_strategy != "no" and self.trainer.eval_dataset is not None
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

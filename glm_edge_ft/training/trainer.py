@@ -94,7 +94,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self._tokens_since_log = 0  # tokens of this process without padding, for the throughput in the log
         self._clock_since_log = 0.0  # time.perf_counter() of the last training line, moved on by every pause since
         self._use_cache_as_released = bool(kwargs["model"].config.use_cache)
-        base = kwargs["model"].get_base_model() if isinstance(kwargs["model"], PeftModel) else kwargs["model"]
+        base: Any = kwargs["model"].get_base_model() if isinstance(kwargs["model"], PeftModel) else kwargs["model"]
         self._count_images = getattr(base.get_decoder(), "count_images", None)
         self.epoch_sampler: LengthGroupedEpochSampler | None = None
         self._staging: Path | None = None
