@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "glm_edge_ft"
 
 # What holds today; lower a number with the change that makes it smaller. The goal stands beside it.
-MOST_LINES = 21_340  # 13,500
-MOST_MODULES = 127  # 80
-MOST_FILES_AT_THE_ROOT = 11  # 10
-MOST_PROBES = 63  # 13, 1 in 1,000 lines: calls of getattr and hasattr
-MOST_UPWARD_IMPORTS = 8  # 0
-MOST_CIRCLES = 1  # 0
-MOST_MUTUAL_ROOMS = 5  # 0
+MOST_LINES = 19_900  # 13,500
+MOST_MODULES = 119  # 80
+MOST_FILES_AT_THE_ROOT = 10
+MOST_PROBES = 58  # 13, 1 in 1,000 lines: calls of getattr and hasattr
+MOST_UPWARD_IMPORTS = 2  # 0
+MOST_CIRCLES = 0
+MOST_MUTUAL_ROOMS = 1  # 0
 
 # From low to high: a room imports from its own row and the rows above it here.
 LEVELS = (
@@ -30,7 +30,7 @@ LEVELS = (
     {"config"},
     {"data", "model", "training"},
     {"run"},
-    {"run_record", "output_lock", "failures", "checks"},
+    {"failures", "checks"},
     {"recipe", "deploy", "report"},
     {"cli", "__main__"},
 )
