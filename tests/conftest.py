@@ -163,11 +163,10 @@ def make_encoder(make_tokenizer: TokenizerMaker) -> EncoderMaker:
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes values one a line and returns the file."""
+    from tests.runs import write_jsonl
 
     def write(rows: Iterable[Any], name: str = "train.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return path
+        return write_jsonl(tmp_path / name, rows)
 
     return write
 

@@ -6,7 +6,6 @@ what tools return into a user's turn, which neighbouring tool turns share. Reaso
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from data.embedded import layout as nano
+from tests.runs import write_jsonl
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")  # tokens of their own, and text all the same
@@ -149,8 +149,6 @@ def tool_row() -> dict[str, Any]:
 
 def write_rows(folder: Path, rows: list[dict[str, Any]], *names: str) -> Path:
     """Write the rows into each of the files `names` of a folder; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / name).write_text(text, encoding="utf-8")
+        write_jsonl(folder / name, rows)
     return folder

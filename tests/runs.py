@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,17 @@ def conversation(number: int, turns: int = 1) -> dict[str, Any]:
     return {"messages": messages}
 
 
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    """Write values one a line, and the folder where it is missing; returns the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def write_chat_data(folder: Path, train: int = 18) -> Path:
     """Write `train` training rows, 5 dev and 3 test rows of one or two turns; returns the folder."""
-    folder.mkdir(parents=True)
     for name, numbers in (("train", range(train)), ("dev", range(20, 25)), ("test", range(30, 33))):
-        rows = [conversation(number, turns=1 + number % 2) for number in numbers]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_jsonl(folder / f"{name}.jsonl", (conversation(number, turns=1 + number % 2) for number in numbers))
     return folder
 
 

@@ -20,7 +20,7 @@ from glm_edge_ft.checks.arguments import check_batches
 from glm_edge_ft.errors import UserError
 from tests.collective_ranks import KINDS
 from tests.launch import REPOSITORY, ZERO_2, ZERO_3, launch, start, start_script
-from tests.runs import LORA, PREFIX, do_run, losses, metrics, weights
+from tests.runs import LORA, PREFIX, do_run, losses, metrics, weights, write_jsonl
 from tests.vision_folders import draw, image_part, save_vision_folder, text_part, turns, write_vision_data
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is there on Linux alone")
@@ -102,9 +102,7 @@ def write_replies(folder: Path, has_images: bool) -> Path:
                 rows.append(turns([image_part(str(picture)), text_part(question)], reply))
             else:
                 rows.append(turns(question, reply))
-        folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_jsonl(folder / f"{name}.jsonl", rows)
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from tests.launch import REPOSITORY
-from tests.runs import write_config
+from tests.runs import write_config, write_jsonl
 from tests.vision_folders import draw, save_vision_folder
 
 
@@ -90,7 +90,7 @@ def test_what_a_row_of_another_tool_means_reaches_the_run(tmp_path: Path, backen
         {"messages": turns, "label": False},
         {"messages": turns},
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     convert = ("-m", "glm_edge_ft", "convert", "~/rows.jsonl", "~/linked/train.jsonl", "--from", "qwen-vl")
     done = command(tmp_path, *convert, "--images", "~/disk/pictures")
     assert done.returncode == 0, done.stderr

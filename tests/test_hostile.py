@@ -35,7 +35,7 @@ from glm_edge_ft.training.checkpoints import MANIFEST
 from tests.conftest import TEMPLATES, TokenizerMaker
 from tests.launch import REPOSITORY, ZERO_2, launch, start_script
 from tests.model_folders import save_model_folder
-from tests.runs import do_run, write_chat_data, write_config
+from tests.runs import do_run, write_chat_data, write_config, write_jsonl
 from tests.vision_folders import image_part, save_vision_folder, text_part, turns
 
 pytestmark = pytest.mark.fault(by_default=True)
@@ -151,18 +151,13 @@ def test_a_path_out_of_the_data_folder_shows_nothing_of_the_file(
     assert not (tmp_path / "output").exists()
 
 
-def write_rows(path: Path, rows: list[Any]) -> None:
-    """Write rows as JSONL."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def test_what_is_no_picture_gives_a_short_line_a_row(tmp_path: Path, backend: Tokenizer) -> None:
     """K26, K27: content and URLs as paths, what is no picture, and numbers without a place in 8 bits, in one run."""
     save_vision_folder(tmp_path / "model", backend)
     data = tmp_path / "data"
     data.mkdir()
     content = base64.b64encode(os.urandom(300_000)).decode()
-    write_rows(data / "train.jsonl", [turns([image_part(content), text_part("hello")], "fine")] * 25)
+    write_jsonl(data / "train.jsonl", [turns([image_part(content), text_part("hello")], "fine")] * 25)
     (data / "pointer.png").write_text(f"{LFS_POINTER.decode()}.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (data / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     Image.fromarray(np.array([[0, 255]], dtype=np.int32)).save(data / "32.tiff")
@@ -172,7 +167,7 @@ def test_what_is_no_picture_gives_a_short_line_a_row(tmp_path: Path, backend: To
     names += [f"data:image/png;base64,{content}", "s3://bucket/a.png", "https://example.org/a.png?" + "a" * 9999]
     rows: list[Any] = [turns([image_part(name), text_part("hello")], "fine") for name in names]
     rows.append({"messages": [{"role": content, "content": "hello"}, {"role": "assistant", "content": "fine"}]})
-    write_rows(data / "dev.jsonl", rows)
+    write_jsonl(data / "dev.jsonl", rows)
     config = write_config(tmp_path / "output", val="dev.jsonl")
     arguments = [str(data), str(tmp_path / "model"), str(config), "--check"]
     variables = {"GLM_EDGE_FT_CACHE": str(tmp_path / "cache")}

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tests.launch import REPOSITORY, start_script
-from tests.runs import write_config
+from tests.runs import write_config, write_jsonl
 from tests.vision_folders import draw
 
 USER = {"role": "user", "content": "how are you"}
@@ -27,12 +27,6 @@ def check(script: str, folder: Path, model: Path, code: int, **config: Any) -> s
     return start_script(REPOSITORY / script, arguments, log, processes=1, environment=environment).end(code)
 
 
-def write_lines(path: Path, rows: list[Any]) -> None:
-    """Write rows one a line."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def test_json_lines_and_parquet_say_the_same(chat_folder: Path) -> None:
     """K20, K21: what is not learned, dropped, and named is the same in `.jsonl`, `.json` and `.parquet`."""
     rows: list[dict[str, Any]] = [
@@ -40,7 +34,7 @@ def test_json_lines_and_parquet_say_the_same(chat_folder: Path) -> None:
         {"messages": [USER, {**REPLY, "weight": 0}]},
         {"messages": [USER, {**REPLY, "reasoning_content": "hm"}], "blob": "x"},
     ]
-    write_lines(chat_folder / "data" / "train.jsonl", rows)
+    write_jsonl(chat_folder / "data" / "train.jsonl", rows)
     (chat_folder / "data" / "dev.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     rows[2]["blob"] = b"x"
     table = pyarrow.Table.from_pylist([{"messages": [], "source": "", "blob": b""}, *rows])[1:]
@@ -74,8 +68,8 @@ def test_bad_rows_and_bad_images_are_refused_in_one_go(tmp_path: Path, vision_mo
         [USER, {**REPLY, "image": "a.png"}],
         {"messages": [USER, REPLY], "image": "gone.png"},
     ]
-    write_lines(tmp_path / "data" / "train.jsonl", rows)
-    write_lines(tmp_path / "data" / "dev.jsonl", [rows[1]])
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "data" / "dev.jsonl", [rows[1]])
     said = check("finetune_vision.py", tmp_path, vision_model, 2, val="dev.jsonl")
     assert re.findall(r"^(?:error: |- )?\s*((?:train|dev)\.jsonl:\d+)", said, re.MULTILINE) == [
         *(f"train.jsonl:{line}" for line in (2, 3, 4, 5, 7, 8, 9)),

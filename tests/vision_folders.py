@@ -20,6 +20,7 @@ from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
 from tests.data.test_images import PREPROCESSOR
 from tests.data.vision import literal_template, vision_tokenizer
 from tests.model_folders import tiny_config
+from tests.runs import write_jsonl
 
 SIDE, PLACEHOLDERS = 112, 18
 COLOURS = ("red", "green", "blue", "yellow")
@@ -92,7 +93,5 @@ def write_vision_data(folder: Path, train: int = 12, others: int = 4) -> Path:
                 rows.append(turns([image, question], [text_part(colour)], "are you fine?", "I am"))
             else:
                 rows.append(turns([image, question] if number % 2 else [question, image], colour))
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_jsonl(folder / f"{name}.jsonl", rows)
     return folder

@@ -20,7 +20,7 @@ from glm_edge_ft.model.activations import BatchShape
 from glm_edge_ft.run import Prepared, RunRequest
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
-from tests.runs import LORA
+from tests.runs import LORA, write_jsonl
 from tests.vision_folders import PLACEHOLDERS, SIDE, save_vision_folder, write_vision_data
 
 GIGABYTE = 10**9
@@ -36,7 +36,7 @@ def chat(tmp_path: Path, make_tokenizer: TokenizerMaker, monkeypatch: pytest.Mon
         {"messages": [{"role": "user", "content": "how are you?"}, {"role": "assistant", "content": reply}]}
         for reply in replies
     ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(tmp_path / "train.jsonl", rows)
     config = tmp_path / "run.yaml"
     settings = {"output_dir": str(tmp_path / "output"), "per_device_train_batch_size": 2, "max_steps": 2}
     content = {"data_config": {"train_file": "train.jsonl"}, "max_output_length": 1024, "training_args": settings}

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, do_run
+from tests.runs import LORA, PREFIX, do_run, write_jsonl
 from tests.vision_folders import save_vision_folder, write_vision_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,9 +84,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for question, answer in TURNS[:count] if count > 1 else TURNS[len(rows) : len(rows) + 1]:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows.append({"messages": messages})
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for name in ("train", "test"):
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_jsonl(folder / f"{name}.jsonl", rows)
     return folder
 
 

@@ -14,6 +14,7 @@ from tests.runs import (
     LORA,
     conversation,
     losses,
+    write_jsonl,
 )
 
 Run = Callable[..., Path]
@@ -24,8 +25,7 @@ def test_dropped_rows_are_said_by_the_run_itself(run: Run, tmp_path: Path, capsy
     rows = [conversation(number) for number in range(4)]
     rows[2]["messages"].insert(0, {"role": "system", "content": "hello there my friend " * 20})
     data = tmp_path / "with-system"
-    data.mkdir()
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(data / "train.jsonl", rows)
     for _ in range(2):
         run(max_steps=1, save_strategy="no", data_dir=data, top={"max_input_length": 40, "max_output_length": 8})
         assert "train: 1 rows dropped: train.jsonl:3: " in capsys.readouterr().err

@@ -23,7 +23,18 @@ from glm_edge_ft.model.glm_edge_v_config import VISION_PREFIX
 from glm_edge_ft.run import RunRequest
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, assert_close, assert_same_bits, do_run, losses, metrics, weights, write_chat_data
+from tests.runs import (
+    LORA,
+    PREFIX,
+    assert_close,
+    assert_same_bits,
+    do_run,
+    losses,
+    metrics,
+    weights,
+    write_chat_data,
+    write_jsonl,
+)
 from tests.vision_folders import (
     PLACEHOLDERS,
     draw,
@@ -59,9 +70,7 @@ def rows(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / "rows"
         for number in range(4):
             draw(folder / f"{number}.png", number)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-        (folder / "train.jsonl").write_text(lines, encoding="utf-8")
-        return folder
+        return write_jsonl(folder / "train.jsonl", written).parent
 
     return write
 
