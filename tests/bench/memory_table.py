@@ -1,4 +1,4 @@
-"""The README's table: what the released models need, for each way to train and to share, as Markdown.
+"""The tables of configs/README.md: what the released models need, for each way to train and to share, as Markdown.
 
     python -m tests.bench.memory_table                  # all four models, some two minutes
     python -m tests.bench.memory_table glm-edge-1.5b-chat
