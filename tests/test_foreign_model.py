@@ -1,4 +1,4 @@
-"""A chat model of another family, from preview to merge: each row of the table in glm_edge_ft/deploy/README.md of what works for such models."""
+"""A chat model of another family, from preview to merge: each row of the table in glm_edge_ft/deploy/README.md."""
 
 from __future__ import annotations
 
