@@ -128,7 +128,7 @@ def train_together(prepared: Prepared, evaluations: dict[str, EvaluationData], t
         write_run_record(record, checkpoint)
 
     trainer = build_trainer(prepared, evaluations, termination, write_records)
-    record["computed"], lines = describe_computation(trainer, attention_of(prepared).said)
+    record["computed"], lines = describe_computation(trainer, attention_of(prepared).description)
     show(f"{describe_model(prepared)}\n{lines}")
     termination.defer(trainer.args.device)  # from here on SIGTERM may find something worth saving
     make_room(plan)  # not before all that can go wrong has gone right: an earlier run stays where it is until then

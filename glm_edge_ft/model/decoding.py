@@ -1,8 +1,8 @@
 """Greedy replies of many prompts at once, in which a row that is finished makes room for the next prompt.
 
-`generate` computes a batch until its longest reply ends, finished rows included. Here finished rows are taken out
-of the cache and new prompts join those that are under way; the tokens of each row are those of greedy generation by
-itself.
+`generate` computes a batch until its longest reply ends, finished rows included. Here finished rows are taken out of
+the cache and new prompts join those that are still being generated (continuous batching); the tokens of each row are
+those of greedy generation by itself.
 
     row 1  . . p p p p r r r r r        a prompt (p) and its reply so far (r), all padded on the left (.)
     row 2  . . . . . . p p p r r        joined two steps ago
@@ -21,7 +21,7 @@ from transformers.generation import GenerationMode
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 ROOM = 64
-"""Columns that a cache gets at once, so that a step copies its own tokens alone."""
+"""Columns by which a cache grows, so that most steps copy only their own tokens."""
 _FINISHED_SHARE = 4  # finished rows are taken out when they are one in so many
 
 
@@ -29,8 +29,8 @@ class ContinuousBatch:
     """Rows whose replies are being generated.
 
     Attributes:
-        numbers: what the caller knows each row by.
-        max_new_tokens: where a reply ends that does not stop by itself.
+        numbers: the caller's number of each row.
+        max_new_tokens: the most tokens of a reply.
     """
 
     def __init__(self, model: Any, config: GenerationConfig, stopping_criteria: Sequence[Any] = ()) -> None:
@@ -38,13 +38,13 @@ class ContinuousBatch:
 
         Args:
             model: may carry an adapter.
-            config: complete; see `can_refill`.
+            config: complete; see `start_continuous_batch`.
             stopping_criteria: end all rows as they are when one of them says so.
         """
-        peft_config = getattr(model, "active_peft_config", None)
+        peft_config = _peft_config(model)
         self._has_prefix = peft_config is not None and peft_config.is_prompt_learning
         self._adapted = model
-        self._model = model.get_base_model() if peft_config is not None else model
+        self._model = model if peft_config is None else model.get_base_model()
         self._criteria = stopping_criteria
         stops = config.eos_token_id if config.eos_token_id is not None else []
         self._stop_ids = frozenset([stops] if isinstance(stops, int) else stops)
@@ -66,11 +66,11 @@ class ContinuousBatch:
         """Let prompts join, each with its first new token; return what is finished, as `step` does.
 
         Args:
-            numbers: what each row is known by.
+            numbers: the caller's number of each row.
             input_ids, attention_mask: `(batch, length)`, padded on the left.
             images: of the rows, as the model takes them.
         """
-        self._take_out_finished()
+        self._remove_finished()
         count = len(numbers)
         layers = _growing_layers(self._model, self._adapted.get_prompt(count) if self._has_prefix else None)
         prefix = layers[0].get_seq_length()
@@ -81,7 +81,7 @@ class ContinuousBatch:
         self.numbers += numbers
         self._replies += [[] for _ in numbers]
         self._is_finished += [False] * count
-        return self._take(new, first=len(self.numbers) - count)
+        return self._append(new, first=len(self.numbers) - count)
 
     @torch.no_grad()
     def step(self) -> dict[int, list[int]]:
@@ -89,7 +89,7 @@ class ContinuousBatch:
         self._mask = pad(self._mask, (0, 1), value=1)
         last = torch.tensor([[reply[-1]] for reply in self._replies], device=self._mask.device)
         positions = self._mask.sum(dim=1, keepdim=True) - 1
-        return self._take(self._forward(last, self._mask, positions, self._layers, {}), first=0)
+        return self._append(self._forward(last, self._mask, positions, self._layers, {}), first=0)
 
     def _forward(
         self,
@@ -110,22 +110,20 @@ class ContinuousBatch:
         )
         return [int(token) for token in output.logits[:, -1].float().argmax(dim=-1).tolist()]
 
-    def _take(self, new: Sequence[int], first: int) -> dict[int, list[int]]:
+    def _append(self, new: Sequence[int], first: int) -> dict[int, list[int]]:
         ended = any(bool(criterion(self._mask, None).any()) for criterion in self._criteria)
         done: dict[int, list[int]] = {}
         for row, token in enumerate(new, start=first):
             reply = self._replies[row]
             reply.append(token)
-            if self._is_finished[row]:
-                continue
-            if ended or token in self._stop_ids or len(reply) >= self.max_new_tokens:
+            if not self._is_finished[row] and (ended or token in self._stop_ids or len(reply) >= self.max_new_tokens):
                 self._is_finished[row] = True
                 done[self.numbers[row]] = list(reply)
         if _FINISHED_SHARE * sum(self._is_finished) >= len(self._is_finished):
-            self._take_out_finished()
+            self._remove_finished()
         return done
 
-    def _take_out_finished(self) -> None:
+    def _remove_finished(self) -> None:
         if not any(self._is_finished):
             return
         kept = [row for row, is_finished in enumerate(self._is_finished) if not is_finished]
@@ -137,7 +135,7 @@ class ContinuousBatch:
             return
         rows = torch.tensor(kept, device=self._mask.device)
         mask = self._mask[rows]
-        unused = int(mask.any(dim=0).int().argmax())  # columns in which all of those that are left are padded
+        unused = int(mask.any(dim=0).int().argmax())  # columns in which all rows that are left are padded
         self._mask = mask[:, unused:]
         for layer in self._layers:
             layer.replace(*(states[rows, :, unused:] for states in layer.states()))
@@ -147,8 +145,8 @@ class ContinuousBatch:
             self._layers, self._mask = layers, mask
             return
         width = max(self._mask.shape[1], mask.shape[1])
-        missing = [width - of.shape[1] for of in (self._mask, mask)]
-        self._mask = torch.cat([pad(of, (by, 0)) for of, by in zip((self._mask, mask), missing, strict=True)])
+        missing = [width - one.shape[1] for one in (self._mask, mask)]
+        self._mask = torch.cat([pad(one, (by, 0)) for one, by in zip((self._mask, mask), missing, strict=True)])
         for old, new in zip(self._layers, layers, strict=True):
             joined = []
             for both in zip(old.states(), new.states(), strict=True):
@@ -158,7 +156,7 @@ class ContinuousBatch:
 
 
 def start_continuous_batch(model: Any, options: Mapping[str, Any]) -> ContinuousBatch | None:
-    """Return where replies can be generated with refilling; None where only `generate` does what is asked for.
+    """Return an empty batch; None where only `generate` does what is asked for.
 
     That is where a token depends on more than the largest logit (beams, sampling, penalties), where the cache of the
     model is not one of keys and values for all tokens, and where processes have to compute in step (ZeRO-3).
@@ -169,7 +167,7 @@ def start_continuous_batch(model: Any, options: Mapping[str, Any]) -> Continuous
     """
     if set(options) - {"generation_config", "stopping_criteria"} or is_deepspeed_zero3_enabled():
         return None
-    base = model.get_base_model() if getattr(model, "active_peft_config", None) is not None else model
+    base = model if _peft_config(model) is None else model.get_base_model()
     config, _ = base._prepare_generation_config(options.get("generation_config"))
     special = (config.stop_strings, config.max_time, config.cache_implementation, config.prompt_lookup_num_tokens)
     if any(value is not None for value in special) or not config.use_cache or config.max_new_tokens is None:
@@ -184,12 +182,17 @@ def start_continuous_batch(model: Any, options: Mapping[str, Any]) -> Continuous
     return ContinuousBatch(model, config, tuple(options.get("stopping_criteria") or ()))
 
 
+def _peft_config(model: Any) -> Any:
+    """Return the config of a model's adapter; None where it has none."""
+    return getattr(model, "active_peft_config", None)
+
+
 class _GrowingLayer(DynamicLayer):
-    """A layer that gets `ROOM` columns at once; `keys` and `values` are views of those in use."""
+    """A cache layer that grows by `ROOM` columns at once; `keys` and `values` are views of those in use."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._rooms: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and the values of all tokens, each (batch, heads, tokens, size)."""
@@ -198,7 +201,7 @@ class _GrowingLayer(DynamicLayer):
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Hold other keys and values."""
-        self._rooms.clear()
+        self._buffers.clear()
         self.keys, self.values = keys, values
 
     def update(
@@ -215,16 +218,16 @@ class _GrowingLayer(DynamicLayer):
     def _append(self, name: str, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         used = states.shape[-2] if states.numel() else 0
         width = used + new.shape[-2]
-        room = self._rooms.get(name)
-        if room is None or width > room.shape[-2]:
+        buffer = self._buffers.get(name)
+        if buffer is None or width > buffer.shape[-2]:
             batch, heads, _, size = new.shape
             dtype = torch.promote_types(states.dtype, new.dtype)
-            room = new.new_empty(batch, heads, width + ROOM, size, dtype=dtype)
+            buffer = new.new_empty(batch, heads, width + ROOM, size, dtype=dtype)
             if used:
-                room[:, :, :used] = states
-            self._rooms[name] = room
-        room[:, :, used:width] = new
-        return room[:, :, :width]
+                buffer[:, :, :used] = states
+            self._buffers[name] = buffer
+        buffer[:, :, used:width] = new
+        return buffer[:, :, :width]
 
 
 def _growing_layers(model: Any, prefix: Cache | None) -> list[_GrowingLayer]:

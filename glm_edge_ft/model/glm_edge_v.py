@@ -75,17 +75,12 @@ class GlmEdgeVModel(GlmModel):
         if pixel_values is not None or image_features is not None:
             if input_ids is None:
                 raise ValueError("images need input_ids: the placeholders are found by their id")
-            if image_features is None:
-                assert pixel_values is not None
-                inputs_embeds = self.merge_images(input_ids, pixel_values)
-            else:
-                inputs_embeds = self.merge_features(input_ids, image_features)
-            input_ids = None
+            inputs_embeds, input_ids = self.merge_images(input_ids, pixel_values, image_features), None
         elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
             self.count_images(input_ids, images=0)
             if self._is_vision_shared():
-                nothing = self._blank_image()  # first, as in merge_images: all processes gather weights in one order
-                inputs_embeds = self.embed_tokens(input_ids) + nothing
+                zero = self._blank_image()  # first, as in merge_images: all processes gather weights in one order
+                inputs_embeds = self.embed_tokens(input_ids) + zero
                 input_ids = None
         return super().forward(
             input_ids=input_ids,
@@ -98,56 +93,56 @@ class GlmEdgeVModel(GlmModel):
         )
 
     def _is_vision_shared(self) -> bool:
-        """Whether other processes wait until this one has run its vision part.
+        """Whether other processes wait until this one has run its vision part, so that no batch may leave it out.
 
-        They do where each holds a share of its weights (ZeRO-3), and where its gradients are averaged. A batch without
-        image must then run it all the same.
+        They do where each holds a share of its weights (ZeRO-3), and where its gradients are averaged.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        if torch.distributed.get_world_size() == 1:
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return False
         is_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision.parameters())
         return is_trained or is_deepspeed_zero3_enabled()
 
+    def _image_shape(self) -> tuple[int, int, int]:
+        tower: Any = self.vision.vit.model.vision_model.config
+        return tower.num_channels, tower.image_size, tower.image_size
+
     def _blank_image(self) -> torch.Tensor:
         """Return 0, computed from a black image: nothing is added, and all gradients of the vision part are 0."""
-        tower: Any = self.vision.vit.model.vision_model.config
-        pixels = torch.zeros(1, tower.num_channels, tower.image_size, tower.image_size, device=self.device)
-        return self.vision(pixels).sum() * 0.0
+        return self.vision(torch.zeros(1, *self._image_shape(), device=self.device)).sum() * 0.0
 
-    def merge_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def merge_images(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the input embeddings `(batch, length, hidden)` with each image's vectors in its placeholders' place.
 
-        Images are taken in the order of their placeholders, row by row. Raises ValueError as `count_images`.
+        Images are taken in the order of their placeholders, row by row. `image_features` are vectors that were computed
+        before, `(images, tokens_per_image, hidden)`, and win over pixels. Raises ValueError as `count_images`, and for
+        pixels or vectors of another size.
         """
-        images = self.flatten_images(pixel_values)
-        self.count_images(input_ids, images=len(images))
-        return self._scatter(input_ids, self.vision(images))
-
-    def merge_features(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
-        """Return what `merge_images` does, of vectors `(images, tokens_per_image, hidden)` that were computed before.
-
-        Raises ValueError as `count_images`, and when a vector has another width.
-        """
-        if image_features.shape[1:] != (self.config.tokens_per_image, self.config.hidden_size):
-            expected = f"(images, {self.config.tokens_per_image}, {self.config.hidden_size})"
-            raise ValueError(f"image_features must be {expected}, but have the shape {tuple(image_features.shape)}")
-        self.count_images(input_ids, images=len(image_features))
-        return self._scatter(input_ids, image_features)
-
-    def _scatter(self, input_ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        if image_features is None:
+            assert pixel_values is not None
+            images = self.flatten_images(pixel_values)
+            self.count_images(input_ids, images=len(images))
+            image_features = self.vision(images)
+        else:
+            expected = (self.config.tokens_per_image, self.config.hidden_size)
+            if tuple(image_features.shape[1:]) != expected:
+                shape = tuple(image_features.shape)
+                raise ValueError(f"image_features must be (images, {expected[0]}, {expected[1]}), but are {shape}")
+            self.count_images(input_ids, images=len(image_features))
         embeddings = self.embed_tokens(input_ids)
         is_placeholder = input_ids.eq(self.placeholder_id).unsqueeze(-1).to(embeddings.device)
-        return embeddings.masked_scatter(is_placeholder, vectors.to(embeddings))
+        return embeddings.masked_scatter(is_placeholder, image_features.to(embeddings))
 
     def flatten_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return `(images, channels, side, side)` for that shape or the released `(samples, images, tiles, ...)`.
 
         Raises ValueError when channels and sides are not those of the checkpoint.
         """
-        tower: Any = self.vision.vit.model.vision_model.config
-        expected = (tower.num_channels, tower.image_size, tower.image_size)
+        expected = self._image_shape()
         if pixel_values.dim() < 4 or tuple(pixel_values.shape[-3:]) != expected:
             raise ValueError(f"pixel_values must end in {expected}, but have the shape {tuple(pixel_values.shape)}")
         return pixel_values.reshape(-1, *expected)
@@ -241,7 +236,7 @@ class GlmEdgeVForCausalLM(GlmForCausalLM):
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat rows for beams and samples, and the images of each row with it.
 
-        transformers repeats each image by itself, which mixes up rows with two images or more.
+        transformers repeats each image on its own, which mixes up rows with two images or more.
         """
         images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
         images = {name: of_batch for name, of_batch in images.items() if of_batch is not None}
@@ -257,7 +252,7 @@ class GlmEdgeVForCausalLM(GlmForCausalLM):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """Leave the vectors of images out once the cache has them, as transformers does with pixels."""
+        """Leave image features out once the cache has them, as transformers does with pixels."""
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if updated.get("use_cache", True):
             updated.pop("image_features", None)

@@ -1,4 +1,4 @@
-"""Attention over rows that stand one behind another, with no padding between them.
+"""Attention over rows that are concatenated without padding between them.
 
 A packed batch is one row `(1, tokens)`. Where its rows begin and end comes as `cu_seq_lens_q`, the name that
 transformers gives it in padding-free batches, and no row sees another:
@@ -18,7 +18,7 @@ of evaluation and generation, are computed by transformers' "sdpa", bit for bit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PACKED = "packed"
 FLASH_ATTENTION = "flash_attention_2"
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-_ENDS_AT_ITSELF = (-1, 0)  # a window of varlen_attn: all that stands before a token, nothing after it
+_CAUSAL = (-1, 0)  # a window of varlen_attn: all tokens before a token, none after it
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,16 @@ class Attention:
 
     Attributes:
         implementation: transformers' name for it; None: what the model was loaded with.
-        said: what the user is told of it.
+        description: for the run's header.
     """
 
     implementation: str | None
-    said: str
+    description: str
 
 
 def choose_attention(packs: bool, device: torch.device, precision: Precision, config: Any) -> Attention:
-    """Return how a run computes attention: as its batches and the machine want it.
-
-    Args:
-        packs: whether training batches are packed.
-        device: where the run computes.
-        precision: in which formats.
-        config: of the model.
-    """
-    dtype = torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else torch.float32
+    """Return how a run computes attention, on `device` and for a model's `config`; `packs`: its batches are packed."""
+    dtype = getattr(torch, precision.compute)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     has_flash = _has_flash_kernels(device, dtype, head_dim)
     if packs and has_flash and not getattr(config, "attention_dropout", 0.0):
@@ -77,16 +70,16 @@ def choose_attention(packs: bool, device: torch.device, precision: Precision, co
 
 
 def use_attention(model: PreTrainedModel, attention: Attention) -> None:
-    """Make `model` compute attention so. A vision part has no packed rows: `PACKED` does not change a bit of it."""
+    """Make `model` compute attention so. A vision part has no packed rows: `PACKED` leaves its outputs as they are."""
     if attention.implementation is not None:
         model.set_attn_implementation(attention.implementation)
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """See to it that rows of `model` can be kept apart; it may be on the meta device.
+    """Raise UserError where packed rows of `model`, which may be on the meta device, would not be kept apart.
 
-    Raises UserError for an architecture whose layers pass on more between tokens than full causal attention does, or
-    that takes no positions.
+    That is an architecture whose layers pass on more between tokens than full causal attention does, or that takes no
+    positions.
     """
     reason = _find_obstacle(model)
     if reason is not None:
@@ -120,7 +113,7 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return causal attention within each row, `(1, tokens, heads, head_dim)`.
+    """Return causal attention within each row, `(1, tokens, heads, head_dim)`; an attention function of transformers.
 
     Args:
         module: the attention layer.
@@ -130,12 +123,12 @@ def packed_attention(
         dropout: of attention weights.
         scaling: of the products; None: 1 / sqrt(head_dim).
         cu_seq_lens_q: where rows begin, and the number of tokens, `(rows + 1,)` int32. None: the batch is not packed,
-            and everything is as `sdpa_attention_forward` of transformers has it.
+            and transformers' `sdpa_attention_forward` computes it.
         max_length_q: tokens of the longest row.
-        kwargs: what else transformers hands to attention.
+        kwargs: what else transformers passes to attention.
 
     Raises:
-        ValueError: positions start anew within a row, but it is not said where: its parts would see one another.
+        ValueError: positions start anew within a row, but `cu_seq_lens_q` is missing.
     """
     is_marked = attention_mask is not None and attention_mask.numel() == 0
     if cu_seq_lens_q is None:
@@ -166,8 +159,8 @@ def packed_mask(
 ) -> torch.Tensor | None:
     """Return the mask that "sdpa" gets, and for packed rows, which need none, an empty one that marks them as such.
 
-    transformers calls this after it has seen positions start anew in a batch without padding mask; it then wants a
-    mask of all tokens by all tokens made, and says so by `allow_is_causal_skip`.
+    Where positions start anew in a batch without padding mask, transformers asks for a mask of all tokens by all tokens
+    (`allow_is_causal_skip` is false).
     """
     can_be_left_out = allow_is_causal_skip or allow_is_bidirectional_skip
     if attention_mask is None and batch_size == 1 and q_length == kv_length and not can_be_left_out:
@@ -198,18 +191,9 @@ def _all_rows(
 ) -> torch.Tensor:
     """Return attention by one call of PyTorch's flash kernels; autocast does not know them, so this casts."""
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        cu_seq_lens,
-        cu_seq_lens,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=_ENDS_AT_ITSELF,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    rows = (cu_seq_lens, cu_seq_lens, longest, longest)
+    grouped = query.shape[1] != key.shape[1]
+    output = varlen_attn(query, key, value, *rows, scale=scaling, window_size=_CAUSAL, enable_gqa=grouped)
     assert isinstance(output, torch.Tensor)
     return output.unsqueeze(0)
 
@@ -224,9 +208,11 @@ def _row_by_row(
     scaling: float | None,
 ) -> torch.Tensor:
     """Return attention by a call for each row; neighbours of one length, which batches by length have, share a call."""
-    outputs = []
-    for start, rows, length in _runs(lengths):
+    outputs, start = [], 0
+    for length, neighbours in groupby(lengths):
+        rows = len(list(neighbours))
         place = slice(start, start + rows * length)
+        start += rows * length
         queries, keys, values = (
             states[0, :, place].unflatten(1, (rows, length)).transpose(0, 1)  # (rows, heads, length, head_dim)
             for states in (query, key, value)
@@ -236,15 +222,6 @@ def _row_by_row(
         )
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0)
-
-
-def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield for each run of neighbours of one length: its first token, how many rows it has, and their length."""
-    start = 0
-    for length, neighbours in groupby(lengths):
-        rows = len(list(neighbours))
-        yield start, rows, length
-        start += rows * length
 
 
 def _has_flash_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

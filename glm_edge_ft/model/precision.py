@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.errors import ProblemList
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def look_at_machine() -> Machine:
 
 
 def choose_precision(training_args: Mapping[str, Any], trains_adapter: bool, machine: Machine) -> Precision:
-    """Return the formats for a run, the config's word first, else the machine's best.
+    """Return the formats for a run: what the config says, else the machine's best.
 
     A frozen base model is kept in the 16-bit format, since nothing is added to its weights. Weights that are trained
     stay in float32 under autocast: updates of 1e-5 vanish in 16-bit weights, and a loss scaler cannot unscale 16-bit
@@ -69,37 +69,24 @@ def choose_precision(training_args: Mapping[str, Any], trains_adapter: bool, mac
     Raises UserError when the config names a format that the machine lacks.
     """
     on_gpu = machine.has_gpu and not training_args.get("use_cpu", False)
-    wanted_bf16, wanted_fp16 = training_args.get("bf16"), training_args.get("fp16")
-    problems = [*_lacking("bf16", wanted_bf16, on_gpu, machine), *_lacking("fp16", wanted_fp16, on_gpu, machine)]
-    if problems:
-        raise UserError(problems)
-    if wanted_bf16 or (on_gpu and machine.gpu_has_bf16 and wanted_bf16 is None and not wanted_fp16):
-        weights = "bfloat16" if trains_adapter else "float32"
-        return Precision(weights, bf16=True, fp16=False, reason=_reason("bf16", wanted_bf16, weights))
-    if wanted_fp16 or (on_gpu and not machine.gpu_has_bf16 and wanted_fp16 is None and wanted_bf16 is None):
-        weights = "float16" if trains_adapter else "float32"
-        return Precision(weights, bf16=False, fp16=True, reason=_reason("fp16", wanted_fp16, weights))
-    return Precision("float32", bf16=False, fp16=False, reason="fp32" + ("" if on_gpu else " (CPU)"))
-
-
-def _reason(name: str, wanted: bool | None, weights: str) -> str:
-    return f"{name} ({'the config says so' if wanted else 'this GPU has it'}), base weights in {weights}"
-
-
-def _lacking(name: str, wanted: bool | None, on_gpu: bool, machine: Machine) -> list[Problem]:
-    if not wanted:
-        return []
-    if on_gpu:
-        if name == "fp16" or machine.gpu_has_bf16:
-            return []
-        what, fix = "this GPU has no bfloat16", "leave bf16 out (the toolkit then takes fp16), or write fp16: true"
-    elif name == "bf16" and machine.cpu_has_bf16:
-        return []
-    else:
-        what = (
-            "there is no GPU here, and fp16 training needs one"
-            if name == "fp16"
-            else "this CPU has no bfloat16 instructions"
+    wanted = {name: training_args.get(name) for name in ("bf16", "fp16")}
+    has_bf16 = machine.gpu_has_bf16 if on_gpu else machine.cpu_has_bf16
+    problems = ProblemList()
+    if wanted["bf16"] and not has_bf16:
+        what = "this GPU has no bfloat16" if on_gpu else "this CPU has no bfloat16 instructions"
+        problems.add(
+            "training_args.bf16", f"true, but {what}", "leave bf16 out: the toolkit takes what the machine has"
         )
-        fix = f"leave {name} out: the toolkit takes what the machine has (here fp32)"
-    return [Problem(f"training_args.{name}", f"true, but {what}", fix)]
+    if wanted["fp16"] and not on_gpu:
+        what = "true, but there is no GPU here, and fp16 training needs one"
+        problems.add("training_args.fp16", what, "leave fp16 out: the toolkit takes what the machine has (here fp32)")
+    problems.raise_if_any()
+    best = "bf16" if machine.gpu_has_bf16 else "fp16"
+    is_open = on_gpu and wanted[best] is None and wanted["bf16"] is None and not wanted["fp16"]
+    chosen = next((name for name, value in wanted.items() if value), best if is_open else None)
+    if chosen is None:
+        return Precision("float32", bf16=False, fp16=False, reason="fp32" + ("" if on_gpu else " (CPU)"))
+    weights = ("bfloat16" if chosen == "bf16" else "float16") if trains_adapter else "float32"
+    source = "the config says so" if wanted[chosen] else "this GPU has it"
+    reason = f"{chosen} ({source}), base weights in {weights}"
+    return Precision(weights, bf16=chosen == "bf16", fp16=chosen == "fp16", reason=reason)

@@ -23,6 +23,8 @@ NEW_GPU = Machine(has_gpu=True, gpu_has_bf16=True, cpu_has_bf16=True)
         (SERVER, {"bf16": True}, True, ("bfloat16", True, False)),
         (OLD_GPU, {}, True, ("float16", False, True)),
         (OLD_GPU, {"fp16": False}, True, ("float32", False, False)),
+        (OLD_GPU, {"bf16": False}, True, ("float32", False, False)),
+        (NEW_GPU, {"fp16": False}, True, ("bfloat16", True, False)),
         (NEW_GPU, {}, True, ("bfloat16", True, False)),
         (NEW_GPU, {"bf16": False}, True, ("float32", False, False)),
         (NEW_GPU, {"fp16": True}, True, ("float16", False, True)),
