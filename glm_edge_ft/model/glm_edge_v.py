@@ -128,10 +128,10 @@ class GlmEdgeVModel(GlmModel):
             self.count_images(input_ids, images=len(images))
             image_features = self.vision(images)
         else:
-            expected = (self.config.tokens_per_image, self.config.hidden_size)
-            if tuple(image_features.shape[1:]) != expected:
-                shape = tuple(image_features.shape)
-                raise ValueError(f"image_features must be (images, {expected[0]}, {expected[1]}), but are {shape}")
+            size = (self.config.tokens_per_image, self.config.hidden_size)
+            if tuple(image_features.shape[1:]) != size:
+                shape = f"(images, {size[0]}, {size[1]})"
+                raise ValueError(f"image_features must be {shape}, but have the shape {tuple(image_features.shape)}")
             self.count_images(input_ids, images=len(image_features))
         embeddings = self.embed_tokens(input_ids)
         is_placeholder = input_ids.eq(self.placeholder_id).unsqueeze(-1).to(embeddings.device)

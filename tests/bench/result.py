@@ -22,6 +22,7 @@ PAGE = FOLDER / "RESULTS.md"
 ORDER = (
     "training",
     "step_profile",
+    "fast_layers",
     "loss",
     "encoding",
     "startup",

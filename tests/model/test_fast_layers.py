@@ -1,4 +1,4 @@
-"""LoRA's dropout: drawn once for the layers that read the same input, right in its values, gradients and shares."""
+"""Fast layers: LoRA's dropout drawn once for the layers that read the same input, and norms in one operation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers.models.glm.modeling_glm import GlmRMSNorm
 
 from glm_edge_ft.model.adapters import apply_adapter
-from glm_edge_ft.model.fast_layers import SharedDropout, share_dropout, skip_input_cast
+from glm_edge_ft.model.fast_layers import SharedDropout, fuse_norms, share_dropout, skip_input_cast
 from tests.model_folders import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
@@ -176,3 +177,29 @@ def test_dora_keeps_its_own_way() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=IDS, labels=IDS).loss.backward()
     assert model.get_decoder().layers[0].self_attn.q_proj.cast_input_dtype_enabled
+
+
+def test_norms_on_a_cpu_stay_those_of_transformers() -> None:
+    """The same bits, with gradients and without; nothing outside of the model is changed; a model may have none."""
+    model, expected = tiny_model(), tiny_model()
+    original = GlmRMSNorm.forward
+    assert fuse_norms(model)
+    assert GlmRMSNorm.forward is original
+    loss, wanted = (one(input_ids=IDS, labels=IDS).loss for one in (model, expected))
+    assert torch.equal(loss, wanted)
+    assert not fuse_norms(torch.nn.ModuleList([torch.nn.RMSNorm(8)]))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a norm is one operation only on a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_on_a_gpu_computes_what_it_does_in_transformers(dtype: torch.dtype) -> None:
+    """Logits of a small model, but for rounding; a norm keeps its format under autocast."""
+    model: Any = tiny_model()
+    model.to("cuda", dtype).train()
+    ids = IDS.to("cuda")
+    expected = model(input_ids=ids).logits
+    fuse_norms(model)
+    bound = 0.03 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=bound * float(expected.max()))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert model.model.norm(torch.randn(2, 64, device="cuda", dtype=dtype)).dtype == dtype
