@@ -51,15 +51,10 @@ FUNCTIONS = {
 # Attributes that are read or set, and modules; the tests of what uses them fail where one is gone.
 ATTRIBUTES = {
     "_attn_implementation",
-    "_backward_hooks",
-    "_backward_pre_hooks",
     "_buffers",
     "_cdata",
-    "_forward_hooks",
-    "_forward_pre_hooks",
     "_is_stateful",
     "_keep_in_fp32_modules",
-    "_keys_to_ignore_on_load_missing",
     "_model_mapping",
     "_n_gpu",
     "_name_or_path",

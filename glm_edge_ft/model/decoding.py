@@ -192,7 +192,7 @@ class _GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._storage: dict[str, torch.Tensor] = {}
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and the values of all tokens, each (batch, heads, tokens, size)."""
@@ -201,7 +201,7 @@ class _GrowingLayer(DynamicLayer):
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Hold other keys and values."""
-        self._buffers.clear()
+        self._storage.clear()
         self.keys, self.values = keys, values
 
     def update(
@@ -218,14 +218,14 @@ class _GrowingLayer(DynamicLayer):
     def _append(self, name: str, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         used = states.shape[-2] if states.numel() else 0
         width = used + new.shape[-2]
-        buffer = self._buffers.get(name)
+        buffer = self._storage.get(name)
         if buffer is None or width > buffer.shape[-2]:
             batch, heads, _, size = new.shape
             dtype = torch.promote_types(states.dtype, new.dtype)
             buffer = new.new_empty(batch, heads, width + ROOM, size, dtype=dtype)
             if used:
                 buffer[:, :, :used] = states
-            self._buffers[name] = buffer
+            self._storage[name] = buffer
         buffer[:, :, used:width] = new
         return buffer[:, :, :width]
 
