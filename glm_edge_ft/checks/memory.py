@@ -143,9 +143,8 @@ def _trace(prepared: Prepared, model: Any, batch: BatchShape) -> StepTrace:
     checkpointing = dict(kwargs or {}) if args.activation_checkpointing else None
     formats = step_formats(prepared.precision, bool(args.deepspeed), not args.use_cpu)
     shares_weights = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
-    return trace_step(
-        model, batch, formats, functools.partial(install_supervised_loss, ahead=not shares_weights), checkpointing
-    )
+    install_loss = functools.partial(install_supervised_loss, gradients_in_forward=not shares_weights)
+    return trace_step(model, batch, formats, install_loss, checkpointing)
 
 
 def step_formats(precision: Precision, deepspeed: bool, on_gpu: bool) -> StepFormats:

@@ -30,12 +30,14 @@ SOFTMAX_TOKENS = 64  # of them, whose probabilities are held at once; few fit a 
 GPU_SOFTMAX_TOKENS = 256  # a GPU computes a row in one of its hundred-odd processors, and each kernel launch costs
 
 
-def install_supervised_loss(model: PreTrainedModel, ahead: bool = True, label_smoothing: float = 0.0) -> None:
+def install_supervised_loss(
+    model: PreTrainedModel, gradients_in_forward: bool = True, label_smoothing: float = 0.0
+) -> None:
     """Make `model` compute `supervised_cross_entropy` when called with labels; its outputs then hold no logits.
 
     `model` is the causal language model itself, not its PEFT, DDP or DeepSpeed wrapper: those call its `forward`, so
     the loss is computed inside their hooks. Calls without labels, `generate` among them, are unchanged. Labels are
-    smoothed in training alone. `ahead=False` computes the loss as under ZeRO-3 everywhere.
+    smoothed in training alone. `gradients_in_forward=False` computes the loss as under ZeRO-3 everywhere.
     """
     original = type(model).forward
     selects_positions = select_supervised_positions(model.get_decoder())
@@ -55,7 +57,7 @@ def install_supervised_loss(model: PreTrainedModel, ahead: bool = True, label_sm
         else:
             states = self.get_decoder()(*args, **kwargs).last_hidden_state.flatten(0, 1).index_select(0, positions)
         return CausalLMOutputWithPast(
-            loss=supervised_cross_entropy(states, targets, head, num_items_in_batch, ahead, smoothing)
+            loss=supervised_cross_entropy(states, targets, head, num_items_in_batch, gradients_in_forward, smoothing)
         )
 
     model.forward = types.MethodType(forward, model)
@@ -106,7 +108,7 @@ def supervised_cross_entropy(
     targets: torch.Tensor,
     lm_head: torch.nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
-    ahead: bool = True,
+    gradients_in_forward: bool = True,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Return the cross entropy of supervised tokens, a float32 scalar.
@@ -119,12 +121,12 @@ def supervised_cross_entropy(
         lm_head: called as a module, so that adapters on it and sharded weights take part.
         num_items_in_batch: the number of supervised tokens of the whole optimizer step, by which the sum is divided, so
             that gradient accumulation is exact. None: the number in this batch.
-        ahead: whether gradients may be computed in the forward pass.
+        gradients_in_forward: whether gradients may be computed in the forward pass, right after the loss.
         label_smoothing: share of each target that is spread over the whole vocabulary.
     """
     count = targets.numel()
     divisor = (count if num_items_in_batch is None else num_items_in_batch) if count else 1
-    if ahead and _may_be_ahead(hidden_states, lm_head):
+    if gradients_in_forward and _allows_gradients_in_forward(hidden_states, lm_head):
         is_frozen = not any(parameter.requires_grad for parameter in lm_head.parameters())
         weight = None if is_frozen else _plain_weight(lm_head)
         if is_frozen or (weight is not None and count > CHUNK_TOKENS):
@@ -165,7 +167,7 @@ def _summed_loss(
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
-def _may_be_ahead(hidden_states: torch.Tensor, lm_head: torch.nn.Module) -> bool:
+def _allows_gradients_in_forward(hidden_states: torch.Tensor, lm_head: torch.nn.Module) -> bool:
     """Return whether gradients may be computed in the forward pass.
 
     Not in fp16, whose loss scale is known in the backward pass only. Not where ZeRO-3 shards `lm_head`: its hooks
@@ -192,7 +194,7 @@ def _plain_weight(lm_head: Any) -> torch.nn.Parameter | None:
     return None
 
 
-def _turn_into_gradient(
+def _replace_by_gradient(
     logits: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor | int, label_smoothing: float = 0.0
 ) -> torch.Tensor:
     """Return the summed cross entropy over a divisor; overwrite `(tokens, vocabulary)` logits with their gradient.
@@ -238,7 +240,7 @@ class _LossWithGradient(torch.autograd.Function):
                 chunk = hidden_states[place].detach().requires_grad_()
                 logits = lm_head(chunk)
             of_logits = logits.detach()
-            total += _turn_into_gradient(of_logits, targets[place], divisor, label_smoothing)
+            total += _replace_by_gradient(of_logits, targets[place], divisor, label_smoothing)
             (gradient[place],) = torch.autograd.grad(logits, chunk, of_logits)
             if weight_gradient is not None:
                 _add_product(weight_gradient, of_logits, chunk.detach())

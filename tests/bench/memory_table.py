@@ -130,7 +130,7 @@ def estimate_row(name: str, method: str) -> Row:
         model = wrap_meta_model(settings, build_released_model(name))
         size = measure_size(model)
         formats = step_formats(Precision(weights, bf16=True, fp16=False, reason=""), shared, on_gpu=True)
-        install_loss = functools.partial(install_supervised_loss, ahead=stage < 3)
+        install_loss = functools.partial(install_supervised_loss, gradients_in_forward=stage < 3)
         trace = trace_step(model, batch, formats, install_loss, checkpointing={})
         for heading, (processes, file) in WAYS.items():
             if stage == _stage(heading):

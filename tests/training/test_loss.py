@@ -31,7 +31,7 @@ LORA: dict[str, Any] = {"peft_type": "LORA", "r": 4, "init_lora_weights": False}
 def step(
     install: bool = True,
     adapter: dict[str, Any] | None = None,
-    ahead: bool = True,
+    gradients_in_forward: bool = True,
     mixed: bool = False,
     checkpointing: bool = False,
 ) -> tuple[dict[str, torch.Tensor], int, list[list[int]]]:
@@ -41,7 +41,7 @@ def step(
     for layer, seen in zip(base.model.layers, tokens, strict=True):
         layer.mlp.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, -2).shape[0]))
     if install:
-        install_supervised_loss(base, ahead=ahead)
+        install_supervised_loss(base, gradients_in_forward=gradients_in_forward)
     torch.manual_seed(1)
     model: Any = apply_adapter(base, LORA | adapter).train() if adapter else base
     if checkpointing:
@@ -55,12 +55,14 @@ def step(
     return {"loss": value.detach(), **gradients}, len(calls), tokens
 
 
-@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("gradients_in_forward", [True, False])
 @pytest.mark.parametrize("chunk", [512, 7, 3, 1])
-def test_loss_and_gradients_equal_the_ordinary_ones(chunk: int, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients_equal_the_ordinary_ones(
+    chunk: int, gradients_in_forward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole, at the edge of a chunk, and in several chunks; the last layer sees 7 tokens of 16."""
     monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
-    found, _, tokens = step(ahead=ahead)
+    found, _, tokens = step(gradients_in_forward=gradients_in_forward)
     assert_same_gradients(found, step(install=False)[0])
     assert tokens == [[16], [SUPERVISED]]
 
@@ -83,7 +85,7 @@ def test_smoothed_labels_equal_transformers_smoother(chunk: int, head: str, monk
     logits = expected_model(input_ids=IDS, attention_mask=MASK).logits
     expected = LabelSmoother(0.3)({"logits": logits}, LABELS, shift_labels=True, num_items_in_batch=11)
     expected.backward()
-    install_supervised_loss(model, ahead=head != "as under ZeRO-3", label_smoothing=0.3)
+    install_supervised_loss(model, gradients_in_forward=head != "as under ZeRO-3", label_smoothing=0.3)
     value = model(input_ids=IDS, attention_mask=MASK, labels=LABELS, num_items_in_batch=11).loss
     value.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -113,7 +115,7 @@ def test_a_head_that_is_saved_with_an_adapter_is_passed_once(mixed: bool, monkey
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 3)
     adapter = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     found, calls, _ = step(adapter=adapter, mixed=mixed)
-    expected, twice, _ = step(adapter=adapter, mixed=mixed, ahead=False)
+    expected, twice, _ = step(adapter=adapter, mixed=mixed, gradients_in_forward=False)
     assert (calls, twice) == (3, 6)
     torch.testing.assert_close(found["loss"], expected["loss"], atol=1e-5, rtol=1e-5)
     assert any("lm_head" in name for name in found)
@@ -231,6 +233,6 @@ def test_a_gradient_in_the_place_of_logits_is_autograds(
     expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / divisor
     (wanted,) = torch.autograd.grad(expected, logits)
     gradient = logits.detach().clone()
-    value = loss._turn_into_gradient(gradient, targets, divisor)
+    value = loss._replace_by_gradient(gradient, targets, divisor)
     assert torch.equal(value, expected.detach())
     assert torch.equal(gradient, wanted)
