@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, PrefixEncoder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -30,15 +31,14 @@ def prefix_from_state_dict(model: Any, state_dict: Mapping[str, torch.Tensor] | 
         model: the model, perhaps wrapped by PEFT.
         state_dict: whole weights by name; None means that the model itself is whole.
     """
-    config = _prefix_config(model)
-    if not state_dict or config is None:
+    if not state_dict or not _is_prefix_model(model):
         yield
         return
     encoder = _build_encoder(model, state_dict)
 
     def compute(adapter_name: str) -> torch.Tensor:
         with torch.no_grad():
-            return encoder(torch.arange(config.num_virtual_tokens))
+            return encoder(torch.arange(model.active_peft_config.num_virtual_tokens))
 
     model.get_prompt_embedding_to_save = compute
     try:
@@ -49,8 +49,6 @@ def prefix_from_state_dict(model: Any, state_dict: Mapping[str, torch.Tensor] | 
 
 def _build_encoder(model: Any, state_dict: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     """Build the prompt encoder outside DeepSpeed, with the gathered weights."""
-    from peft import PrefixEncoder
-
     prefix = f"prompt_encoder.{model.active_adapter}."
     weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     encoder = PrefixEncoder(model.active_peft_config)
@@ -58,15 +56,13 @@ def _build_encoder(model: Any, state_dict: Mapping[str, torch.Tensor]) -> torch.
     return encoder
 
 
-def _prefix_config(model: Any) -> Any:
-    config = getattr(model, "active_peft_config", None)
-    return config if config is not None and config.is_prompt_learning else None
+def _is_prefix_model(model: Any) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 def has_projection(model: Any) -> bool:
     """Return whether a model is trained by PREFIX_TUNING with `prefix_projection`."""
-    config = _prefix_config(model)
-    return config is not None and bool(config.prefix_projection)
+    return _is_prefix_model(model) and bool(model.active_peft_config.prefix_projection)
 
 
 def save_encoder(model: Any, state_dict: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
