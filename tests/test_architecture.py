@@ -7,13 +7,10 @@ of functions, and for type hints alone (`if TYPE_CHECKING:`), since a reader mee
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-
-from transformers import Seq2SeqTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "glm_edge_ft"
@@ -38,7 +35,6 @@ LEVELS = (
     {"cli", "__main__"},
 )
 APART = {"data", "model", "training"}  # these do not import one another either
-CODE = re.compile(r"`([^`]+)`")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "PIL", "matplotlib"}
 
 
@@ -146,43 +142,3 @@ def test_what_starts_first_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def names_of_our_own() -> set[str]:
-    """Return the names that the package defines: functions, classes, variables and attributes."""
-    found: set[str] = set()
-    for node in (node for tree in trees().values() for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            texts = [part for target in targets for part in ast.unparse(target).strip("()").split(", ")]
-            found |= {text.removeprefix("self.") for text in texts}
-    return found
-
-
-def private_parts() -> set[str]:
-    """Return the private names of libraries that the package uses: imported, read, or overridden in the trainer."""
-    used: set[str] = set()
-    for node in (node for tree in trees().values() for node in ast.walk(tree)):
-        if isinstance(node, ast.Attribute):
-            used.add(node.attr)
-        elif isinstance(node, ast.ImportFrom) and node.module and "._" in node.module:
-            used.add(f"_{node.module.partition('._')[2].partition('.')[0]}")
-        elif isinstance(node, ast.ImportFrom) and not f"{node.module}.".startswith(f"{PACKAGE.name}."):
-            used |= {alias.name for alias in node.names}
-    private = {name for name in used if name.startswith("_") and not name.startswith("__")} - names_of_our_own()
-    classes = (node for node in trees()["training.trainer"].body if isinstance(node, ast.ClassDef))
-    (trainer,) = (node for node in classes if [ast.unparse(base) for base in node.bases] == ["Seq2SeqTrainer"])
-    methods = {node.name for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name.startswith("_")}
-    return private | {name for name in methods if hasattr(Seq2SeqTrainer, name) and not name.startswith("__")}
-
-
-def test_private_parts_of_libraries_are_listed() -> None:
-    """README says where each is used and which tests fail when a new version changes it."""
-    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
-    _, _, table = text.partition("## Private parts of libraries")
-    listed = {
-        name for line in table.splitlines() if line.startswith("| `_") for name in CODE.findall(line.split("|")[1])
-    }
-    assert private_parts() <= listed
