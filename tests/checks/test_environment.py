@@ -1,4 +1,4 @@
-"""What a run takes from its environment: a launcher's variables whole or not at all, one GPU, no hidden settings."""
+"""What a run takes from its environment: one GPU, and no setting behind the config."""
 
 from __future__ import annotations
 
@@ -11,70 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm_edge_ft.__main__ import main
 from glm_edge_ft.checks.environment import unset_overriding_variables, use_one_gpu
 from glm_edge_ft.deploy.evaluate import evaluate
-from glm_edge_ft.distributed import Launch, check_launcher, launch
 from glm_edge_ft.errors import UserError
 from tests.launch import REPOSITORY
 from tests.runs import write_config
-
-WHOLE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-OF_TORCHRUN = {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2"}
-
-
-def set_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    """Set these variables of a launcher, and no other."""
-    for name in (*WHOLE, *OF_TORCHRUN, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.mark.parametrize("variables", [{}, WHOLE, WHOLE | OF_TORCHRUN, WHOLE | {"PMI_SIZE": "4"}, {"PMI_SIZE": "1"}])
-def test_a_whole_set_of_variables_is_honoured(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """K4: of torchrun, and of launchers that set less than it, on MPI too."""
-    set_variables(monkeypatch, variables)
-    assert check_launcher() == []
-    assert (launch().rank, launch().world_size) == ((1, 4) if "RANK" in variables else (0, 1))
-    assert launch().local_world_size == int(variables.get("LOCAL_WORLD_SIZE", launch().world_size))
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        *({name: value} for name, value in (WHOLE | OF_TORCHRUN).items()),
-        *({other: value for other, value in WHOLE.items() if other != name} for name in WHOLE),
-        *(WHOLE | {name: value} for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") for value in ("x", "-1", "", "1.0")),
-        WHOLE | {"RANK": "4"},
-        WHOLE | {"WORLD_SIZE": "0"},
-        WHOLE | {"LOCAL_RANK": "4"},
-        WHOLE | {"LOCAL_WORLD_SIZE": "1"},
-        WHOLE | {"LOCAL_WORLD_SIZE": "8"},
-        WHOLE | OF_TORCHRUN | {"GROUP_RANK": "2"},
-        WHOLE | {"MASTER_PORT": "0"},
-        WHOLE | {"MASTER_PORT": "295000"},
-        WHOLE | {"MASTER_ADDR": " "},
-        WHOLE | {"WORLD_SIZE": "9" * 5000},
-        {"OMPI_COMM_WORLD_SIZE": "2"},
-    ],
-)
-def test_variables_that_no_launcher_sets_so_are_refused(
-    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """K4: some without the others, and values that cannot be; libraries would wait for processes that do not exist."""
-    set_variables(monkeypatch, variables)
-    (problem,) = check_launcher()
-    assert next(iter(variables)) in problem.where
-    assert "torchrun" in problem.fix
-
-
-def test_a_command_of_one_process_works_with_what_was_left_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """K4: in a pod that has WORLD_SIZE set, a model can still be talked to; nothing is waited for."""
-    set_variables(monkeypatch, {"WORLD_SIZE": "4", "RANK": "3"})
-    main()
-    assert launch() == Launch()
-    assert launch().launcher == "none"
+from tests.test_distributed import OF_TORCHRUN, WHOLE, set_variables
 
 
 def run_script(folder: Path, script: Path, arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
