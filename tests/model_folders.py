@@ -10,7 +10,7 @@ from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 
 def tiny_config(vocab_size: int, pad: int, stops: list[int], **widths: int) -> GlmConfig:
-    """Return the config of GLM-Edge at small widths: full rotary, no attention bias, untied head."""
+    """Return the config of GLM-Edge at small widths: full rotary, no attention bias, untied head unless asked."""
     tiny: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -18,12 +18,12 @@ def tiny_config(vocab_size: int, pad: int, stops: list[int], **widths: int) -> G
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
+        "tie_word_embeddings": False,
     }
     return GlmConfig(
         vocab_size=vocab_size,
         **(tiny | widths),
         attention_bias=False,
-        tie_word_embeddings=False,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         pad_token_id=pad,

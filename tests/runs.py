@@ -126,6 +126,16 @@ def do_run(
     return output
 
 
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def update_json(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file."""
+    path.write_text(json.dumps(read_json(path) | values), encoding="utf-8")
+
+
 def metrics(output: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -35,7 +35,7 @@ from glm_edge_ft.training.checkpoints import MANIFEST
 from tests.conftest import TEMPLATES, TokenizerMaker
 from tests.launch import REPOSITORY, ZERO_2, launch, start_script
 from tests.model_folders import save_model_folder
-from tests.runs import do_run, write_chat_data, write_config, write_jsonl
+from tests.runs import do_run, read_json, update_json, write_chat_data, write_config, write_jsonl
 from tests.vision_folders import image_part, save_vision_folder, text_part, turns
 
 pytestmark = pytest.mark.fault(by_default=True)
@@ -253,24 +253,14 @@ def test_code_in_a_model_folder_is_not_run(chat_folder: Path) -> None:
     """A config that names code of its own: the code stays unread, and there is no key that would allow it."""
     touched = chat_folder / "touched"
     (chat_folder / "model" / "evil.py").write_text(f"import os\nos.mkdir({str(touched)!r})\n", encoding="utf-8")
-    path = chat_folder / "model" / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
-    path.write_text(json.dumps(config), encoding="utf-8")
-    do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", check=True)
-    config |= {"model_type": "evil"}
-    path.write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", check=True)
-    assert "needs Python code that comes with it, and this toolkit runs none" in str(caught.value)
+    path, folders = chat_folder / "model" / "config.json", (chat_folder / "data", chat_folder / "model")
+    update_json(path, auto_map={"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"})
+    do_run(chat_folder / "output", *folders, check=True)
+    update_json(path, model_type="evil")
+    with pytest.raises(UserError, match="needs Python code that comes with it, and this toolkit runs none"):
+        do_run(chat_folder / "output", *folders, check=True)
     with pytest.raises(UserError, match="trust_remote_code"):
-        do_run(
-            chat_folder / "output",
-            chat_folder / "data",
-            chat_folder / "model",
-            check=True,
-            top={"trust_remote_code": True},
-        )
+        do_run(chat_folder / "output", *folders, check=True, top={"trust_remote_code": True})
     assert not touched.exists()
 
 
@@ -292,9 +282,8 @@ def test_a_pickle_in_a_checkpoint_that_calls_something_is_refused(chat_folder: P
     output = do_run(chat_folder / "output", chat_folder / "data", chat_folder / "model", max_steps=2)
     checkpoint, touched = output / "checkpoint-2", chat_folder / "touched"
     torch.save({"state": Touch(touched)}, checkpoint / name)
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    manifest["files"][name] = (checkpoint / name).stat().st_size
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    files = read_json(checkpoint / MANIFEST)["files"] | {name: (checkpoint / name).stat().st_size}
+    update_json(checkpoint / MANIFEST, files=files)
     with pytest.raises(UserError) as caught:
         do_run(output, chat_folder / "data", chat_folder / "model", max_steps=4, resume="yes")
     assert f"{checkpoint / name}: is a pickle that would call posix.mkdir: nothing of it was read" in str(caught.value)

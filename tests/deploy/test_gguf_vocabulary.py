@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.conftest import SPECIAL_TOKENS
 from tests.deploy.gguf_files import export, refusal
 from tests.model_folders import save_model_folder
+from tests.runs import read_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
@@ -22,7 +23,7 @@ def test_the_tokenizer_is_in_the_file(model_folder: Path, tmp_path: Path) -> Non
     """R7: every token with its kind, the merges in their order, the split pattern's name, no beginning added."""
     keys = export(model_folder, tmp_path / "model.gguf").keys
     tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
-    content = json.loads((model_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_json(model_folder / "tokenizer.json")
     assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == ("gpt2", "glm4")
     assert keys["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     kinds: dict[str, int] = dict(zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"], strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +16,16 @@ from glm_edge_ft.deploy.merge import merge
 from tests.conftest import TokenizerMaker
 from tests.deploy.gguf_files import export, model_key, read_gguf, refusal
 from tests.model_folders import save_model_folder
+from tests.runs import read_json, update_json
 
 
-def changed(folder: Path, model: Path, config: dict[str, Any], **weights: float | None) -> Path:
-    """Copy a model with other values in config.json, and another first number in weights; None: without the weight."""
+def changed(folder: Path, model: Path, config: dict[str, Any], **weights: float) -> Path:
+    """Copy a model with other values in config.json, and another first number in some weights."""
     shutil.copytree(model, folder)
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8")) | config
-    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    update_json(folder / "config.json", **config)
     stored = load_file(folder / "model.safetensors")
     for name, value in weights.items():
-        if value is None:
-            del stored[name]
-        else:
-            stored[name][0, 0] = value
+        stored[name][0, 0] = value
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -110,9 +106,9 @@ def test_rows_that_q8_0_cannot_cut_into_blocks_are_f16(tmp_path: Path, make_toke
     assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")
 
 
-def test_tied_embeddings_are_written_once(model_folder: Path, tmp_path: Path) -> None:
+def test_tied_embeddings_are_written_once(tmp_path: Path, make_tokenizer: TokenizerMaker) -> None:
     """llama.cpp takes the embeddings where there is no `output.weight`."""
-    folder = changed(tmp_path / "model", model_folder, {"tie_word_embeddings": True}, **{"lm_head.weight": None})
+    folder = save_model_folder(tmp_path / "model", make_tokenizer("glm"), tie_word_embeddings=True)
     found = export(folder, tmp_path / "model.gguf", kind="f32").tensors
     assert "output.weight" not in found
     assert torch.equal(found["token_embd.weight"], load_file(folder / "model.safetensors")["model.embed_tokens.weight"])
@@ -164,7 +160,7 @@ def test_the_vision_part_is_a_file_of_its_own(vision_run: Path, vision_model: Pa
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     written = tokenizer.apply_chat_template(talk, chat_template=language.keys["tokenizer.chat_template"], **options)
     assert written == tokenizer.apply_chat_template(talk, **options)
-    config = json.loads((vision_model / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    config = read_json(vision_model / "config.json")["vision_config"]
     assert vision.keys["general.architecture"] == "clip"
     assert vision.keys["clip.projector_type"] == "adapter"
     assert vision.keys["clip.vision.image_size"] == config["image_size"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -21,7 +20,7 @@ from tests.conftest import TokenizerMaker
 from tests.deploy.conftest import TURNS, command, predictions
 from tests.deploy.test_chat import IMAGE_FIRST, answer
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, do_run
+from tests.runs import LORA, PREFIX, do_run, read_json, update_json
 from tests.vision_folders import save_vision_folder, write_vision_data
 
 WHOLE = {"modules_to_save": ["embed_tokens", "lm_head"]}
@@ -61,7 +60,7 @@ def test_the_folder_holds_all_that_is_needed_and_nothing_of_the_adapter(runs: di
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     assert {"chat_template.jinja", "model.safetensors.index.json", "model-00001-of-00005.safetensors"} <= names
     assert not any("adapter" in name for name in names)
-    config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
+    config = read_json(tmp_path / "out/config.json")
     assert {config["rope_theta"], config["partial_rotary_factor"], config["torch_dtype"]} == {10000.0, 1.0, "float32"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -80,7 +79,7 @@ def test_weights_are_merged_in_float32_and_then_cast(runs: dict[str, Path], mode
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
     assert all(torch.equal(merged[key], wide[key].to(torch.bfloat16)) for key in wide)
-    assert json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
+    assert read_json(tmp_path / "out/config.json")["torch_dtype"] == "bfloat16"
 
 
 def test_modules_that_were_trained_whole_are_in_the_merged_model(
@@ -100,12 +99,8 @@ def test_tied_embeddings_stay_tied_only_where_both_are_as_before(
     targets: list[str], tmp_path: Path, make_tokenizer: TokenizerMaker
 ) -> None:
     """E5: a matrix on the head must not change the embeddings that share its weights."""
-    base = save_model_folder(tmp_path / "base", make_tokenizer("glm"))
-    config = json.loads((base / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": True}
-    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    base = save_model_folder(tmp_path / "base", make_tokenizer("glm"), tie_word_embeddings=True)
     before = load_file(base / "model.safetensors")
-    before.pop("lm_head.weight")
-    save_file(before, base / "model.safetensors", {"format": "pt"})
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     adapted: Any = apply_adapter(model, {**LORA, "target_modules": targets})
     for name, parameter in adapted.named_parameters():
@@ -144,14 +139,13 @@ def test_a_vision_model_keeps_the_released_layout(
 def test_code_that_the_release_names_goes_along(tmp_path: Path, backend: Tokenizer) -> None:
     """R7: `auto_map` and its Python files, which older tools need, and which nothing here runs."""
     base = save_vision_folder(tmp_path / "base", backend)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_glm.GlmForCausalLM"}
-    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    auto_map = {"AutoModelForCausalLM": "modeling_glm.GlmForCausalLM"}
+    update_json(base / "config.json", auto_map=auto_map)
     (base / "modeling_glm.py").write_text("raise AssertionError('run')\n", encoding="utf-8")
     data = write_vision_data(tmp_path / "data", train=4, others=1)
     output = do_run(tmp_path / "run", data, base, max_steps=1, save_strategy="no", takes_images=True)
     merge(str(output), tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["auto_map"] == config["auto_map"]
+    assert read_json(tmp_path / "out/config.json")["auto_map"] == auto_map
     assert (tmp_path / "out/modeling_glm.py").read_bytes() == (base / "modeling_glm.py").read_bytes()
 
 
@@ -176,9 +170,7 @@ def test_a_quantized_base_model_is_refused(runs: dict[str, Path], model_folder: 
     """Its weights are no numbers that a change can be added to."""
     base = tmp_path / "base"
     shutil.copytree(model_folder, base)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    update_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     assert "is stored in a quantized form" in refusal(str(runs["lora"]), tmp_path / "out", str(base))
 
 
@@ -198,7 +190,7 @@ def test_a_base_model_in_four_bits_is_dequantized(
     assert "is stored in 4 or 8 bits" in capsys.readouterr().err
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     adapter = load_file(runs["lora"] / "adapter_model.safetensors")
-    settings = json.loads((runs["lora"] / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(runs["lora"] / "adapter_config.json")
     numbers = dict(quantized.dequantize(torch.float32).named_parameters())
     changed = 0
     for name, values in merged.items():
@@ -210,7 +202,7 @@ def test_a_base_model_in_four_bits_is_dequantized(
             changed += 1
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
     assert changed
-    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in read_json(tmp_path / "merged" / "config.json")
 
 
 def test_a_folder_that_is_in_use_is_refused_and_both_mistakes_are_listed(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from glm_edge_ft.deploy.source import Source, default_settings, find_source, pre
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
 from tests.deploy.conftest import RATES
+from tests.runs import read_json, update_json
 
 
 def refusal(name: Path | str, base: str | None = None) -> str:
@@ -24,8 +24,7 @@ def refusal(name: Path | str, base: str | None = None) -> str:
 def moved(output: Path, folder: Path, base: str) -> Path:
     """Copy an adapter's folder and let its config name `base`."""
     shutil.copytree(output, folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}), "utf-8")
+    update_json(folder / "adapter_config.json", base_model_name_or_path=base)
     return folder
 
 
@@ -119,9 +118,9 @@ def test_broken_adapters_are_refused_by_file(runs: dict[str, Path], tmp_path: Pa
 def with_record(runs: dict[str, Path], folder: Path, **training_args: object) -> Source:
     """Copy a run's folder, with other training arguments in its record."""
     shutil.copytree(runs["lora"], folder)
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    record["config"]["training_args"] |= training_args
-    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    config = read_json(folder / "run.json")["config"]
+    config["training_args"] |= training_args
+    update_json(folder / "run.json", config=config)
     return find_source(str(folder))
 
 
@@ -134,7 +133,7 @@ def test_lengths_batches_and_generation_are_the_runs(runs: dict[str, Path]) -> N
     assert config.training_args["per_device_eval_batch_size"] == 2
     assert config.training_args["predict_with_generate"] is True
     assert (config.peft_config, config.training_args.get("learning_rate")) == (None, None)
-    record = json.loads((runs["lora"] / "run.json").read_text(encoding="utf-8"))
+    record = read_json(runs["lora"] / "run.json")
     assert record["config"]["training_args"]["learning_rate"] == RATES["lora"]
 
 
