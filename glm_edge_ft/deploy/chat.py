@@ -211,7 +211,7 @@ class ChatSession:
 
     def __init__(self, prepared: Prepared, model: Any, system: str | None = None) -> None:
         self.prepared, self.model = prepared, model
-        self.tools = build_generation_context(prepared)
+        self.context = build_generation_context(prepared)
         self.system = system
         self.clear()
 
@@ -239,7 +239,7 @@ class ChatSession:
         if self.image is not None:
             question["content"] = [{"type": "image", "image": self.image}, {"type": "text", "text": text}]
         inputs = self._encode([*self.messages, question])
-        streamer = ReplyStreamer(self.tools.clean, self.prepared.encoder.reply_format, write)
+        streamer = ReplyStreamer(self.context.clean, self.prepared.encoder.reply_format, write)
         is_whole = True
         try:
             self._generate(inputs, streamer)
@@ -259,20 +259,20 @@ class ChatSession:
         (sample,) = encode_prompts(self.prepared.encoder, self.prepared.encoder.parse(row))
         if sample.prompt_tokens_cut:
             show_notice("the conversation is longer than the model takes: its oldest turns are left out")
-        return self.tools.collate([sample])
+        return self.context.collate([sample])
 
     def _generate(self, inputs: dict[str, torch.Tensor], streamer: ReplyStreamer) -> None:
         import torch
 
         arguments = self.prepared.training_arguments
         streams = (self.prepared.generation_config.num_beams or 1) == 1  # transformers does not stream beams
-        options = {**self.tools.options, **({"streamer": streamer} if streams else {})}
+        options = {**self.context.options, **({"streamer": streamer} if streams else {})}
         dtype = torch.bfloat16 if arguments.bf16 else torch.float16
         # As in evaluation, which generates without autocast under an adapter.
         mixed = self.prepared.plan.location.adapter is None and (arguments.bf16 or arguments.fp16)
         inputs = {name: values.to(arguments.device) for name, values in inputs.items()}
         with torch.no_grad(), torch.autocast(arguments.device.type, dtype, enabled=mixed):
-            new_tokens = self.tools.generate(self.model, **inputs, **options)
+            new_tokens = self.context.generate(self.model, **inputs, **options)
         if not streams:
             streamer.ids = new_tokens[0].tolist()
             streamer.end()

@@ -128,16 +128,16 @@ def test_ctrl_c_ends_the_reply_and_not_the_talk(runs: dict[str, Path]) -> None:
     assert talk.ask(TURNS[0][0], write) == pieces[0]
     assert whole.startswith(pieces[0]) and whole != pieces[0]
     assert talk.messages[-1] == {"role": "assistant", "content": pieces[0]}
-    kept, tools = list(talk.messages), talk.tools
+    kept, context = list(talk.messages), talk.context
 
     def stop_at_the_first_token(ids: Sequence[int]) -> str:
         signal.raise_signal(signal.SIGINT)
-        return tools.clean(ids)
+        return context.clean(ids)
 
-    talk.tools = replace(tools, clean=stop_at_the_first_token)
+    talk.context = replace(context, clean=stop_at_the_first_token)
     assert talk.ask(TURNS[1][0], write) == ""
     assert talk.messages == kept
-    talk.tools = tools
+    talk.context = context
     assert talk.ask(TURNS[1][0], ignore)
 
 
