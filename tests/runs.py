@@ -136,9 +136,19 @@ def update_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(read_json(path) | values), encoding="utf-8")
 
 
+def read_jsonl(path: Path) -> list[Any]:
+    """Return the content of each line of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def metrics(output: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl."""
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_jsonl(output / "metrics.jsonl")
+
+
+def predictions(output: Path, name: str = "test-6") -> list[dict[str, Any]]:
+    """Return the lines of a file of predictions."""
+    return read_jsonl(output / "predictions" / f"{name}.jsonl")
 
 
 def losses(output: Path) -> dict[int, tuple[float, float, float]]:

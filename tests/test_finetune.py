@@ -14,6 +14,7 @@ import pytest
 from glm_edge_ft.checks.preflight import check_inputs
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.run import RunRequest
+from tests.runs import metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = ("data/demo", "glm-edge-nano", "configs/demo.yaml")
@@ -246,8 +247,7 @@ def test_resume_behaves_as_the_guide_says(tmp_path: Path) -> None:
         return finetune(*DEMO, *resume, *options, cache=tmp_path / "cache")
 
     def steps() -> list[int]:
-        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [line["step"] for line in map(json.loads, lines) if "loss" in line]
+        return [line["step"] for line in metrics(output) if "loss" in line]
 
     first = start("yes")  # before any checkpoint
     assert first.returncode == 0, first.stderr

@@ -20,6 +20,7 @@ from glm_edge_ft.data.placeholders import IMAGE_TURN_TOKENS, ImageSettings
 from glm_edge_ft.data.prompts import clean_prediction
 from glm_edge_ft.model.adapters import generate
 from glm_edge_ft.model.loading import load_image_processor, load_weights, locate_model, read_checkpoint
+from tests.runs import metrics, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ("data/demo_vision", "glm-edge-v-nano", "configs/demo_vision.yaml")
@@ -45,13 +46,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def evaluations(output: Path) -> list[dict[str, Any]]:
     """Return the evaluations of the development set, first one first."""
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if "eval_loss" in event]
-
-
-def predictions(output: Path, name: str) -> list[dict[str, Any]]:
-    """Return the lines of a predictions file."""
-    return [json.loads(line) for line in (output / "predictions" / name).read_text(encoding="utf-8").splitlines()]
+    return [event for event in metrics(output) if "eval_loss" in event]
 
 
 def test_the_demo_learns(demo: tuple[Path, str]) -> None:
@@ -65,7 +60,7 @@ def test_the_demo_learns(demo: tuple[Path, str]) -> None:
     (row,) = (line for line in printed.splitlines() if line.startswith("exact-match"))
     assert row.split()[1:3] == [f"{first['eval_exact-match']:.2f}", f"{last['eval_exact-match']:.2f}"]
     (test,) = (demo[0] / "predictions").glob("test-*.jsonl")
-    assert len(predictions(output, test.name)) > 90
+    assert len(read_jsonl(test)) > 90
 
 
 def test_with_the_pictures_of_other_rows_the_answers_fall_to_chance(demo: tuple[Path, str]) -> None:

@@ -6,20 +6,18 @@ in a folder that looks as the guide's does, with an embedded model in place of t
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from glm_edge_ft.training.checkpoints import find_checkpoints
 from tests.launch import REPOSITORY, SECONDS
-from tests.runs import metrics
+from tests.runs import metrics, predictions
 from tests.vision_folders import draw
 
 GUIDE = Path(__file__).parent / "guide"
@@ -72,12 +70,6 @@ def launch(folder: Path, line: str, *more: str) -> subprocess.CompletedProcess[s
     )
 
 
-def predictions(folder: Path) -> list[dict[str, Any]]:
-    """Return the predictions on the test file after four steps."""
-    text = (folder / "output" / "predictions" / "test-4.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def test_the_chat_line(guide: Path) -> None:
     """K32: the flat YAML and the sample with comments and trailing commas, each with a notice."""
     done = launch(guide, CHAT)
@@ -86,7 +78,7 @@ def test_the_chat_line(guide: Path) -> None:
     assert any("configs/lora.yaml:1" in line and "read as keys of data_config" in line for line in notices)
     assert any("train.json:6: " in line and "read all the same" in line for line in notices)
     assert [checkpoint.step for checkpoint in find_checkpoints(guide / "output")] == [2, 4]
-    assert [line["reference"] for line in predictions(guide)] == ["<assistant response text>"] * 2
+    assert [line["reference"] for line in predictions(guide / "output", "test-4")] == ["<assistant response text>"] * 2
     assert {"eval_loss", "eval_exact-match"} <= {key for line in metrics(guide / "output") for key in line}
 
 
@@ -94,7 +86,8 @@ def test_the_vision_line(guide: Path) -> None:
     """K32: the sample with a picture and two turns."""
     done = launch(guide, VISION)
     assert done.returncode == 0, done.stderr
-    assert [line["reference"] for line in predictions(guide)] == ["白色背景上有一个方块。", "方块是绿色的。"]
+    rows = predictions(guide / "output", "test-4")
+    assert [row["reference"] for row in rows] == ["白色背景上有一个方块。", "方块是绿色的。"]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer
 from tests.conftest import TokenizerMaker
 from tests.foreign import save_chatml_folder, tool_row, turn, write_rows
 from tests.model_folders import save_model_folder
-from tests.runs import do_run, metrics
+from tests.runs import do_run, metrics, read_jsonl
 from tests.vision_folders import draw, image_part, save_vision_folder, text_part, turns
 
 LONG = "how are you, my friend? " * 20  # more tokens than max_output_length
@@ -60,7 +59,7 @@ def learn_by_heart(output: Path, model: Path, data: Path, *, images: bool = Fals
     top = {"max_input_length": 1024, "max_output_length": KEPT}
     do_run(output, data, model, peft=None, test="train.jsonl", top=top, takes_images=images, **settings)
     (file,) = (output / "predictions").glob("test-*.jsonl")
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = read_jsonl(file)
     missed = [(line["reference"], line["prediction"]) for line in lines if line["prediction"] != line["reference"]]
     return {**metrics(output)[-1], "missed": missed, "references": [line["reference"] for line in lines]}
 

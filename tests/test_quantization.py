@@ -32,6 +32,7 @@ from tests.runs import (
     do_run,
     losses,
     metrics,
+    predictions,
     weights,
     write_chat_data,
 )
@@ -155,10 +156,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pat
         return do_run(folder / "output", data, model_folder, **settings)
 
 
-def predictions(folder: Path, name: str) -> list[str]:
+def replies(folder: Path, name: str) -> list[str]:
     """Return the replies in a file of predictions."""
-    lines = (folder / "predictions" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prediction"] for line in lines]
+    return [line["prediction"] for line in predictions(folder, name)]
 
 
 def test_the_adapter_loads_with_peft_alone_and_says_the_same(trained: Path, model_folder: Path) -> None:
@@ -172,8 +172,7 @@ def test_the_adapter_loads_with_peft_alone_and_says_the_same(trained: Path, mode
             module.support_avx512bf16_for_cpu = False  # or it would go on with scales in bfloat16
     model = PeftModel.from_pretrained(base, str(trained)).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(trained)
-    path = trained / "predictions" / f"test-{STEPS}.jsonl"
-    row = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    row = predictions(trained, f"test-{STEPS}")[0]
     prompt = tokenizer(row["prompt"], add_special_tokens=False, return_tensors="pt")["input_ids"]
     new = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
     assert tokenizer.decode(new, skip_special_tokens=True).removeprefix("\n") == row["prediction"]
@@ -242,7 +241,7 @@ def test_the_merged_model_is_the_adapter_on_the_numbers_of_its_run(
         torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-6, msg=name)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
     evaluate(trained.parent / "data" / "test.jsonl", (str(tmp_path / "merged"),), tmp_path / "out")
-    assert predictions(tmp_path / "out", "merged") == predictions(trained, f"test-{STEPS}")
+    assert replies(tmp_path / "out", "merged") == replies(trained, f"test-{STEPS}")
     export_gguf(str(trained), tmp_path / "model.gguf", kind="f32")
     for name, values in read_gguf(tmp_path / "model.gguf").tensors.items():
         if "mlp" in model_key(name) or "o_proj" in model_key(name):  # the format turns rows of q and k

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer
 from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS
 from tests.conftest import TokenizerMaker
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, do_run, write_jsonl
+from tests.runs import LORA, PREFIX, do_run, predictions, write_jsonl
 from tests.vision_folders import save_vision_folder, write_vision_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,12 +45,6 @@ def command(*arguments: str, given: str | None = None) -> subprocess.CompletedPr
         check=False,
         timeout=600,
     )
-
-
-def predictions(output: Path, name: str = "test-6") -> list[dict[str, Any]]:
-    """Return the lines of a file of predictions."""
-    lines = (output / "predictions" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(autouse=True)

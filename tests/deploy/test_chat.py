@@ -27,7 +27,8 @@ from glm_edge_ft.deploy.source import (
     run_settings,
 )
 from glm_edge_ft.errors import UserError
-from tests.deploy.conftest import KINDS, ROOT, TURNS, command, predictions
+from tests.deploy.conftest import KINDS, ROOT, TURNS, command
+from tests.runs import predictions
 from tests.vision_folders import draw
 
 Pieces = list[str]

@@ -13,8 +13,8 @@ import yaml
 from glm_edge_ft.deploy.evaluate import evaluate
 from glm_edge_ft.errors import UserError
 from glm_edge_ft.training.metrics import METRIC_NAMES
-from tests.deploy.conftest import KINDS, command, predictions
-from tests.runs import metrics
+from tests.deploy.conftest import KINDS, command
+from tests.runs import metrics, predictions
 
 NUMBERS = ("test_loss", *(f"test_{name}" for name in METRIC_NAMES))
 

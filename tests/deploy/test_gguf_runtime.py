@@ -18,8 +18,9 @@ from glm_edge_ft.deploy.export_gguf import export_gguf
 from glm_edge_ft.deploy.merge import merge
 from glm_edge_ft.run import RunRequest
 from tests.conftest import TokenizerMaker
-from tests.deploy.conftest import ROOT, command, predictions
+from tests.deploy.conftest import ROOT, command
 from tests.model_folders import save_model_folder
+from tests.runs import predictions
 
 pytestmark = pytest.mark.slow
 

@@ -17,10 +17,10 @@ from glm_edge_ft.errors import UserError
 from glm_edge_ft.model.adapters import apply_adapter
 from glm_edge_ft.model.glm_edge_v import load_glm_edge_v
 from tests.conftest import TokenizerMaker
-from tests.deploy.conftest import TURNS, command, predictions
+from tests.deploy.conftest import TURNS, command
 from tests.deploy.test_chat import IMAGE_FIRST, answer
 from tests.model_folders import save_model_folder
-from tests.runs import LORA, PREFIX, do_run, read_json, update_json
+from tests.runs import LORA, PREFIX, do_run, predictions, read_json, update_json
 from tests.vision_folders import save_vision_folder, write_vision_data
 
 WHOLE = {"modules_to_save": ["embed_tokens", "lm_head"]}
