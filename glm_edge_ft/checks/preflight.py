@@ -19,7 +19,7 @@ from glm_edge_ft.checks.processes import Processes, plan_processes
 from glm_edge_ft.checks.resume import compare_with_checkpoint
 from glm_edge_ft.checks.trial import check_generation, check_ids, check_training_parts, vocabulary_of
 from glm_edge_ft.checks.vision import check_features, check_images, check_kind_of_model, image_settings
-from glm_edge_ft.config import RunConfig, check_data_files, load_config, peek
+from glm_edge_ft.config import ConfigError, RunConfig, check_data_files, load_config
 from glm_edge_ft.config.deepspeed import read_deepspeed
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.distributed import check_launcher, is_local_main_process, is_main_process, launch, poll
@@ -48,16 +48,17 @@ def check_inputs(request: RunRequest) -> Plan:
     """Check the command line and every file that it names. Raises UserError with all that is wrong."""
     problems = ProblemList()
     problems.problems += [*check_launcher(), *_check_json_path(request)]
-    location = config = None
+    location = config = data_config = output_dir = None
     with problems.collect():
         location = locate_model(request.model)
-    with problems.collect():
+    try:
         config = load_config(request.config, request.overrides)
-    if config is not None:
         data_config, output_dir = config.data_config, expand_home(config.training_args["output_dir"])
         problems.problems += _check_installed(config)
-    else:  # what its errors leave readable, so that the rest of the command line is checked in the same go
-        data_config, output_dir = peek(request.config, request.overrides)
+    except UserError as error:
+        problems.extend(error)
+        if isinstance(error, ConfigError):  # what its errors leave readable is checked in the same go
+            data_config, output_dir = error.data_config, error.output_dir
     problems.problems += check_data_files(data_config, request.data_dir)
     resume = ResumePlan(None)
     if output_dir is not None:

@@ -26,7 +26,22 @@ from glm_edge_ft.config.yaml_source import read_source
 from glm_edge_ft.errors import Problem, UserError
 from glm_edge_ft.files import DATA_SUFFIXES, did_you_mean, expand_home
 
-__all__ = ["DataConfig", "RunConfig", "check_data_files", "load_config", "peek"]
+__all__ = ["ConfigError", "DataConfig", "RunConfig", "check_data_files", "load_config"]
+
+
+class ConfigError(UserError):
+    """Errors in a config, with what of it can be read nevertheless, so that the files it names are checked as well.
+
+    Attributes:
+        data_config: the data files; None where `train_file` cannot be read.
+        output_dir: the output folder, `~` expanded; None where it cannot be read.
+    """
+
+    def __init__(self, builder: ConfigBuilder) -> None:
+        super().__init__(builder.problems)
+        data, output_dir = _without_null(builder.data), builder.training.get("output_dir")
+        self.data_config = DataConfig(**data) if "train_file" in data else None
+        self.output_dir = expand_home(output_dir) if output_dir else None
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -40,10 +55,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         The typed configuration; what was accepted but not as written is in its `notices`.
 
     Raises:
-        UserError: everything that is wrong, each with file and line or `--set` option, value, and what to write.
+        ConfigError: everything that is wrong, each with file and line or `--set` option, value, and what to write.
+        UserError: the file holds no mapping of keys.
     """
-    builder = _read(path, overrides)
-    builder.raise_if_any()
+    builder = ConfigBuilder(read_source(path, overrides))
+    _read(builder)
+    if builder.problems:
+        raise ConfigError(builder)
     return RunConfig(
         path=path,
         data_config=DataConfig(**_without_null(builder.data)),
@@ -55,28 +73,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     )
 
 
-def peek(path: Path, overrides: Sequence[str] = ()) -> tuple[DataConfig | None, Path | None]:
-    """Return what can be read of a config that may hold errors, so that the files it names can be checked as well.
-
-    Args:
-        path, overrides: as for `load_config`, whose exception lists the errors.
-
-    Returns:
-        The data files and the output folder (`~` expanded, perhaps not there yet), each None where it cannot be
-        read. A mistyped `val_file`, `test_file` or `num_proc` is as if it were not written. Nothing is raised.
-    """
-    try:
-        builder = _read(path, overrides)
-    except UserError:
-        return None, None
-    data, output_dir = _without_null(builder.data), builder.training.get("output_dir")
-    return DataConfig(**data) if "train_file" in data else None, expand_home(output_dir) if output_dir else None
-
-
 def check_data_files(config: RunConfig | DataConfig | None, data_dir: Path) -> list[Problem]:
     """Return what is wrong with the data files that a config names: missing, a folder, or of an unknown format.
 
-    Of a config that holds errors, what `peek` could read is enough; with None the folder alone is checked.
+    With None, where no file name could be read, the folder alone is checked.
     """
     where = str(data_dir)
     if not data_dir.exists():
@@ -108,9 +108,8 @@ def _check_data_file(data_dir: Path, key: str, name: str) -> Problem | None:
     return Problem(key, f"no such file {path}", f"{hint}data files there: {', '.join(present[:10]) or 'none'}")
 
 
-def _read(path: Path, overrides: Sequence[str]) -> ConfigBuilder:
-    """Read a config and apply every rule, errors noted in the builder; raise UserError where the file is no mapping."""
-    builder = ConfigBuilder(read_source(path, overrides))
+def _read(builder: ConfigBuilder) -> None:
+    """Read every section and apply every rule; errors are noted in the builder."""
     move_into_sections(builder)
     translate_old_names(builder)
     top = {key: value for key, value in builder.source.values.items() if key not in SECTIONS}
@@ -126,7 +125,6 @@ def _read(path: Path, overrides: Sequence[str]) -> ConfigBuilder:
     )
     builder.peft = _read_peft(builder)
     apply_rules(builder)
-    return builder
 
 
 def _read_peft(builder: ConfigBuilder) -> dict[str, Any] | None:

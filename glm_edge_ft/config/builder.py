@@ -9,7 +9,7 @@ from typing import Any
 from glm_edge_ft.config.keys import PEFT_TYPES, Key, Mismatch, key_table, library_keys, nearest, shown
 from glm_edge_ft.config.settings import DATA_KEYS, SECTIONS, TOP_KEYS
 from glm_edge_ft.config.yaml_source import KeyPath, YamlSource, dotted
-from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.errors import Problem
 
 TRAINING: tuple[str, ...] = ("training_args",)
 GENERATION = (*TRAINING, "generation_config")
@@ -48,6 +48,11 @@ class ConfigBuilder:
         """One line each, for what is accepted but not as written, in the order of the file's lines."""
         return tuple(text for _, text in sorted(self._notices, key=lambda entry: entry[0]))
 
+    @property
+    def problems(self) -> list[Problem]:
+        """Every error found, in the order of the file's lines, `--set` options last."""
+        return [problem for _, problem in sorted(self._problems, key=lambda entry: entry[0])]
+
     def is_set(self, *path: str) -> bool:
         """Return whether the user wrote this key, whatever its value, or something unusable in place of its section."""
         values: Any = self.source.values
@@ -62,11 +67,6 @@ class ConfigBuilder:
     def is_refused(self, section: Mapping[str, Any], *path: str) -> bool:
         """Return whether a key was written and is not among the typed values, so that rules about it must wait."""
         return path[-1] not in section and self.is_set(*path)
-
-    def raise_if_any(self) -> None:
-        """Raise every error found, in the order of the file's lines, `--set` options last."""
-        if self._problems:
-            raise UserError(problem for _, problem in sorted(self._problems, key=lambda entry: entry[0]))
 
     def raw_section(self, path: KeyPath) -> dict[str, Any]:
         """Return the keys of a section as written; an absent or null one is empty, another kind of value is refused."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import dedent, indent
 
 import pytest
 
-from glm_edge_ft.config import RunConfig, load_config
+from glm_edge_ft.config import ConfigError, DataConfig, RunConfig, load_config
 from glm_edge_ft.errors import Problem, UserError
+from glm_edge_ft.files import expand_home
 
 HEAD = "data_config:\n  train_file: train.jsonl\n  val_file: dev.jsonl\ntraining_args:\n  output_dir: ./output/x\n"
 NO_EVALUATION = "data_config:\n  train_file: train.jsonl\n  val_file: null\ntraining_args:\n  output_dir: ./output/x\n"
@@ -44,3 +46,14 @@ def refused(
 def notices(config: RunConfig) -> list[str]:
     """Return the notices of a config, without the folder of its file."""
     return [notice.replace(f"{config.path.parent}/", "") for notice in config.notices]
+
+
+def readable(path: Path, overrides: Sequence[str] = ()) -> tuple[DataConfig | None, Path | None]:
+    """Return the data files and the output folder of a config, also where it has errors."""
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        return error.data_config, error.output_dir
+    except UserError:
+        return None, None
+    return config.data_config, expand_home(config.training_args["output_dir"])

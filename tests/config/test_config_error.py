@@ -1,4 +1,4 @@
-"""What a config with mistakes still says about files."""
+"""What can be read of a config with errors: the files that it names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from glm_edge_ft.config import DataConfig, check_data_files, peek
+from glm_edge_ft.config import DataConfig, check_data_files
 from glm_edge_ft.errors import Problem
-from tests.config.files import HEAD, refused, write
+from tests.config.files import HEAD, readable, refused, write
 
 DATA = DataConfig("train.jsonl", "dev.jsonl")
 OUTPUT = Path("output/x")
@@ -25,7 +25,7 @@ OUTPUT = Path("output/x")
 def test_files_are_read_beside_mistakes(tmp_path: Path, training: str, rest: str) -> None:
     """C1: mistakes elsewhere do not hide the data files and the output folder."""
     assert refused(tmp_path, training, rest) != ()
-    assert peek(write(tmp_path, training, rest)) == (DATA, OUTPUT)
+    assert readable(write(tmp_path, training, rest)) == (DATA, OUTPUT)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_what_cannot_be_read_is_none(
     tmp_path: Path, written: str, instead: str, expected: tuple[DataConfig | None, Path | None]
 ) -> None:
     """C1: each part stands by itself."""
-    assert peek(write(tmp_path, head=HEAD.replace(written, instead))) == expected
+    assert readable(write(tmp_path, head=HEAD.replace(written, instead))) == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"- a\n", b"a: [", b"\xff", b"\0"])
@@ -51,20 +51,20 @@ def test_a_file_that_cannot_be_read_says_nothing(tmp_path: Path, content: bytes)
     """C1: nothing is raised for a file that is no config, or for none."""
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
-    assert peek(path) == (None, None)
-    assert peek(tmp_path / "absent.yaml") == (None, None)
+    assert readable(path) == (None, None)
+    assert readable(tmp_path / "absent.yaml") == (None, None)
 
 
 def test_overrides_count(tmp_path: Path) -> None:
     """C1: `--set` is laid over the file, a wrong option beside it."""
     options = ["data_config.val_file=other.jsonl", "training_args.output_dir=~/y", "nonsense"]
-    assert peek(write(tmp_path), options) == (DataConfig("train.jsonl", "other.jsonl"), Path.home() / "y")
+    assert readable(write(tmp_path), options) == (DataConfig("train.jsonl", "other.jsonl"), Path.home() / "y")
 
 
 def test_data_files_of_a_peeked_config_are_checked(tmp_path: Path) -> None:
     """D2: a missing file is found although the config has a mistake."""
     (tmp_path / "train.jsonl").write_text("", encoding="utf-8")
-    data, _ = peek(write(tmp_path, "save_step: 3"))
+    data, _ = readable(write(tmp_path, "save_step: 3"))
     assert check_data_files(data, tmp_path) == [
         Problem(
             "data_config.val_file",
