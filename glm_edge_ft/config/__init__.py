@@ -22,7 +22,7 @@ from glm_edge_ft.config.keys import PEFT_TYPES, library_keys, nearest, shown
 from glm_edge_ft.config.old_names import move_into_sections, translate_old_names
 from glm_edge_ft.config.rules import apply_rules
 from glm_edge_ft.config.settings import DATA_KEYS, SECTIONS, TOP_KEYS, DataConfig, RunConfig
-from glm_edge_ft.config.yaml_source import read_source
+from glm_edge_ft.config.yaml_source import read_yaml
 from glm_edge_ft.errors import Problem, UserError
 from glm_edge_ft.files import DATA_SUFFIXES, did_you_mean, expand_home
 
@@ -58,7 +58,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: everything that is wrong, each with file and line or `--set` option, value, and what to write.
         UserError: the file holds no mapping of keys.
     """
-    builder = ConfigBuilder(read_source(path, overrides))
+    builder = ConfigBuilder(path, *read_yaml(path, overrides))
     _read(builder)
     if builder.problems:
         raise ConfigError(builder)
@@ -112,7 +112,7 @@ def _read(builder: ConfigBuilder) -> None:
     """Read every section and apply every rule; errors are noted in the builder."""
     move_into_sections(builder)
     translate_old_names(builder)
-    top = {key: value for key, value in builder.source.values.items() if key not in SECTIONS}
+    top = {key: value for key, value in builder.values.items() if key not in SECTIONS}
     builder.top = builder.read_section((), top, TOP_KEYS)
     builder.data = builder.read_section(("data_config",), builder.raw_section(("data_config",)), DATA_KEYS)
     if not builder.is_set("data_config", "train_file"):
@@ -129,7 +129,7 @@ def _read(builder: ConfigBuilder) -> None:
 
 def _read_peft(builder: ConfigBuilder) -> dict[str, Any] | None:
     raw, path = builder.raw_section(PEFT), (*PEFT, "peft_type")
-    if builder.source.values.get("peft_config") is None:
+    if builder.values.get("peft_config") is None:
         return None
     if isinstance(raw.get("task_type"), str):
         raw["task_type"] = raw["task_type"].upper()
@@ -139,7 +139,7 @@ def _read_peft(builder: ConfigBuilder) -> dict[str, Any] | None:
         close = nearest(kind, PEFT_TYPES)
         fix = "write peft_type: LORA or PREFIX_TUNING, or drop peft_config for full fine-tuning"
         what = f"{shown(written)} is not supported" if builder.is_set(*path) else "missing"
-        if not builder.is_set(*path) or isinstance(builder.source.values["peft_config"], dict):
+        if not builder.is_set(*path) or isinstance(builder.values["peft_config"], dict):
             builder.refuse(path, what, f"did you mean {close}? {fix}" if close else fix)
         return builder.read_section(PEFT, raw, {**library_keys("PREFIX_TUNING"), **library_keys("LORA")})
     known = library_keys(kind)

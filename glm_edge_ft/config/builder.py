@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from glm_edge_ft.config.keys import PEFT_TYPES, Key, Mismatch, key_table, library_keys, nearest, shown
 from glm_edge_ft.config.settings import DATA_KEYS, SECTIONS, TOP_KEYS
-from glm_edge_ft.config.yaml_source import KeyPath, YamlSource, dotted
+from glm_edge_ft.config.yaml_source import KeyPath, Problems, Section, dotted
 from glm_edge_ft.errors import Problem
 
 TRAINING: tuple[str, ...] = ("training_args",)
@@ -20,28 +21,53 @@ class ConfigBuilder:
     """Collects what the checks of one configuration find.
 
     Attributes:
-        source: the values as written, with their places.
+        path: the file as the user named it.
+        values: the mapping at the top, `--set` options applied.
+        written_as: key path of today's name → the key path that the user wrote.
         top, data, training, generation: the typed values of each section.
         peft: the typed `peft_config`, or None for full fine-tuning.
     """
 
-    def __init__(self, source: YamlSource) -> None:
-        self.source = source
+    def __init__(self, path: Path, values: Section, problems: Problems) -> None:
+        self.path = path
+        self.values = values
+        self.written_as: dict[KeyPath, KeyPath] = {}
         self.top: dict[str, Any] = {}
         self.data: dict[str, Any] = {}
         self.training: dict[str, Any] = {}
         self.generation: dict[str, Any] = {}
         self.peft: dict[str, Any] | None = None
         self._notices: list[tuple[float, str]] = []
-        self._problems: list[tuple[float, Problem]] = list(source.problems)
+        self._problems = list(problems)
+
+    def line(self, path: KeyPath) -> float | None:
+        """Return the line of a key, or of the nearest section around it; None for what is written nowhere."""
+        value: Any = self.values
+        found: float | None = None
+        for part in self.written_as.get(path, path):
+            if not isinstance(value, Section):
+                break
+            found, value = value.lines.get(str(part), found), value.get(str(part))
+        return found
+
+    def is_overridden(self, path: KeyPath) -> bool:
+        """Return whether a `--set` option wrote this key or a section around it."""
+        return self.line(path) == math.inf
+
+    def where(self, path: KeyPath) -> str:
+        """Return the place of a key for messages: `lora.yaml:12: training_args.max_steps` or `--set KEY`."""
+        line, key = self.line(path), dotted(self.written_as.get(path, path))
+        if line in (0, math.inf):
+            return f"--set {key}"
+        return f"{self.path}: {key}" if line is None else f"{self.path}:{line}: {key}"
 
     def refuse(self, path: KeyPath, what: str, fix: str = "leave it out") -> None:
         """Note an error at a key and go on."""
-        self._problems.append((self.source.line(path) or math.inf, Problem(self.source.where(path), what, fix)))
+        self._problems.append((self.line(path) or math.inf, Problem(self.where(path), what, fix)))
 
     def notice(self, path: KeyPath, text: str) -> None:
         """Note something that the user should know in one line, with its place."""
-        self._notices.append((self.source.line(path) or math.inf, f"{self.source.where(path)}: {text}"))
+        self._notices.append((self.line(path) or math.inf, f"{self.where(path)}: {text}"))
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -55,7 +81,7 @@ class ConfigBuilder:
 
     def is_set(self, *path: str) -> bool:
         """Return whether the user wrote this key, whatever its value, or something unusable in place of its section."""
-        values: Any = self.source.values
+        values: Any = self.values
         for part in path:
             if values is not None and not isinstance(values, dict):
                 return True
@@ -70,7 +96,7 @@ class ConfigBuilder:
 
     def raw_section(self, path: KeyPath) -> dict[str, Any]:
         """Return the keys of a section as written; an absent or null one is empty, another kind of value is refused."""
-        value: Any = self.source.values
+        value: Any = self.values
         for part in path:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None and not isinstance(value, dict):

@@ -16,21 +16,20 @@ _OLD_VALUES = {"optim": {"adamw_hf": "adamw_torch"}}
 
 def move_into_sections(builder: ConfigBuilder) -> None:
     """Read keys that the fine-tuning guide lists without their section as those of the section, with a notice."""
-    source = builder.source
     for section, names in (("data_config", tuple(DATA_KEYS)), ("training_args", ("generation_config",))):
-        written = [name for name in names if name in source.values]
-        inner = source.values.get(section)
+        written = [name for name in names if name in builder.values]
+        inner = builder.values.get(section)
         if not written or not (inner is None or isinstance(inner, Section)):
             continue
         if inner is None:
-            inner = source.values[section] = Section()
+            inner = builder.values[section] = Section()
         for name in written:
             old, new = (name,), (section, name)
-            if name in inner and source.is_overridden(old) == source.is_overridden(new):
+            if name in inner and builder.is_overridden(old) == builder.is_overridden(new):
                 builder.refuse(old, f"`{name}` is given twice", f"`{name}` belongs under {section}: delete this one")
-            elif name not in inner or source.is_overridden(old):
-                source.values.move(name, inner)
-            source.values.pop(name, None)
+            elif name not in inner or builder.is_overridden(old):
+                builder.values.move(name, inner)
+            builder.values.pop(name, None)
         verb = "is read as a key" if len(written) == 1 else "are read as keys"
         builder.notice((section, written[0]), f"{', '.join(written)} at the top of the file {verb} of {section}")
 
@@ -38,8 +37,8 @@ def move_into_sections(builder: ConfigBuilder) -> None:
 def translate_old_names(builder: ConfigBuilder) -> None:
     """Replace keys and values of older versions by today's, each with a notice; refuse old and new that differ."""
     old = key_table()["old"]
-    _drop(builder, builder.source.values, (), old["top"])
-    training = builder.source.values.get("training_args")
+    _drop(builder, builder.values, (), old["top"])
+    training = builder.values.get("training_args")
     if not isinstance(training, dict):
         return
     _drop(builder, training, ("training_args",), old["training_args"])
@@ -66,7 +65,7 @@ def _drop(builder: ConfigBuilder, section: dict[str, Any], path: tuple[str, ...]
 def _rename(builder: ConfigBuilder, training: dict[str, Any], name: str, old: Mapping[str, Any]) -> None:
     new = old["now"]
     old_path, new_path = ("training_args", name), ("training_args", new)
-    source, key = builder.source, library_keys("training_args")[new]
+    key = library_keys("training_args")[new]
     raw = training.pop(name)
     try:
         value = (Key(Switch | None) if "values" in old else key).read(old_path, raw)
@@ -81,8 +80,8 @@ def _rename(builder: ConfigBuilder, training: dict[str, Any], name: str, old: Ma
     if name == "warmup_ratio" and not 0 <= value < 1:  # warmup_steps reads 1 as one step
         builder.refuse(old_path, f"{shown(raw)} is not a fraction from 0 to below 1", "write warmup_steps: 0.1 or so")
         return
-    wins = source.is_overridden(old_path)
-    if new in training and wins == source.is_overridden(new_path):
+    wins = builder.is_overridden(old_path)
+    if new in training and wins == builder.is_overridden(new_path):
         try:
             present = key.read(new_path, training[new])
         except Mismatch:
@@ -97,6 +96,6 @@ def _rename(builder: ConfigBuilder, training: dict[str, Any], name: str, old: Ma
         builder.notice(old_path, f"old name for {new}, which --set gives")
         return
     training[new] = value
-    source.written_as[new_path] = old_path
+    builder.written_as[new_path] = old_path
     seen = "" if new.endswith("_token") else f": {plain(value)}"  # a secret is not printed
     builder.notice(old_path, f"old name, read as {new}{seen}")

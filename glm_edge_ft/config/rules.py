@@ -264,7 +264,7 @@ def _read_json_setting(builder: ConfigBuilder, name: str) -> dict[str, Any]:
     value, path, file = builder.training.get(name), (*TRAINING, name), name
     if isinstance(value, str):
         try:
-            folders = dict.fromkeys((builder.source.folder, Path.cwd()))
+            folders = dict.fromkeys((builder.path.absolute().parent, Path.cwd()))
             tried = [folder / expand_home(value) for folder in folders]
             found = next((candidate for candidate in tried if candidate.is_file()), None)
             if found is None:
@@ -290,7 +290,7 @@ def _check_quantization(builder: ConfigBuilder, stage: int | None) -> None:
         builder.top["quantization"] = None
         return
     without = "leave it out, or leave quantization out"
-    if builder.source.values.get("peft_config") is None:
+    if builder.values.get("peft_config") is None:
         what = "weights in 4 bits cannot be trained, and without peft_config all of them are"
         fix = "add peft_config with peft_type: LORA (configs/lora.yaml), or leave quantization out"
         builder.refuse(("quantization",), what, fix)

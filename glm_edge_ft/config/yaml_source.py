@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from glm_edge_ft.errors import Problem, UserError
 from glm_edge_ft.files import did_you_mean
 
 KeyPath = tuple[str | int, ...]
+Problems = list[tuple[float, Problem]]
+"""Each with its line; infinity for a `--set` option."""
 
 _TAG = "tag:yaml.org,2002:"
 _DEEPEST = 40
@@ -53,47 +54,6 @@ class Section(dict[str, Any]):
         target[name], target.lines[name] = self.pop(name), self.lines.pop(name)
 
 
-@dataclass
-class YamlSource:
-    """The values of one configuration, with the place of each.
-
-    Attributes:
-        name: the file as the user named it, for messages.
-        folder: the folder of the file, which relative paths inside it start from.
-        values: the mapping at the top, `--set` options applied.
-        written_as: key path of today's name → the key path that the user wrote.
-        problems: errors that did not keep the rest from being read, each with its line.
-    """
-
-    name: str
-    folder: Path
-    values: Section = field(default_factory=Section)
-    written_as: dict[KeyPath, KeyPath] = field(default_factory=dict)
-    problems: list[tuple[float, Problem]] = field(default_factory=list)
-
-    def line(self, path: KeyPath) -> float | None:
-        """Return the line of a key, or of the nearest section around it; None for what is written nowhere."""
-        value: Any = self.values
-        found: float | None = None
-        for part in self.written_as.get(path, path):
-            if not isinstance(value, Section):
-                break
-            found, value = value.lines.get(str(part), found), value.get(str(part))
-        return found
-
-    def is_overridden(self, path: KeyPath) -> bool:
-        """Return whether a `--set` option wrote this key or a section around it."""
-        return self.line(path) == math.inf
-
-    def where(self, path: KeyPath) -> str:
-        """Return the place of a key for messages: `lora.yaml:12: training_args.max_steps` or `--set KEY`."""
-        line, key = self.line(path), dotted(self.written_as.get(path, path))
-        if line in (0, math.inf):
-            return f"--set {key}"
-        place = self.name if line is None else f"{self.name}:{line}"
-        return f"{place}: {key}" if key else place
-
-
 def dotted(path: KeyPath) -> str:
     """Return a key path as `--set` takes it: `peft_config.target_modules[1]`."""
     text = ""
@@ -119,46 +79,50 @@ for _name, _pattern, _first in (
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), [*_first, ""])
 
 
-def read_source(path: Path, overrides: Sequence[str] = ()) -> YamlSource:
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> tuple[Section, Problems]:
     """Read a configuration file and lay the `--set` options over it.
+
+    Returns:
+        The mapping at the top, and errors that did not keep the rest from being read.
 
     Raises:
         UserError: the file is missing, a folder, not UTF-8 text, not YAML, or not a mapping of keys; the problems of
             the `--set` options are listed with it.
     """
-    source = YamlSource(name=str(path), folder=path.absolute().parent)
+    problems: Problems = []
     options = []
     for text in overrides:
-        with _noting(source):
+        with _noting(problems):
             options.append(_parse_override(text))
     try:
-        _read_file(source, path)
+        values = _read_file(path, problems)
     except UserError as error:
-        raise UserError([*error.problems, *(problem for _, problem in source.problems)]) from None
+        raise UserError([*error.problems, *(problem for _, problem in problems)]) from None
     for option in options:
-        with _noting(source):
-            _apply_override(source, *option)
-    return source
+        with _noting(problems):
+            _apply_override(values, *option, problems)
+    return values, problems
 
 
 @contextmanager
-def _noting(source: YamlSource) -> Iterator[None]:
+def _noting(problems: Problems) -> Iterator[None]:
     """Note what is wrong with a `--set` option, and go on."""
     try:
         yield
     except UserError as error:
-        source.problems += [(math.inf, problem) for problem in error.problems]
+        problems += [(math.inf, problem) for problem in error.problems]
 
 
-def _read_file(source: YamlSource, path: Path) -> None:
-    node = _compose(_read_text(path), source.name)
+def _read_file(path: Path, problems: Problems) -> Section:
+    node = _compose(_read_text(path), str(path))
     if node is None or node.tag == _TAG + "null":
-        raise UserError.single(source.name, "the config file is empty", "start from one of the files in configs/")
+        raise UserError.single(str(path), "the config file is empty", "start from one of the files in configs/")
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        place = f"{source.name}:{node.start_mark.line + 1}"
+        place = f"{path}:{node.start_mark.line + 1}"
         raise UserError.single(place, f"{kind} where keys are expected", "write `key: value` lines")
-    source.values = _Builder(source).build(node, ())
+    values: Section = _Builder(problems, str(path)).build(node, ())
+    return values
 
 
 def _read_text(path: Path) -> str:
@@ -210,11 +174,11 @@ def _compose(text: str, name: str) -> yaml.Node | None:
 
 
 class _Builder:
-    """Turns the nodes of one file or option into values; writes lines and problems to a source."""
+    """Turns the nodes of one file, or of a `--set` option without a file name, into values; notes problems."""
 
-    def __init__(self, source: YamlSource, is_option: bool = False) -> None:
-        self.source = source
-        self.is_option = is_option
+    def __init__(self, problems: Problems, file: str = "") -> None:
+        self.problems = problems
+        self.file = file
         self.nodes = 0
         self.open: list[yaml.Node] = []
 
@@ -251,7 +215,7 @@ class _Builder:
                 what = f"`{key}` is given twice, in lines {section.lines[key]} and {line}"
                 self._refuse(key_node, (*path, key), what, "keep one of them")
             else:
-                section.lines[key] = math.inf if self.is_option else line
+                section.lines[key] = line if self.file else math.inf
                 section[key] = self.build(value_node, (*path, key))
         for base_node in merged:  # an earlier one wins over a later one, and what is written here over both
             base = self.build(base_node, path) if isinstance(base_node, yaml.MappingNode) else None
@@ -263,12 +227,14 @@ class _Builder:
         return section
 
     def _refuse(self, node: yaml.Node, path: KeyPath, what: str, fix: str) -> None:
-        line = math.inf if self.is_option else node.start_mark.line + 1
-        self.source.problems.append((line, Problem(self._place(node, path), what, fix)))
+        line = node.start_mark.line + 1 if self.file else math.inf
+        self.problems.append((line, Problem(self._place(node, path), what, fix)))
 
     def _place(self, node: yaml.Node, path: KeyPath) -> str:
-        place = f"{self.source.name}:{node.start_mark.line + 1}"
-        return f"--set {dotted(path)}" if self.is_option else f"{place}: {dotted(path)}" if path else place
+        if not self.file:
+            return f"--set {dotted(path)}"
+        place = f"{self.file}:{node.start_mark.line + 1}"
+        return f"{place}: {dotted(path)}" if path else place
 
 
 _BOOLEANS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
@@ -291,8 +257,8 @@ def _parse_override(text: str) -> tuple[tuple[str, ...], yaml.Node | None]:
     return path, _compose(value, f"--set {dotted(path)}")
 
 
-def _apply_override(source: YamlSource, path: tuple[str, ...], node: yaml.Node | None) -> None:
-    target = source.values
+def _apply_override(values: Section, path: tuple[str, ...], node: yaml.Node | None, problems: Problems) -> None:
+    target = values
     for depth, part in enumerate(path[:-1], start=1):
         if target.get(part) is None:
             target[part], target.lines[part] = Section(), 0
@@ -302,4 +268,4 @@ def _apply_override(source: YamlSource, path: tuple[str, ...], node: yaml.Node |
             raise UserError.single(f"--set {dotted(path)}", what, f"write --set {section}=VALUE")
         target = target[part]
     target.lines[path[-1]] = math.inf
-    target[path[-1]] = None if node is None else _Builder(source, is_option=True).build(node, path)
+    target[path[-1]] = None if node is None else _Builder(problems).build(node, path)

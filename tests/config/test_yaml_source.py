@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from glm_edge_ft.config.yaml_source import read_source
+from glm_edge_ft.config.yaml_source import read_yaml
 from glm_edge_ft.errors import Problem, UserError
 
 
 def refusal(path: Path) -> Problem:
     """Return the one problem of a file, its place without the folder."""
     with pytest.raises(UserError) as caught:
-        read_source(path)
+        read_yaml(path)
     (problem,) = caught.value.problems
     return Problem(problem.where.replace(f"{path.parent}/", ""), problem.what, problem.fix)
 
@@ -77,30 +77,30 @@ def test_tag_is_never_executed(tmp_path: Path) -> None:
     """C4: a Python tag is refused by line and nothing of it runs."""
     path = tmp_path / "run.yaml"
     path.write_text(f"a: !!python/object/apply:pathlib.Path.touch [{tmp_path}/touched]\nb: !env HOME\n")
-    source = read_source(path)
-    assert [problem.what for _, problem in source.problems] == [
+    _, problems = read_yaml(path)
+    assert [problem.what for _, problem in problems] == [
         "the tag `!!python/object/apply:pathlib.Path.touch` is not allowed here",
         "the tag `!env` is not allowed here",
     ]
-    assert source.problems[1][1].where == f"{path}:2: b"
+    assert problems[1][1].where == f"{path}:2: b"
     assert not (tmp_path / "touched").exists()
 
 
 def test_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     """C4: a file that an editor saved with a BOM."""
     (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbfa: 1\r\nb: \xe4\xbd\xa0\r\n")
-    assert read_source(tmp_path / "run.yaml").values == {"a": "1", "b": "你"}
+    assert read_yaml(tmp_path / "run.yaml")[0] == {"a": "1", "b": "你"}
 
 
 def test_merge_key_fills_in_what_is_not_written(tmp_path: Path) -> None:
     """C4: anchors and `<<` work, and a merged key is no duplicate."""
     (tmp_path / "run.yaml").write_text("a: &base {x: 1, y: 2}\nb:\n  <<: *base\n  y: 3\n")
-    source = read_source(tmp_path / "run.yaml")
-    assert source.values["b"] == {"x": "1", "y": "3"}
-    assert source.problems == []
+    values, problems = read_yaml(tmp_path / "run.yaml")
+    assert values["b"] == {"x": "1", "y": "3"}
+    assert problems == []
 
 
 def test_keys_are_texts_as_written(tmp_path: Path) -> None:
     """C4: `no:` and `1:` as keys keep their spelling."""
     (tmp_path / "run.yaml").write_text("no: 1\n2: on\n'3': x\n")
-    assert read_source(tmp_path / "run.yaml").values == {"no": "1", "2": "on", "3": "x"}
+    assert read_yaml(tmp_path / "run.yaml")[0] == {"no": "1", "2": "on", "3": "x"}
