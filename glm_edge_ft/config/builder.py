@@ -61,7 +61,12 @@ class ConfigBuilder:
             return f"--set {key}"
         return f"{self.path}: {key}" if line is None else f"{self.path}:{line}: {key}"
 
-    def refuse(self, path: KeyPath, what: str, fix: str = "leave it out") -> None:
+    def refuse_if(self, condition: object, path: KeyPath, what: str, fix: str) -> None:
+        """Note an error at a key where a condition holds."""
+        if condition:
+            self.refuse(path, what, fix)
+
+    def refuse(self, path: KeyPath, what: str, fix: str) -> None:
         """Note an error at a key and go on."""
         self._problems.append((self.line(path) or math.inf, Problem(self.where(path), what, fix)))
 

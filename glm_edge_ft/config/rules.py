@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,8 @@ def apply_rules(builder: ConfigBuilder) -> None:
         training.setdefault(name, value)
     training["report_to"] = training["report_to"] or "none"
     _check_output_dir(builder)
-    for is_so, path, what, fix in _conflicts(builder):
-        if is_so:
-            builder.refuse(path, what, fix)
+    _check_conflicts(builder)
+    _check_padding_free(builder)
     evaluates = _settle_evaluation(builder)
     training.setdefault("predict_with_generate", bool(builder.data.get("val_file") or builder.data.get("test_file")))
     _check_best_model(builder, evaluates)
@@ -78,14 +77,16 @@ def _apply_table(
 
 
 def _check_peft(builder: ConfigBuilder, peft: dict[str, Any]) -> None:
-    task = peft.setdefault("task_type", "CAUSAL_LM")
-    if task != "CAUSAL_LM":
-        builder.refuse((*PEFT, "task_type"), f"{shown(task)} is not what these models do", "write task_type: CAUSAL_LM")
-    if peft.get("loftq_config") and peft.get("init_lora_weights") != "loftq":
-        builder.refuse((*PEFT, "loftq_config"), "belongs to init_lora_weights: loftq, which is not set")
+    refuse_if, task = builder.refuse_if, peft.setdefault("task_type", "CAUSAL_LM")
+    what = f"{shown(task)} is not what these models do"
+    refuse_if(task != "CAUSAL_LM", (*PEFT, "task_type"), what, "write task_type: CAUSAL_LM")
+    is_alone = peft.get("loftq_config") and peft.get("init_lora_weights") != "loftq"
+    refuse_if(
+        is_alone, (*PEFT, "loftq_config"), "belongs to init_lora_weights: loftq, which is not set", "leave it out"
+    )
     if peft.get("peft_type") == "PREFIX_TUNING":
-        if peft.get("num_virtual_tokens") is None and not builder.is_set("peft_config", "num_virtual_tokens"):
-            builder.refuse((*PEFT, "num_virtual_tokens"), "missing", "write how many, such as num_virtual_tokens: 16")
+        path, fix = (*PEFT, "num_virtual_tokens"), "write how many, such as num_virtual_tokens: 16"
+        refuse_if(peft.get("num_virtual_tokens") is None and not builder.is_set(*path), path, "missing", fix)
         if builder.training.get("activation_checkpointing"):
             builder.training["activation_checkpointing"] = False
             text = "switched off: it cannot work with PREFIX_TUNING"
@@ -94,16 +95,16 @@ def _check_peft(builder: ConfigBuilder, peft: dict[str, Any]) -> None:
     if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"\w+(\s*,\s*\w+)*", targets):
         # PEFT reads a text as a pattern for whole module paths, which a bare name never matches
         targets = peft["target_modules"] = re.split(r"\s*,\s*", targets)
-    if isinstance(targets, list) and not targets:
-        what = "an empty list leaves nothing to train"
-        builder.refuse((*PEFT, "target_modules"), what, "name modules, or leave it out")
+    what, fix = "an empty list leaves nothing to train", "name modules, or leave it out"
+    refuse_if(targets == [], (*PEFT, "target_modules"), what, fix)
+    layers, pattern = peft.get("layers_to_transform"), peft.get("layers_pattern")
     if isinstance(targets, str):
-        for name in ("layers_to_transform", "layers_pattern"):
-            if peft.get(name) is not None:
-                what = "cannot be set beside a target_modules that is a pattern"
-                builder.refuse((*PEFT, name), what, "write a list there")
-    elif peft.get("layers_pattern") and peft.get("layers_to_transform") is None:
-        builder.refuse((*PEFT, "layers_pattern"), "needs layers_to_transform", "write the layer numbers there")
+        what, fix = "cannot be set beside a target_modules that is a pattern", "write a list there"
+        refuse_if(layers is not None, (*PEFT, "layers_to_transform"), what, fix)
+        refuse_if(pattern is not None, (*PEFT, "layers_pattern"), what, fix)
+    else:
+        what, fix = "needs layers_to_transform", "write the layer numbers there"
+        refuse_if(pattern and layers is None, (*PEFT, "layers_pattern"), what, fix)
 
 
 def _check_output_dir(builder: ConfigBuilder) -> None:
@@ -122,40 +123,43 @@ def _check_output_dir(builder: ConfigBuilder) -> None:
     builder.refuse(path, what, fix)
 
 
-def _conflicts(builder: ConfigBuilder) -> Iterator[tuple[Any, tuple[str, ...], str, str]]:
-    """Yield a condition for each combination that cannot work, with the key at fault, why and what to write."""
-    training, data, has_workers = builder.training, builder.data, builder.training.get("dataloader_num_workers")
-    packed, strategy = builder.top.get("padding_free"), training.get("eval_strategy", "no")
-    is_prefix = builder.peft is not None and builder.peft.get("peft_type") == "PREFIX_TUNING"
-    one_precision = "keep one of them, or none: the precision is then chosen by what the machine has"
+def _check_conflicts(builder: ConfigBuilder) -> None:
+    """Refuse settings of which only one can be, or that need another."""
+    training, generation, refuse_if = builder.training, builder.generation, builder.refuse_if
+    fix = "keep one of them, or none: the precision is then chosen by what the machine has"
     for first, second in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         both = training.get(first) and training.get(second)
-        yield both, (*TRAINING, second), f"{first} and {second} cannot both be true", one_precision
+        refuse_if(both, (*TRAINING, second), f"{first} and {second} cannot both be true", fix)
     for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
-        alone = training.get(name) and not has_workers
-        yield alone, (*TRAINING, name), "needs dataloader_num_workers of 1 or more", f"leave {name} out"
+        is_alone = training.get(name) and not training.get("dataloader_num_workers")
+        refuse_if(is_alone, (*TRAINING, name), "needs dataloader_num_workers of 1 or more", f"leave {name} out")
     what = "counts the prompt too, so that a long prompt leaves no room for a reply"
     fix = "write max_new_tokens instead: the largest number of tokens of a reply"
-    yield builder.generation.get("max_length") is not None, (*GENERATION, "max_length"), what, fix
+    refuse_if(generation.get("max_length") is not None, (*GENERATION, "max_length"), what, fix)
     # `do_train` and the like are flags of other scripts; here the files in `data_config` decide what is done
     what = "`false` contradicts this command, which trains"
-    yield training.get("do_train") is False, (*TRAINING, "do_train"), what, "leave it out"
-    contradicts, what = (
-        training.get("do_eval") is False and strategy != "no",
-        f"`false` contradicts eval_strategy: {strategy}",
-    )
-    yield contradicts, (*TRAINING, "do_eval"), what, "leave do_eval out, or write eval_strategy: no"
-    lacks_file, what = training.get("do_predict") and not data.get("test_file"), "`true` needs data_config.test_file"
-    yield lacks_file, (*TRAINING, "do_predict"), what, "name one, or leave do_predict out"
-    # with padding_free one row of the batch holds all conversations
-    unpacked = "write padding_free: false"
+    refuse_if(training.get("do_train") is False, (*TRAINING, "do_train"), what, "leave it out")
+    strategy = training.get("eval_strategy", "no")
+    what, fix = f"`false` contradicts eval_strategy: {strategy}", "leave do_eval out, or write eval_strategy: no"
+    refuse_if(training.get("do_eval") is False and strategy != "no", (*TRAINING, "do_eval"), what, fix)
+    what, fix = "`true` needs data_config.test_file", "name one, or leave do_predict out"
+    refuse_if(training.get("do_predict") and not builder.data.get("test_file"), (*TRAINING, "do_predict"), what, fix)
+
+
+def _check_padding_free(builder: ConfigBuilder) -> None:
+    """Refuse what cannot be with `padding_free: true`, where one row of the batch holds all conversations."""
+    if not builder.top.get("padding_free"):
+        return
+    fix = "write padding_free: false"
     what = "`true` cannot work with PREFIX_TUNING: its prefix is put before the whole batch, not before each row"
-    yield packed and is_prefix, ("padding_free",), what, f"{unpacked}, or peft_type: LORA"
-    what = "cannot be set beside padding_free: true: "
-    noise = "its noise is scaled by the length of a row, which here is that of the whole batch"
-    yield packed and training.get("neftune_noise_alpha"), (*TRAINING, "neftune_noise_alpha"), what + noise, unpacked
-    shapes = "rows begin elsewhere in each batch, and each would be compiled anew"
-    yield packed and training.get("torch_compile"), (*TRAINING, "torch_compile"), what + shapes, unpacked
+    is_prefix = builder.peft is not None and builder.peft.get("peft_type") == "PREFIX_TUNING"
+    builder.refuse_if(is_prefix, ("padding_free",), what, f"{fix}, or peft_type: LORA")
+    for name, reason in (
+        ("neftune_noise_alpha", "its noise is scaled by the length of a row, which here is that of the whole batch"),
+        ("torch_compile", "rows begin elsewhere in each batch, and each would be compiled anew"),
+    ):
+        what = f"cannot be set beside padding_free: true: {reason}"
+        builder.refuse_if(builder.training.get(name), (*TRAINING, name), what, fix)
 
 
 def _note_what_decides(builder: ConfigBuilder) -> None:
