@@ -6,26 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_edge_ft.errors import Problem
 from tests.config.files import load, notices, refused
-
-
-@pytest.mark.parametrize(
-    ("written", "instead"),
-    [
-        ("generation_num_beams: 4", "generation_config.num_beams"),
-        ("generation_max_length: 64", "generation_config.max_new_tokens"),
-    ],
-)
-def test_generation_settings_outside_their_section_are_refused(tmp_path: Path, written: str, instead: str) -> None:
-    """C5: the two would have no effect; the key that has one is named."""
-    assert refused(tmp_path, written) == (
-        Problem(
-            f"run.yaml:6: training_args.{written.partition(':')[0]}",
-            f"`{written.partition(': ')[2]}`: {written.partition(':')[0]} has no effect here",
-            f"write {instead} instead",
-        ),
-    )
 
 
 @pytest.mark.parametrize(
@@ -69,26 +50,29 @@ def test_generation_key_that_cannot_work_is_refused(tmp_path: Path, written: str
     assert problem.fix.startswith(("leave it out", "write m"))
 
 
-def test_max_length_is_refused_by_name(tmp_path: Path) -> None:
-    """C5: max_length counts the prompt; max_new_tokens is named."""
-    assert refused(tmp_path, "generation_config: {max_length: 64}") == (
-        Problem(
-            "run.yaml:6: training_args.generation_config.max_length",
-            "counts the prompt too, so that a long prompt leaves no room for a reply",
-            "write max_new_tokens instead: the largest number of tokens of a reply",
+@pytest.mark.parametrize(
+    ("written", "what", "fix"),
+    [
+        ("generation_config: {max_length: 64}", "counts the prompt too", "write max_new_tokens instead"),
+        ("generation_config: {stop_strings: END}", "`END`: stop_strings needs a tokenizer", "leave it out; stop ids"),
+        (
+            "generation_num_beams: 4",
+            "`4`: generation_num_beams has no effect here",
+            "write generation_config.num_beams",
         ),
-    )
-
-
-def test_stop_strings_are_refused_with_the_reason(tmp_path: Path) -> None:
-    """C5: the message shows the value, why it cannot work and what ends a reply."""
-    assert refused(tmp_path, "generation_config: {stop_strings: END}") == (
-        Problem(
-            "run.yaml:6: training_args.generation_config.stop_strings",
-            "`END`: stop_strings needs a tokenizer inside generate, which has none here",
-            "leave it out; stop ids end a reply",
-        ),
-    )
+        ("generation_max_length: 64", "has no effect here", "write generation_config.max_new_tokens"),
+        ("fsdp: true", "fsdp is not supported by this toolkit", "leave it out; use deepspeed"),
+        ("fsdp: full_shard", "fsdp is not supported by this toolkit", "leave it out; use deepspeed"),
+        ("fsdp_config: {min_num_params: 9}", "is not supported by this toolkit", "leave it out; use deepspeed"),
+        ("use_liger_kernel: true", "would take the place of this toolkit's own loss", "leave it out"),
+    ],
+)
+def test_key_without_support_is_refused_with_what_to_write(tmp_path: Path, written: str, what: str, fix: str) -> None:
+    """C5, C8: one problem with the key, the reason, and the key that has the effect here."""
+    (problem,) = refused(tmp_path, written)
+    assert problem.where.startswith(f"run.yaml:6: training_args.{written.partition(':')[0]}")
+    assert what in problem.what
+    assert problem.fix.startswith(fix)
 
 
 def test_max_length_beside_max_new_tokens_has_no_effect(tmp_path: Path) -> None:
@@ -117,31 +101,12 @@ def test_supported_ways_to_generate_are_accepted(tmp_path: Path, written: str) -
     assert load(tmp_path, f"generation_config: {written}").notices == ()
 
 
-@pytest.mark.parametrize("written", ["fsdp: true", "fsdp: full_shard", "fsdp_config: {min_num_params: 9}"])
-def test_fsdp_is_refused(tmp_path: Path, written: str) -> None:
-    """C8: FSDP is not supported; deepspeed is named."""
-    (problem,) = refused(tmp_path, written)
-    assert problem.where == f"run.yaml:6: training_args.{written.partition(':')[0]}"
-    assert problem.what.endswith("is not supported by this toolkit")
-    assert problem.fix == "leave it out; use deepspeed to share a model between GPUs"
-
-
 def test_fsdp_beside_deepspeed_is_refused_once(tmp_path: Path) -> None:
     """C8: the two together are one problem, and deepspeed stays."""
     (tmp_path / "zero.json").write_text("{}", encoding="utf-8")
-    assert refused(tmp_path, "deepspeed: zero.json\nfsdp: full_shard") == (
-        Problem(
-            "run.yaml:7: training_args.fsdp",
-            "`full_shard`: fsdp is not supported by this toolkit",
-            "leave it out; use deepspeed to share a model between GPUs",
-        ),
-    )
-
-
-def test_liger_kernel_is_refused(tmp_path: Path) -> None:
-    """C8: it would replace the toolkit's own loss."""
-    (problem,) = refused(tmp_path, "use_liger_kernel: true")
-    assert problem.what == "`true`: use_liger_kernel would take the place of this toolkit's own loss"
+    assert [problem.where for problem in refused(tmp_path, "deepspeed: zero.json\nfsdp: full_shard")] == [
+        "run.yaml:7: training_args.fsdp"
+    ]
 
 
 @pytest.mark.parametrize("written", ["fsdp: ''", "fsdp: false", "use_liger_kernel: false"])
