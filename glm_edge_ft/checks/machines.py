@@ -8,12 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from glm_edge_ft.distributed import POLL_SECONDS, barrier, has_several_machines, launch, launch_id
 from glm_edge_ft.errors import ProblemList
 
-Value = TypeVar("Value")
 SECONDS_TO_SEE_A_FILE = 60.0
 """A network file system may show a new file to other machines that much later."""
 
@@ -31,18 +29,14 @@ class MachineState:
 
     machine: str
     resume: str | None
-    rows: Mapping[str, Sequence[int]]
+    rows: Mapping[str, list[int]]
     sees_folder: bool
 
 
-def check_same_on_all_machines(output_dir: Path, resume: str | None, rows: Mapping[str, Sequence[int]]) -> None:
-    """Compare output folder, checkpoint and data of all machines; they would otherwise wait for one another for ever.
+def check_same_on_all_machines(output_dir: Path, resume: str | None, rows: Mapping[str, list[int]]) -> None:
+    """Compare output folder (it exists), checkpoint and data of all machines, once the process group is there.
 
-    All processes call this, after the process group was made. Raises the same UserError in all of them.
-
-    Args:
-        output_dir: the output folder, which exists.
-        resume, rows: see `MachineState`.
+    With other rows processes would wait for one another without end. Raises the same UserError in all processes.
     """
     if not has_several_machines():
         return
@@ -71,22 +65,19 @@ def _appears(file: Path) -> bool:
 
 
 def compare_machines(everyone: Sequence[MachineState], output_dir: Path) -> None:
-    """Raise UserError with the first difference of each kind between process 0 and another one."""
+    """Raise UserError with all that differs between process 0 and the first process that differs from it."""
     first, problems = everyone[0], ProblemList()
-    if other := _first_that(everyone, [state.sees_folder for state in everyone]):
-        what = f"{output_dir} on machine {other.machine} is not the folder of that name on machine {first.machine}"
-        fix = "name a folder that all machines share: each process writes its part of a checkpoint there"
-        problems.add("training_args.output_dir", f"{what}, where process 0 writes", fix)
-    if other := _first_that(everyone, [state.resume == first.resume for state in everyone]):
-        what = f"machine {other.machine} found {other.resume or 'no checkpoint'} in {output_dir}, machine "
-        what += f"{first.machine} {first.resume or 'no checkpoint'}"
-        problems.add("RESUME", what, "start again on all machines, when all of them see the same checkpoints")
-    for split, rows in first.rows.items():
-        if other := _first_that(everyone, [list(state.rows[split]) == list(rows) for state in everyone]):
-            what = f"{other.rows[split][0]:,} rows on machine {other.machine}, {rows[0]:,} on machine {first.machine}"
-            problems.add(f"DATA_DIR: {split}", f"{what}, or rows of other lengths", "copy the same files to all")
-    problems.raise_if_any()
-
-
-def _first_that(everyone: Sequence[MachineState], is_equal: Sequence[bool]) -> MachineState | None:
-    return next((state for state, equal in zip(everyone, is_equal, strict=True) if not equal), None)
+    for other in everyone:
+        if not other.sees_folder:
+            what = f"{output_dir} on machine {other.machine} is not the folder of that name on machine {first.machine}"
+            fix = "name a folder that all machines share: each process writes its part of a checkpoint there"
+            problems.add("training_args.output_dir", f"{what}, where process 0 writes", fix)
+        if other.resume != first.resume:
+            what = f"machine {other.machine} found {other.resume or 'no checkpoint'} in {output_dir}, machine "
+            what += f"{first.machine} {first.resume or 'no checkpoint'}"
+            problems.add("RESUME", what, "start again on all machines, when all of them see the same checkpoints")
+        for split, rows in first.rows.items():
+            if (found := other.rows[split]) != rows:
+                what = f"{found[0]:,} rows on machine {other.machine}, {rows[0]:,} on machine {first.machine}"
+                problems.add(f"DATA_DIR: {split}", f"{what}, or rows of other lengths", "copy the same files to all")
+        problems.raise_if_any()

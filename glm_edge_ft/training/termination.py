@@ -1,9 +1,8 @@
 """SIGTERM, by which a cluster takes its machine back: what a run still does before it ends.
 
-Before training there is nothing to save, and the run ends at once. From then on the signal is noted. At the end of a
-step, or at the next batch of an evaluation, all processes agree that one of them was asked to stop, save a whole
-checkpoint together and end. torchrun sends the signal to its workers and kills them 30 seconds later. transformers'
-`enable_jit_checkpoint` does not serve: its processes do not agree on the step, and it cannot stop an evaluation.
+Before training the run ends at once. From then on the signal is noted; at the end of a step, or at the next batch of an
+evaluation, all processes agree that one of them was asked to stop, save a checkpoint together and end. torchrun kills
+them 30 seconds after the signal. With transformers' `enable_jit_checkpoint` processes would not agree on the step.
 """
 
 from __future__ import annotations
@@ -67,10 +66,7 @@ class Termination:
         return asked_before | self._finish_pending()
 
     def poll_stop_async(self) -> bool:
-        """Return what `poll_stop` would have returned at the last call, so that no process waits for a slower one.
-
-        One process alone knows at once. All processes must call this equally often.
-        """
+        """Return the answer to the previous call, without waiting. All processes must call this equally often."""
         import torch
 
         if not torch.distributed.is_initialized():
@@ -94,19 +90,13 @@ class Termination:
 
 
 def leave_signals_to_parent() -> None:
-    """Let a helper process ignore Ctrl-C and SIGTERM, which reach all processes; the main one handles them.
-
-    A loader process that died of it would end the run before its checkpoint is written.
-    """
+    """Let a loader process ignore Ctrl-C and SIGTERM, which reach all: its death would end the run at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def end_helper_processes() -> None:
-    """Kill the loader processes of a run that broke off, last of all; the interpreter would wait for them at its end.
-
-    They ignore the SIGTERM that it sends them (see `leave_signals_to_parent`).
-    """
+    """Kill the loader processes of a run that broke off: they ignore SIGTERM, and Python would wait for them."""
     helpers = [child for child in multiprocessing.active_children() if child.daemon]
     if not helpers or sys.platform == "win32":
         return

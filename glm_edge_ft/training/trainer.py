@@ -1,9 +1,8 @@
 """The Seq2SeqTrainer of this project.
 
-It differs from its parent in the order of training rows, in what an evaluation is, in how checkpoints and the final
-model are written, in what happens on a loss that is not finite and on SIGTERM, and in what a resumed run takes over.
-`RunCallback` does what transformers has hooks for; what has none overrides private methods of the parent, listed in
-tests/test_private_hooks.py.
+It differs from its parent in the order of training rows, the evaluation, how checkpoints and the final model are
+written, and in what it does on a loss that is not finite, on SIGTERM and when it resumes. `RunCallback` does what
+transformers has hooks for; private methods of the parent that are overridden are listed in tests/test_private_hooks.py.
 """
 
 from __future__ import annotations
@@ -107,8 +106,6 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         self.run_callback = RunCallback(self)
         self.add_callback(self.run_callback)
         self.label_smoother = None  # the model's own loss smooths labels; the parent's would need all logits
-
-    # ---- order of training rows ----
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
@@ -231,12 +228,7 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
         )
 
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **_: Any,
+        self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[None, None, None]:
         """Add the batch's summed loss and its number of supervised tokens to the totals; compute no logits."""
         self.termination.stop_evaluation()
@@ -307,11 +299,11 @@ class GlmEdgeTrainer(Seq2SeqTrainer):
             finally:
                 self._staging = None
             self.accelerator.wait_for_everyone()
-            output_dir, step = Path(self.args.output_dir), self.state.global_step
+            output_dir = Path(self.args.output_dir)
             if self.state.best_global_step:
                 self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
             if self.args.should_save:
-                staged = staging / f"checkpoint-{step}"
+                staged = staging / f"checkpoint-{self.state.global_step}"
                 self.state.save_to_json(str(staged / STATE_FILE))  # again, with the best checkpoint's final path
                 self.write_records(staged)
                 publish(staged, output_dir)
