@@ -50,10 +50,8 @@ def report(output_dirs: Sequence[Path], out: Path | None = None, language: str =
         problems.add(f"--out {target}", "cannot be made", "name a file in a folder of yours")
     runs = []
     for folder in output_dirs:
-        try:
+        with problems.collect():
             runs.append(read_run(folder))
-        except UserError as error:
-            problems.extend(error)
     problems.raise_if_any()
     try:
         with atomic_path(target) as staged:
