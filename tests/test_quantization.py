@@ -19,7 +19,7 @@ from glm_edge_ft.deploy.evaluate import evaluate
 from glm_edge_ft.deploy.export_gguf import export_gguf
 from glm_edge_ft.deploy.merge import merge
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.model.precision import look_at_machine
+from glm_edge_ft.model.precision import detect_hardware
 from tests.conftest import TokenizerMaker
 from tests.deploy.gguf_files import model_key, read_gguf
 from tests.launch import start
@@ -106,7 +106,7 @@ def test_evaluation_does_not_change_training(run: Run) -> None:
     assert [name for name, values in weights(without).items() if "lora_B" in name and values.abs().sum() == 0] == []
 
 
-@pytest.mark.skipif(not look_at_machine().cpu_has_bf16, reason="this CPU has no bfloat16 instructions")
+@pytest.mark.skipif(not detect_hardware().cpu_has_bf16, reason="this CPU has no bfloat16 instructions")
 def test_in_16_bit_the_adapter_is_in_float32_and_a_resumed_run_goes_on(run: Run) -> None:
     """R3, C7: bfloat16 for what is computed; evaluated, resumed and saved so."""
     settings: dict[str, Any] = {"bf16": True, "val": "dev.jsonl", "eval_strategy": "steps", "eval_steps": 2}

@@ -126,12 +126,12 @@ def prepare(plan: Plan) -> Prepared:
     """
     from glm_edge_ft.data.encoding import ConversationEncoder
     from glm_edge_ft.model.loading import load_image_processor, read_checkpoint
-    from glm_edge_ft.model.precision import choose_precision, look_at_machine
+    from glm_edge_ft.model.precision import choose_precision, detect_hardware
 
     config, takes_images, problems = plan.config, plan.request.takes_images, ProblemList()
     precision = checkpoint = None
     with problems.collect():
-        precision = choose_precision(config.training_args, config.peft_config is not None, look_at_machine())
+        precision = choose_precision(config.training_args, config.peft_config is not None, detect_hardware())
     with problems.collect():
         found = read_checkpoint(plan.location)
         check_kind_of_model(found, config, takes_images)
@@ -194,7 +194,7 @@ def _check_model(
     """Check adapter, weight files and image features against the model's structure; None where it does not fit."""
     from glm_edge_ft.model.loading import build_meta_model, check_weights
     from glm_edge_ft.model.packed_attention import check_packing
-    from glm_edge_ft.model.quantization import check_stored_form
+    from glm_edge_ft.model.quantization import check_quantized_checkpoint
 
     config, meta_model = plan.config, None
     with problems.collect():
@@ -210,7 +210,7 @@ def _check_model(
         if images is not None and images.max_images > 0:
             check_features(meta_model, checkpoint, images)
     with problems.collect():
-        check_stored_form(checkpoint, config.quantization, plan.trains and config.peft_config is None)
+        check_quantized_checkpoint(checkpoint, config.quantization, plan.trains and config.peft_config is None)
     with problems.collect():
         return inspect_structure(config, meta_model, keeps_vision)
     return None

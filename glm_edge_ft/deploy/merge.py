@@ -14,7 +14,7 @@ from glm_edge_ft.console import show, show_notice
 from glm_edge_ft.deploy.source import Source, find_source, open_checkpoint
 from glm_edge_ft.errors import ProblemList, UserError
 from glm_edge_ft.files import atomic_path, can_be_made
-from glm_edge_ft.model.quantization import REQUIREMENT, is_installed, not_installed, stored_settings
+from glm_edge_ft.model.quantization import REQUIREMENT, is_installed, not_installed, quantization_settings
 from glm_edge_ft.training.deepspeed import skip_deepspeed_import
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def check_unquantized(source: Source, checkpoint: Checkpoint) -> None:
     where, base = f"MODEL {source.name}", f"its base model {source.location.name}"
     if source.quantization is not None and not is_installed():
         raise UserError([not_installed(where, "its base model was in 4 bits when it was trained")])
-    settings = stored_settings(checkpoint.config)
+    settings = quantization_settings(checkpoint.config)
     if settings is None:
         return
     fix = "give the model that it was quantized from"
@@ -134,7 +134,7 @@ def load_merged(source: Source, checkpoint: Checkpoint) -> PreTrainedModel:
     adapter = checkpoint.location.adapter
     assert adapter is not None
     base: Any = load_weights(checkpoint, torch.float32, source.quantization)
-    if source.quantization is not None or stored_settings(checkpoint.config) is not None:
+    if source.quantization is not None or quantization_settings(checkpoint.config) is not None:
         if source.quantization is None:
             what = "is stored in 4 or 8 bits: its weights are dequantized, rounded as they are; --base with the model "
             what += "that it was quantized from loses nothing"

@@ -248,10 +248,10 @@ def prepare_inference(
 
 def _for_this_machine(config: RunConfig) -> RunConfig:
     """Return the config without the number formats that this machine lacks: the run had another machine."""
-    from glm_edge_ft.model.precision import choose_precision, look_at_machine
+    from glm_edge_ft.model.precision import choose_precision, detect_hardware
 
     try:
-        choose_precision(config.training_args, trains_adapter=True, machine=look_at_machine())
+        choose_precision(config.training_args, trains_adapter=True, hardware=detect_hardware())
     except UserError as error:
         for problem in error.problems:
             show_notice(f"{problem.where} is {problem.what}: what the machine has is used")
@@ -278,13 +278,13 @@ def load_model(prepared: Prepared) -> PreTrainedModel | PeftModel:
 
     from glm_edge_ft.checks.adapter_trial import check_is_loaded
     from glm_edge_ft.model.loading import load_weights
-    from glm_edge_ft.model.precision import choose_precision, look_at_machine
+    from glm_edge_ft.model.precision import choose_precision, detect_hardware
     from glm_edge_ft.model.saved_folder import load_adapter
 
     skip_deepspeed_import()
     adapter, config = prepared.plan.location.adapter, prepared.plan.config
     is_frozen = adapter is not None or prepared.checkpoint.config.dtype in (torch.bfloat16, torch.float16)
-    chosen = choose_precision(config.training_args, is_frozen, look_at_machine())
+    chosen = choose_precision(config.training_args, is_frozen, detect_hardware())
     device = prepared.training_arguments.device
     model = load_weights(prepared.checkpoint, getattr(torch, chosen.weights), config.quantization, device)
     model.requires_grad_(False)

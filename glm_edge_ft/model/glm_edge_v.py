@@ -31,7 +31,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from glm_edge_ft.model.checkpoint import ModelLocation
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig, read_glm_edge_v_config
 from glm_edge_ft.model.glm_edge_v_vision import GlmEdgeVAdapter, GlmEdgeVVision
-from glm_edge_ft.model.weight_files import fetch_weights, load_whole
+from glm_edge_ft.model.weight_files import fetch_weights, load_strict
 
 # The tower's pooling head is stored in checkpoints and never computed; the others are counted up anew on every start.
 UNUSED_KEYS = [r"vision_model\.head\.", r"embeddings\.position_ids$", r"rotary_emb\.inv_freq$"]
@@ -274,5 +274,5 @@ def load_glm_edge_v(source: str | Path, dtype: torch.dtype, **options: Any) -> G
     folder = fetch_weights(ModelLocation(str(source), str(source), is_local))
     config = read_glm_edge_v_config(folder)
     load: Any = GlmEdgeVForCausalLM.from_pretrained
-    model: Any = load_whole(f"MODEL {source}", load, folder, config=config, dtype=dtype, **options)
+    model: Any = load_strict(f"MODEL {source}", load, folder, config=config, dtype=dtype, **options)
     return model

@@ -70,10 +70,10 @@ class GlmEdgeVConfig(GlmConfig):
         fields = super().to_diff_dict()
         fields.pop("boundary_shape", None)
         fields["architectures"] = list(RELEASED_ARCHITECTURES)  # saving puts the name of the Python class there
-        return fields | fields_of_the_release(fields)
+        return fields | release_fields(fields)
 
 
-def fields_of_the_release(config: dict[str, Any]) -> dict[str, Any]:
+def release_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of 2024 for a GLM's `config.json`, from today's.
 
     transformers 5 keeps rotary settings in `rope_parameters` and the format in `dtype`. Tools of the time of the

@@ -18,7 +18,7 @@ from glm_edge_ft.errors import UserError, first_line
 from glm_edge_ft.files import did_you_mean, expand_home
 from glm_edge_ft.model.checkpoint import EMBEDDED_MODELS, Checkpoint, ModelLocation
 from glm_edge_ft.model.hub import read_cached_first
-from glm_edge_ft.model.weight_files import check_weight_files, fetch_weights, find_weights, load_whole, refuse_pointers
+from glm_edge_ft.model.weight_files import check_weight_files, fetch_weights, find_weights, load_strict, refuse_pointers
 
 if TYPE_CHECKING:
     import torch
@@ -228,12 +228,12 @@ def check_weights(checkpoint: Checkpoint) -> None:
     A hub id whose weights are not cached is not checked, nor are names and shapes in quantized files. Raises UserError
     for files that are missing or cut, and for weights that are missing, of another shape or left over.
     """
-    from glm_edge_ft.model.quantization import stored_settings
+    from glm_edge_ft.model.quantization import quantization_settings
 
     folder = find_weights(checkpoint.location)
     if folder is not None:
         check_weight_files(f"MODEL {checkpoint.location.name}", folder)
-        if stored_settings(checkpoint.config) is None:
+        if quantization_settings(checkpoint.config) is None:
             _load(checkpoint, device_map="meta")
 
 
@@ -248,14 +248,14 @@ def load_weights(
 
     Raises UserError when the weights are not whole safetensors files with exactly the weights of the model.
     """
-    from glm_edge_ft.model.quantization import fix_compute_dtype, is_stored_in_4_bits, loading_settings
+    from glm_edge_ft.model.quantization import bitsandbytes_config, fix_compute_dtype, is_4bit_checkpoint
 
     options: dict[str, Any] = {"dtype": dtype}
-    if is_stored_in_4_bits(checkpoint.config):
+    if is_4bit_checkpoint(checkpoint.config):
         options["device_map"] = {"": device}
     elif quantization is not None:
         options["device_map"] = {"": device}
-        options["quantization_config"] = loading_settings(build_meta_model(checkpoint), dtype)
+        options["quantization_config"] = bitsandbytes_config(build_meta_model(checkpoint), dtype)
     model = _load(checkpoint, **options)
     fix_compute_dtype(model, dtype)
     model.name_or_path = model.config._name_or_path = checkpoint.location.source  # a saved adapter names its base by it
@@ -274,7 +274,7 @@ def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     config = copy.deepcopy(checkpoint.config)
     if checkpoint.is_vision:
         load, config = GlmEdgeVForCausalLM.from_pretrained, read_glm_edge_v_config(folder)
-    return load_whole(f"MODEL {checkpoint.location.name}", load, folder, config=config, **options)
+    return load_strict(f"MODEL {checkpoint.location.name}", load, folder, config=config, **options)
 
 
 def _write_stop_ids(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

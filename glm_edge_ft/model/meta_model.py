@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from glm_edge_ft.model.quantization import BLOCK, find_layers, find_stored_layers, is_stored_in_4_bits, stored_settings
+from glm_edge_ft.model.quantization import (
+    BLOCK,
+    find_4bit_layers,
+    find_quantizable_layers,
+    is_4bit_checkpoint,
+    quantization_settings,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,14 +52,14 @@ class _Product(torch.autograd.Function):
 
 def quantize_meta_model(model: PreTrainedModel, quantization: str | None) -> None:
     """Give a model on the meta device its 4-bit layers: those that `quantization` makes, or that its files store."""
-    settings = stored_settings(model.config)
-    if is_stored_in_4_bits(model.config):
+    settings = quantization_settings(model.config)
+    if is_4bit_checkpoint(model.config):
         assert settings is not None
-        layers, double = find_stored_layers(model, settings), bool(settings.get("bnb_4bit_use_double_quant"))
+        layers, double = find_4bit_layers(model, settings), bool(settings.get("bnb_4bit_use_double_quant"))
     elif quantization is None:
         return
     else:
-        layers, double = find_layers(model), True
+        layers, double = find_quantizable_layers(model), True
     for name in layers:
         layer: Any = model.get_submodule(name)
         layer.__class__ = MetaLinear4bit

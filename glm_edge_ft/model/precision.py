@@ -1,4 +1,4 @@
-"""Which number formats a run uses: what the config asks for, checked against what the machine has."""
+"""Which number formats a run uses: what the config asks for, checked against the hardware."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from glm_edge_ft.errors import ProblemList
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What matters of this machine.
+class Hardware:
+    """Which number formats this machine computes in.
 
     Attributes:
         has_gpu: whether a CUDA device is visible.
@@ -46,20 +46,20 @@ class Precision:
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
 
-def look_at_machine() -> Machine:
-    """Return what this machine has; imports torch."""
+def detect_hardware() -> Hardware:
+    """Return which formats this machine computes in; imports torch."""
     import torch
 
     has_gpu = torch.cuda.is_available()
     capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and absent on builds for other CPUs
-    return Machine(
+    return Hardware(
         has_gpu=has_gpu,
         gpu_has_bf16=has_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         cpu_has_bf16=bool(capability and capability()),
     )
 
 
-def choose_precision(training_args: Mapping[str, Any], trains_adapter: bool, machine: Machine) -> Precision:
+def choose_precision(training_args: Mapping[str, Any], trains_adapter: bool, hardware: Hardware) -> Precision:
     """Return the formats for a run: what the config says, else the machine's best.
 
     A frozen base model is kept in the 16-bit format, since nothing is added to its weights. Weights that are trained
@@ -68,9 +68,9 @@ def choose_precision(training_args: Mapping[str, Any], trains_adapter: bool, mac
 
     Raises UserError when the config names a format that the machine lacks.
     """
-    on_gpu = machine.has_gpu and not training_args.get("use_cpu", False)
+    on_gpu = hardware.has_gpu and not training_args.get("use_cpu", False)
     wanted = {name: training_args.get(name) for name in ("bf16", "fp16")}
-    has_bf16 = machine.gpu_has_bf16 if on_gpu else machine.cpu_has_bf16
+    has_bf16 = hardware.gpu_has_bf16 if on_gpu else hardware.cpu_has_bf16
     problems = ProblemList()
     if wanted["bf16"] and not has_bf16:
         what = "this GPU has no bfloat16" if on_gpu else "this CPU has no bfloat16 instructions"
@@ -81,7 +81,7 @@ def choose_precision(training_args: Mapping[str, Any], trains_adapter: bool, mac
         what = "true, but there is no GPU here, and fp16 training needs one"
         problems.add("training_args.fp16", what, "leave fp16 out: the toolkit takes what the machine has (here fp32)")
     problems.raise_if_any()
-    best = "bf16" if machine.gpu_has_bf16 else "fp16"
+    best = "bf16" if hardware.gpu_has_bf16 else "fp16"
     is_open = on_gpu and wanted[best] is None and wanted["bf16"] is None and not wanted["fp16"]
     chosen = next((name for name, value in wanted.items() if value), best if is_open else None)
     if chosen is None:

@@ -39,19 +39,19 @@ def not_installed(where: str, what: str) -> Problem:
     return Problem(where, f"{what}, and bitsandbytes is not installed", f"pip install {REQUIREMENT}")
 
 
-def stored_settings(config: PretrainedConfig) -> dict[str, Any] | None:
+def quantization_settings(config: PretrainedConfig) -> dict[str, Any] | None:
     """Return the `quantization_config` of a checkpoint whose files are quantized; None: they are not."""
     settings = getattr(config, "quantization_config", None)
     return None if settings is None else dict(settings if isinstance(settings, Mapping) else settings.to_dict())
 
 
-def is_stored_in_4_bits(config: PretrainedConfig) -> bool:
+def is_4bit_checkpoint(config: PretrainedConfig) -> bool:
     """Return whether a checkpoint's files hold weights that bitsandbytes quantized to 4 bits."""
-    settings = stored_settings(config)
+    settings = quantization_settings(config)
     return settings is not None and bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
 
 
-def check_stored_form(checkpoint: Checkpoint, wanted: str | None, trains_weights: bool) -> None:
+def check_quantized_checkpoint(checkpoint: Checkpoint, wanted: str | None, trains_weights: bool) -> None:
     """Refuse what cannot be done with a checkpoint whose files are quantized.
 
     Args:
@@ -62,8 +62,12 @@ def check_stored_form(checkpoint: Checkpoint, wanted: str | None, trains_weights
     Raises:
         UserError: 4-bit numbers without bitsandbytes or without adapter; `wanted` beside another form than that.
     """
-    settings, where, problems = stored_settings(checkpoint.config), f"MODEL {checkpoint.location.name}", ProblemList()
-    if not is_stored_in_4_bits(checkpoint.config):
+    settings, where, problems = (
+        quantization_settings(checkpoint.config),
+        f"MODEL {checkpoint.location.name}",
+        ProblemList(),
+    )
+    if not is_4bit_checkpoint(checkpoint.config):
         if settings is not None and wanted is not None:
             what = f"its files are quantized already, in another form ({settings.get('quant_method')})"
             problems.add(where, what, "leave quantization out, or give the model that it was quantized from")
@@ -76,7 +80,7 @@ def check_stored_form(checkpoint: Checkpoint, wanted: str | None, trains_weights
     problems.raise_if_any()
 
 
-def find_layers(model: PreTrainedModel) -> tuple[str, ...]:
+def find_quantizable_layers(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the names of the layers to quantize, of an unquantized model, which may be on the meta device."""
     from torch import nn
 
@@ -93,7 +97,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def find_stored_layers(model: PreTrainedModel, settings: Mapping[str, Any]) -> tuple[str, ...]:
+def find_4bit_layers(model: PreTrainedModel, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the layers that a checkpoint holds in 4 bits, found as transformers does on loading."""
     from torch import nn
     from transformers.quantizers.base import HfQuantizer
@@ -105,7 +109,7 @@ def find_stored_layers(model: PreTrainedModel, settings: Mapping[str, Any]) -> t
     return tuple(name for name in linear if should_convert_module(name, skipped))
 
 
-def loading_settings(meta_model: PreTrainedModel, compute: torch.dtype) -> BitsAndBytesConfig:
+def bitsandbytes_config(meta_model: PreTrainedModel, compute: torch.dtype) -> BitsAndBytesConfig:
     """Return what transformers needs to quantize the weights one by one as it reads them.
 
     Args:
@@ -115,7 +119,7 @@ def loading_settings(meta_model: PreTrainedModel, compute: torch.dtype) -> BitsA
     from torch import nn
     from transformers import BitsAndBytesConfig
 
-    layers = set(find_layers(meta_model))
+    layers = set(find_quantizable_layers(meta_model))
     linear = [name for name, module in meta_model.named_modules() if type(module) is nn.Linear]
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -42,9 +42,9 @@ def complete_saved_folder(checkpoint: Checkpoint, folder: Path) -> None:
         return
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("model_type") == "glm":
-        from glm_edge_ft.model.glm_edge_v_config import fields_of_the_release
+        from glm_edge_ft.model.glm_edge_v_config import release_fields
 
-        config |= fields_of_the_release(config)
+        config |= release_fields(config)
         path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     if checkpoint.location.is_local and config.get("auto_map"):
         for source in sorted(checkpoint.folder.glob("*.py")):

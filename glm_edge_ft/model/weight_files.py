@@ -108,7 +108,7 @@ def check_weight_files(where: str, folder: Path) -> None:
     problems.raise_if_any()
 
 
-def load_whole(where: str, from_pretrained: Callable[..., Any], source: str | Path, **options: Any) -> PreTrainedModel:
+def load_strict(where: str, from_pretrained: Callable[..., Any], source: str | Path, **options: Any) -> PreTrainedModel:
     """Load a model from safetensors whose names and shapes are exactly those of its config.
 
     transformers fills missing weights and those of another shape with random numbers, and drops those left over. Here

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.model.precision import Machine, choose_precision
+from glm_edge_ft.model.precision import Hardware, choose_precision
 
-LAPTOP = Machine(has_gpu=False, gpu_has_bf16=False, cpu_has_bf16=False)
-SERVER = Machine(has_gpu=False, gpu_has_bf16=False, cpu_has_bf16=True)
-OLD_GPU = Machine(has_gpu=True, gpu_has_bf16=False, cpu_has_bf16=False)
-NEW_GPU = Machine(has_gpu=True, gpu_has_bf16=True, cpu_has_bf16=True)
+LAPTOP = Hardware(has_gpu=False, gpu_has_bf16=False, cpu_has_bf16=False)
+SERVER = Hardware(has_gpu=False, gpu_has_bf16=False, cpu_has_bf16=True)
+OLD_GPU = Hardware(has_gpu=True, gpu_has_bf16=False, cpu_has_bf16=False)
+NEW_GPU = Hardware(has_gpu=True, gpu_has_bf16=True, cpu_has_bf16=True)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ NEW_GPU = Machine(has_gpu=True, gpu_has_bf16=True, cpu_has_bf16=True)
     ],
 )
 def test_the_config_decides_and_else_the_machine(
-    machine: Machine, training_args: dict[str, Any], adapter: bool, expected: tuple[str, bool, bool]
+    machine: Hardware, training_args: dict[str, Any], adapter: bool, expected: tuple[str, bool, bool]
 ) -> None:
     """C7: weights' format, bf16 and fp16 for each kind of machine."""
     chosen = choose_precision(training_args, adapter, machine)
@@ -55,7 +55,7 @@ def test_weights_that_are_trained_stay_in_float32(training_args: dict[str, Any])
     ],
 )
 def test_a_format_that_the_machine_lacks_is_refused(
-    machine: Machine, training_args: dict[str, Any], message: str
+    machine: Hardware, training_args: dict[str, Any], message: str
 ) -> None:
     """C7: the key, why, and what to write instead."""
     with pytest.raises(UserError) as caught:

@@ -19,7 +19,7 @@ from glm_edge_ft.model.checkpoint import Checkpoint
 from glm_edge_ft.model.loading import build_meta_model, load_weights, locate_model, read_checkpoint
 from glm_edge_ft.model.memory import estimate_memory, measure_size
 from glm_edge_ft.model.meta_model import quantize_meta_model
-from glm_edge_ft.model.quantization import check_stored_form, find_layers
+from glm_edge_ft.model.quantization import check_quantized_checkpoint, find_quantizable_layers
 from glm_edge_ft.training.loss import install_supervised_loss
 from tests.bench.memory_table import build_released_model
 from tests.closeness import assert_same_gradients
@@ -98,7 +98,7 @@ def test_linear_layers_of_whole_blocks_are_in_4_bits_and_nothing_else(checkpoint
     """Embeddings, head and norms keep their format, and so does `down_proj`, whose rows have 96 numbers here."""
     model: Any = load_weights(checkpoint, torch.float32, "nf4")
     expected = {f"model.layers.{layer}.{name}" for layer in range(LAYERS) for name in IN_4_BITS}
-    assert four_bit_layers(model).keys() == expected == set(find_layers(build_meta_model(checkpoint)))
+    assert four_bit_layers(model).keys() == expected == set(find_quantizable_layers(build_meta_model(checkpoint)))
     bytes_of = {
         name.removesuffix(".weight") for name, values in model.named_parameters() if values.dtype == torch.uint8
     }
@@ -274,8 +274,8 @@ def test_a_base_that_is_stored_in_4_bits_computes_as_its_own_numbers(
     """And its twin counts as many weights, by what its config says."""
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
     stored = save_quantized(tmp_path / "model", folder, ("down_proj",), **settings)
-    check_stored_form(stored, "nf4", trains_weights=False)
-    check_stored_form(stored, None, trains_weights=False)
+    check_quantized_checkpoint(stored, "nf4", trains_weights=False)
+    check_quantized_checkpoint(stored, None, trains_weights=False)
     for quantization in (None, "nf4"):
         model: Any = load_weights(stored, torch.float32, quantization)
         assert len(four_bit_layers(model)) == LAYERS * len(IN_4_BITS)
@@ -303,14 +303,14 @@ def test_what_cannot_be_trained_of_a_stored_form_is_refused(folder: Path, tmp_pa
     with pytest.raises(
         UserError, match=r"is stored in 4 bits, and such weights cannot be trained(.|\n)*peft_type: LORA"
     ):
-        check_stored_form(stored, None, trains_weights=True)
+        check_quantized_checkpoint(stored, None, trains_weights=True)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shutil.copytree(folder, tmp_path / "other")
     settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "other" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     other = read_checkpoint(locate_model(str(tmp_path / "other")))
     with pytest.raises(UserError, match=r"quantized already, in another form \(gptq\)"):
-        check_stored_form(other, "nf4", trains_weights=False)
+        check_quantized_checkpoint(other, "nf4", trains_weights=False)
 
 
 def test_without_bitsandbytes_a_stored_form_is_refused(
@@ -322,4 +322,4 @@ def test_without_bitsandbytes_a_stored_form_is_refused(
     with pytest.raises(
         UserError, match=r"is stored in 4 bits, and bitsandbytes is not installed(.|\n)*pip install bits"
     ):
-        check_stored_form(stored, None, trains_weights=False)
+        check_quantized_checkpoint(stored, None, trains_weights=False)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm_edge_ft.errors import RunStopped
-from glm_edge_ft.model.precision import look_at_machine
+from glm_edge_ft.model.precision import detect_hardware
 from tests.runs import (
     LORA,
     PREFIX,
@@ -107,7 +107,7 @@ def test_every_lora_matrix_moves_fresh_and_resumed(run: Run, checkpointing: bool
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.skipif(not look_at_machine().cpu_has_bf16, reason="this CPU has no bfloat16 instructions")
+@pytest.mark.skipif(not detect_hardware().cpu_has_bf16, reason="this CPU has no bfloat16 instructions")
 def test_all_that_is_trained_is_in_float32_on_a_16_bit_base(run: Run) -> None:
     """C7: `modules_to_save` too, which a small update must move; evaluated, resumed and saved in that format."""
     peft = LORA | {"modules_to_save": ["embed_tokens", "lm_head"]}

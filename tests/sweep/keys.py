@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glm_edge_ft.model.precision import look_at_machine
+from glm_edge_ft.model.precision import detect_hardware
 
 Class = Literal["effect", "notice", "refused", "elsewhere"]
 
@@ -46,7 +46,7 @@ _SAMPLED = {"do_sample": True}
 _BEAMS = {"num_beams": 3, "max_new_tokens": 8}
 _GPU, _MACHINES, _PACKAGE = "a GPU", "several machines", "a package for reports that is not installed"
 _WORKERS = {"dataloader_num_workers": 1}
-_OF_BF16: Class = "effect" if look_at_machine().cpu_has_bf16 else "refused"
+_OF_BF16: Class = "effect" if detect_hardware().cpu_has_bf16 else "refused"
 
 TRAINING: Mapping[str, Try] = {
     "output_dir": Try("other"),
