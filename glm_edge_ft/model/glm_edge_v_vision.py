@@ -1,8 +1,7 @@
 """The vision part of GLM-Edge-V: transformers' SigLIP tower and the adapter, under the released key names.
 
-Pixels `(images, 3, 672, 672)` become 48 x 48 patches, the adapter's convolution 24 x 24 tokens, and with boi before and
-eoi after 578 vectors of the language model's width. Sources: THUDM/GLM-Edge (modelling code), GLM-4V (the adapter),
-llama.cpp (vision graph).
+The tower makes 48 x 48 patches of an image `(3, 672, 672)`, the adapter 24 x 24 tokens of these, with boi before them
+and eoi after them. Sources: THUDM/GLM-Edge (modelling code), GLM-4V (the adapter), llama.cpp (vision graph).
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class GlmEdgeVAdapter(nn.Module):
 
 
 class GlmEdgeVVision(nn.Module):
-    """Tower and adapter. A part that has nothing to train, and gets nothing to train from before it, keeps no graph."""
+    """Tower and adapter. A frozen part keeps no graph, unless a trained part comes before it."""
 
     def __init__(self, config: GlmEdgeVConfig) -> None:
         super().__init__()
@@ -100,8 +99,7 @@ class GlmEdgeVVision(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(images, channels, side, side)` to `(images, tokens_per_image, hidden)`."""
-        # Without this, the hooks that make embeddings require gradients for the sake of gradient checkpointing would
-        # start a graph inside the frozen tower.
+        # Hooks that make embeddings require gradients, for gradient checkpointing, would start a graph in the tower.
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vit)):
             patches = self.vit(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (patches.requires_grad or _is_trained(self.adapter))):

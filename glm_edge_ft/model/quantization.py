@@ -62,11 +62,8 @@ def check_quantized_checkpoint(checkpoint: Checkpoint, wanted: str | None, train
     Raises:
         UserError: 4-bit numbers without bitsandbytes or without adapter; `wanted` beside another form than that.
     """
-    settings, where, problems = (
-        quantization_settings(checkpoint.config),
-        f"MODEL {checkpoint.location.name}",
-        ProblemList(),
-    )
+    settings, problems = quantization_settings(checkpoint.config), ProblemList()
+    where = f"MODEL {checkpoint.location.name}"
     if not is_4bit_checkpoint(checkpoint.config):
         if settings is not None and wanted is not None:
             what = f"its files are quantized already, in another form ({settings.get('quant_method')})"
