@@ -19,7 +19,7 @@ import typer
 from glm_edge_ft.cli import Overrides, argument, option, run_command
 from glm_edge_ft.console import show
 from glm_edge_ft.data.convert import convert_file
-from glm_edge_ft.data.convert_formats import READERS
+from glm_edge_ft.data.convert_formats import FORMATS
 from glm_edge_ft.deploy.chat import chat
 from glm_edge_ft.deploy.evaluate import evaluate
 from glm_edge_ft.deploy.export_gguf import TYPES, export_gguf
@@ -203,7 +203,7 @@ def export_gguf_command(
 def convert_command(
     source: Annotated[Path, path_argument("INPUT", "A .json, .jsonl or .parquet file.")],
     target: Annotated[Path, path_argument("OUT.jsonl", "The new file; nothing is written over.")],
-    form: Annotated[str, typer.Option("--from", metavar="FORMAT", help=f"One of {', '.join(READERS)}.")],
+    form: Annotated[str, typer.Option("--from", metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")],
     images: Annotated[
         Path | None, path_option("--images", "DIR", "Where the paths of images start; INPUT's folder by default.")
     ] = None,

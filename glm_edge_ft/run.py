@@ -119,7 +119,7 @@ def build_collator(
     """
     from glm_edge_ft.data.collator import PackedCollator, PaddedCollator, VisionCollator
     from glm_edge_ft.data.feature_cache import ImageFeatures
-    from glm_edge_ft.data.images import scales_bytes
+    from glm_edge_ft.data.pixels import can_emit_uint8
 
     pad_token_id = prepared.checkpoint.tokenizer.pad_token_id
     text = PackedCollator() if form == "packed" else PaddedCollator(pad_token_id, form)
@@ -127,7 +127,7 @@ def build_collator(
         return text
     skip = show_notice_once if prepared.plan.config.on_bad_image == "skip" else None
     store = images.store if isinstance(images, ImageFeatures) else None
-    emit_uint8 = images is not None and scales_bytes(prepared.image_processor)
+    emit_uint8 = images is not None and can_emit_uint8(prepared.image_processor)
     return VisionCollator(text, prepared.image_processor, store, skip, emit_uint8)
 
 

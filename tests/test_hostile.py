@@ -106,7 +106,7 @@ def test_a_small_file_that_claims_billions_of_pixels_is_refused(tmp_path: Path, 
     path.write_bytes(claims(name))
     assert path.stat().st_size < 2_000
     reason = find_bad_images([str(path)], progress=False)[str(path)]
-    assert reason.startswith("the picture has too many pixels: Image size (3600000000 pixels) exceeds limit")
+    assert reason.startswith("the image has too many pixels: Image size (3600000000 pixels) exceeds limit")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
@@ -146,7 +146,7 @@ def test_a_path_out_of_the_data_folder_shows_nothing_of_the_file(
     (tmp_path / "data" / "train.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
         do_run(tmp_path / "output", tmp_path / "data", tmp_path / "model", takes_images=True)
-    assert "this is no picture of a known format" in str(caught.value)
+    assert "this is no image of a known format" in str(caught.value)
     assert "swordfish" not in str(caught.value)
     assert not (tmp_path / "output").exists()
 

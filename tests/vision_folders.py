@@ -17,8 +17,7 @@ from tokenizers import Tokenizer
 
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
-from tests.data.test_images import PREPROCESSOR
-from tests.data.vision import literal_template, vision_tokenizer
+from tests.data.vision import PREPROCESSOR, literal_template, vision_tokenizer
 from tests.model_folders import tiny_config
 from tests.runs import write_jsonl
 

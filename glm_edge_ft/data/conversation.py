@@ -1,47 +1,58 @@
-"""Raw row to `Conversation`: typed messages, checked, with every mistake named by its place.
+"""Raw row to `Conversation`: typed messages, checked, with every error named by its place.
 
-What the chat template will see of a message is what the file says, with three exceptions: keys that say what is learned
-(`learned.py`) are taken out; so are keys that name pictures, which become image parts; and the content has one form
-throughout. In chat fine-tuning that is a string, where a list of text parts is joined; in vision fine-tuning it is a
-list of parts, where a string becomes one text part. Keys that are dropped on the way are named in `Conversation.notes`.
+The chat template gets each message as the file has it, with three exceptions: keys that say what is learned
+(`DECISION_KEYS`) are taken out; keys that name images become image parts; and the content has one form throughout. In
+chat fine-tuning that is a string, where a list of text parts is joined; in vision fine-tuning it is a list of parts,
+where a string becomes one text part. What is dropped on the way is named in `Conversation.notes`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from glm_edge_ft.data.learned import DECISION_KEYS, read_learned
 from glm_edge_ft.data.parts import (
-    PICTURE_KEYS,
-    ImagePart,
+    IMAGE_KEYS,
     Part,
-    TextPart,
-    leftover_markers,
+    RowFindings,
+    check_image_parts,
+    has_unused_marker,
+    insert_images,
     listed_keys,
-    named_pictures,
+    named_images,
     parse_parts,
-    picture_elsewhere,
-    place_pictures,
     shown,
-    template_content,
+    unread_image_key,
 )
 from glm_edge_ft.data.rows import RawRow
-from glm_edge_ft.errors import ProblemList, elide
+from glm_edge_ft.errors import elide
 
 ROLES_ALWAYS = ("system", "user", "assistant")
 ROLES_IF_RENDERED = ("tool", "observation")
-_ROLE_SYNONYMS = {
-    **dict.fromkeys(("human", "instruction", "question", "prompt", "customer"), "user"),
-    **dict.fromkeys(("gpt", "bot", "model", "ai", "chatgpt", "answer", "response", "chatglm"), "assistant"),
-    **dict.fromkeys(("function", "ipython", "environment"), "tool"),
+ROLE_NAMES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "observation"),
 }
-_MESSAGES_LOOKALIKES = ("message", "conversations", "conversation", "Messages", "dialog", "dialogue", "chat")
-_NO_FIELDS = DECISION_KEYS.union(PICTURE_KEYS)  # keys of a message that the chat template does not get
+"""The names that other tools have for the roles, in lower case."""
+
+_LEARNED_KEYS = ("loss", "train", "training", "trainable", "weight", "loss_mask", "loss_scale", "loss_weight")
+_INVERTED_KEY = "masked"  # torchtune: true is not learned
+_DETAIL_KEYS = ("train_detail", "training_detail")  # axolotl: parts of a turn by their characters
+DECISION_KEYS = frozenset((*_LEARNED_KEYS, _INVERTED_KEY, *_DETAIL_KEYS))
+"""Keys by which data files say what is learned: `loss` here and in ms-swift, `weight` in OpenAI's and Mistral's format,
+`train` in axolotl. None of them is for the chat template.
+"""
+_NO_FIELDS = DECISION_KEYS.union(IMAGE_KEYS)
 _NO_REPLY = _NO_FIELDS | {"role", "content"}
-_SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+_OTHER_MESSAGES_KEYS = ("message", "conversations", "conversation", "Messages", "dialog", "dialogue", "chat")
+_FORM = (
+    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
+    "`python -m glm_edge_ft convert` reads the formats of other tools"
+)
 
 
 @dataclass(frozen=True)
@@ -50,41 +61,46 @@ class Message:
 
     Attributes:
         role: who speaks.
-        text: the text of the content as one string, images left out.
         supervised: True for an assistant turn that bears loss.
         fields: the mapping that the chat template gets: role, content and every further key of the file.
-        parts: the content in vision fine-tuning, in order; empty in chat fine-tuning, where `text` is all of it.
     """
 
     role: str
-    text: str
     supervised: bool
     fields: Mapping[str, Any]
-    parts: tuple[Part, ...] = ()
 
     @property
-    def images(self) -> tuple[str, ...]:
-        """Paths of the message's images as written, in order."""
-        return tuple(part.path for part in self.parts if isinstance(part, ImagePart))
+    def parts(self) -> list[Part]:
+        """The content as parts, in order; a string is one text part."""
+        content = self.fields.get("content", [])
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     @property
-    def texts(self) -> tuple[str, ...]:
+    def texts(self) -> list[str]:
         """The text of the content, in the pieces that the template gets."""
-        return tuple(part.text for part in self.parts if isinstance(part, TextPart)) if self.parts else (self.text,)
+        return [part["text"] for part in self.parts if "text" in part]
+
+    @property
+    def text(self) -> str:
+        """The text of the content as one string, images left out."""
+        return "".join(self.texts)
+
+    @property
+    def images(self) -> list[str]:
+        """Paths of the message's images as written, in order."""
+        return [part["image"] for part in self.parts if "image" in part]
 
     def shortened(self, length: int) -> Message:
         """Return the message with the first `length` characters of its text, and with all of its images."""
-        text = self.text[:length]
-        if not self.parts:
-            return replace(self, text=text, fields={**self.fields, "content": text})
-        parts: list[Part] = []
-        for part in self.parts:
-            if isinstance(part, TextPart):
-                part = TextPart(part.text[:length])  # noqa: PLW2901
-                length -= len(part.text)
-            if part != TextPart(""):  # what nothing is left of goes, so that the template separates no empty pieces
-                parts.append(part)
-        return replace(self, text=text, parts=tuple(parts), fields={**self.fields, "content": template_content(parts)})
+        content: Any = self.text[:length]
+        if not isinstance(self.fields["content"], str):
+            content = []
+            for part in self.parts:
+                kept = {**part, "text": part["text"][:length]} if "text" in part else part
+                length -= len(kept.get("text", ""))
+                if kept.get("text") != "":  # the template would separate empty pieces
+                    content.append(kept)
+        return replace(self, fields={**self.fields, "content": content})
 
 
 @dataclass(frozen=True)
@@ -113,9 +129,18 @@ class Conversation:
         return f"{self.file}:{self.line}"
 
     @property
-    def images(self) -> tuple[str, ...]:
+    def images(self) -> list[str]:
         """Paths of all images as written, in order."""
-        return tuple(path for message in self.messages for path in message.images)
+        return [path for message in self.messages for path in message.images]
+
+
+class _ReadMessage(NamedTuple):
+    """A message whose parts may still lack the images that the row names."""
+
+    role: str
+    parts: list[Part]
+    raw: Mapping[str, Any]
+    is_learned: bool
 
 
 def parse_conversation(row: RawRow, rendered_roles: frozenset[str], max_images: int | None = None) -> Conversation:
@@ -127,188 +152,154 @@ def parse_conversation(row: RawRow, rendered_roles: frozenset[str], max_images: 
         max_images: in vision fine-tuning, most images of a conversation; None: chat fine-tuning, which takes none.
 
     Raises:
-        UserError: every mistake of the row, each with `file:line` and the message's index.
+        UserError: every error of the row, each with `file:line` and the message's index.
     """
-    problems, notes = ProblemList(), list[str]()
-    place, takes_images = row.place, max_images is not None
+    place, found = row.place, RowFindings(takes_images=max_images is not None)
     keys: dict[str, Any] = row.value if isinstance(row.value, dict) else {"messages": row.value}
-    raw_messages = _raw_messages(place, row.value, keys)
-    learned, honoured = _row_learned(place, keys, problems)
-    pictures = named_pictures(place, keys, problems, takes_images=takes_images)
-    drafts = [
-        _draft(f"{place}: messages[{index}]", raw, rendered_roles, problems, notes, bool(pictures), takes_images)
+    raw_messages = _raw_messages(place, row.value, keys, found)
+    # Beside the messages, such a key may have another meaning: one with a value of another kind is left to the report.
+    decisions = {key: keys[key] for key in DECISION_KEYS & keys.keys()}
+    decisions = {key: value for key, value in decisions.items() if isinstance(value, list) or _is_bool(value)}
+    is_learned = read_learned(place, decisions, None, found) is not False
+    paths = named_images(place, keys, found)
+    read = [
+        _read_message(f"{place}: messages[{index}]", raw, rendered_roles, found)
         for index, raw in enumerate(raw_messages)
     ]
-    problems.raise_if_any()
-    whole = [draft for draft in drafts if draft is not None]
-    place_pictures(place, [(draft.role, draft.parts) for draft in whole], pictures, problems)
-    problems.raise_if_any()
-    messages = tuple(_message(draft, learned=learned, takes_images=takes_images) for draft in whole)
-    if not any(message.role == "assistant" for message in messages):
-        problems.add(place, "no assistant turn: there is nothing to learn", "add the reply, or remove the row")
+    found.raise_if_any()
+    turns = [turn for turn in read if turn is not None]
+    insert_images(place, [(turn.role, turn.parts) for turn in turns], paths, found)
+    found.raise_if_any()
     if max_images is not None:
-        _check_images(place, messages, [keys, *raw_messages], max_images, problems)
-        notes += [note for draft in whole if draft.role == "user" for note in leftover_markers(draft.parts)]
-    problems.raise_if_any()
-    used = {"messages", "tools", *honoured, *PICTURE_KEYS}
-    ignored = tuple(key for key, element in keys.items() if key not in used and element is not None)
-    tools = None if keys.get("tools") is None else tuple(keys["tools"])
-    return Conversation(messages, tools, row.file, row.line, ignored, tuple(dict.fromkeys(notes)))
-
-
-def _raw_messages(place: str, value: Any, keys: dict[str, Any]) -> list[Any]:
-    """Return the list of messages of a row, whose `tools` are right. Raises UserError."""
-    problems = ProblemList()
-    if not isinstance(value, dict | list):
-        problems.add(place, f"a row must be an object or a list, this one is {shown(value)}", f"write {_SHAPE}")
-        problems.raise_if_any()
-    _check_tools(place, keys.get("tools"), problems)
-    messages = _messages_of(place, keys, problems)
-    problems.raise_if_any()
-    if not isinstance(messages, list):
-        problems.add(place, f"'messages' must be a list, it is {shown(messages)}", f"write {_SHAPE}")
-    elif not messages:
-        problems.add(place, "'messages' is empty", "write at least a user and an assistant message, or remove the row")
-    problems.raise_if_any()
-    return list(messages)
-
-
-def _messages_of(place: str, value: dict[str, Any], problems: ProblemList) -> Any:
-    if "messages" in value:
-        return value["messages"]
-    for key in _MESSAGES_LOOKALIKES:
-        if key in value:
-            problems.add(place, f"key {key!r} found, 'messages' missing", "did you mean 'messages'?")
-            return None
-    if {"role", "content"} & set(value):
-        fix = "a line must hold a whole conversation: put the messages in a list under 'messages'"
-    elif {"from", "value"} & set(value):
-        fix = f"write 'role' and 'content' in place of 'from' and 'value': {_SHAPE}"
-    else:
-        near = difflib.get_close_matches("messages", list(value), 1, 0.7)
-        fix = f"did you mean 'messages' by {near[0]!r}?" if near else f"write {_SHAPE}"
-    problems.add(place, f"key 'messages' is missing; the keys are: {listed_keys(value)}", fix)
-    return None
-
-
-def _check_tools(place: str, tools: Any, problems: ProblemList) -> None:
-    if tools is None:
-        return
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        problems.add(place, f"'tools' must be a list of objects, it is {shown(tools)}", "write one JSON schema a tool")
-
-
-def _row_learned(place: str, keys: dict[str, Any], problems: ProblemList) -> tuple[bool, frozenset[str]]:
-    """Return whether the turns of a row may be learned, and the keys beside `messages` that say so.
-
-    Such a key may have another meaning there, so that a value that says neither is left to the report.
-    """
-    said = {key: keys[key] for key in DECISION_KEYS & keys.keys() if isinstance(keys[key], list) or keys[key] in (0, 1)}
-    return read_learned(place, said, None, problems) is not False, frozenset(said)
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A message whose pictures may not be among its parts yet."""
-
-    role: str
-    parts: list[Part]
-    raw: Mapping[str, Any]
-    learned: bool | None
-
-
-def _draft(
-    where: str,
-    raw: Any,
-    rendered_roles: frozenset[str],
-    problems: ProblemList,
-    notes: list[str],
-    has_pictures: bool,
-    takes_images: bool,
-) -> _Draft | None:
-    if not isinstance(raw, dict):
-        problems.add(
-            where, f"a message must be an object, this one is {shown(raw)}", 'write {"role": ..., "content": ...}'
-        )
-        return None
-    if "role" not in raw and ("from" in raw or "value" in raw):
-        problems.add(
-            where, "keys 'from' and 'value' found", "write 'role' and 'content' in place of 'from' and 'value'"
-        )
-        return None
-    role = _role(where, raw, rendered_roles, problems)
-    pictures = named_pictures(where, raw, problems, takes_images=takes_images)
-    parts = parse_parts(
-        where,
-        raw,
-        role,
-        problems,
-        notes,
-        takes_images=takes_images,
-        has_pictures=has_pictures or bool(pictures),
-        may_be_absent=role == "assistant" and any(raw[key] is not None for key in raw.keys() - _NO_REPLY),
+        _check_images(place, turns, [keys, *raw_messages], max_images, found)
+    if not any(turn.role == "assistant" for turn in turns):
+        found.add(place, "no assistant turn: there is nothing to learn", "add the reply, or remove the row")
+    found.raise_if_any()
+    used = {"messages", "tools", *decisions, *IMAGE_KEYS}
+    return Conversation(
+        messages=tuple(_message(turn, is_learned, found.takes_images) for turn in turns),
+        tools=None if keys.get("tools") is None else tuple(keys["tools"]),
+        file=row.file,
+        line=row.line,
+        ignored_keys=tuple(key for key, element in keys.items() if key not in used and element is not None),
+        notes=tuple(dict.fromkeys(found.notes)),
     )
-    learned = read_learned(where, raw, role, problems)
+
+
+def _raw_messages(place: str, value: Any, keys: Mapping[str, Any], found: RowFindings) -> list[Any]:
+    tools, messages = keys.get("tools"), keys.get("messages")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        found.add(place, f"'tools' must be a list of objects, it is {shown(tools)}", "write one JSON schema a tool")
+    if not isinstance(value, dict | list):
+        found.add(place, f"a row must be an object or a list, this one is {shown(value)}", f"write {_FORM}")
+    elif "messages" not in keys:
+        near = [key for key in keys if key in _OTHER_MESSAGES_KEYS] or difflib.get_close_matches(
+            "messages", keys, 1, 0.7
+        )
+        fix = f"did you mean 'messages' by {near[0]!r}?" if near else f"a row holds a whole conversation: write {_FORM}"
+        found.add(place, f"key 'messages' is missing; the keys are: {listed_keys(keys)}", fix)
+    elif not isinstance(messages, list) or not messages:
+        what = f"'messages' must be a list of at least a user and an assistant message, it is {shown(messages)}"
+        found.add(place, what, f"write {_FORM}, or remove the row")
+    found.raise_if_any()
+    return list(keys["messages"])
+
+
+def _read_message(where: str, raw: Any, rendered_roles: frozenset[str], found: RowFindings) -> _ReadMessage | None:
+    if not isinstance(raw, dict) or "role" not in raw:
+        missing = f"key 'role' is missing; the keys are: {listed_keys(raw)}" if isinstance(raw, dict) else ""
+        what = missing or f"a message must be an object, this one is {shown(raw)}"
+        found.add(where, what, 'write {"role": ..., "content": ...}')
+        return None
+    role, content = _role(where, raw["role"], rendered_roles, found), raw.get("content")
+    paths = named_images(where, raw, found)
+    if role == "assistant" and content in (None, []) and any(raw[key] is not None for key in raw.keys() - _NO_REPLY):
+        parts: list[Part] | None = []  # the reply is all in other keys, such as `tool_calls`
+    else:
+        parts = parse_parts(where, raw, role, found)
+    learned = read_learned(where, raw, role, found)
     if learned is None and role == "assistant":
-        notes += [f"key {key!r} says nothing: the turn is learned" for key in sorted(DECISION_KEYS & raw.keys())]
-    for index, part in enumerate(raw["content"] if isinstance(raw.get("content"), list) else ()):
+        found.notes += [f"key {key!r} says nothing: the turn is learned" for key in sorted(DECISION_KEYS & raw.keys())]
+    for index, part in enumerate(content if isinstance(content, list) else ()):
         if isinstance(part, dict) and not DECISION_KEYS.isdisjoint(part):
-            what = f"{sorted(DECISION_KEYS & part.keys())[0]!r} in a part of the content"
-            problems.add(f"{where}.content[{index}]", what, "a turn is learned whole or not at all: write it there")
+            what = f"{min(DECISION_KEYS & part.keys())!r} in a part of the content"
+            found.add(f"{where}.content[{index}]", what, "a turn is learned whole or not at all: write it there")
     if role is None or parts is None:
         return None
-    place_pictures(where, [(role, parts)], pictures, problems)
-    return _Draft(role, parts, raw, learned)
+    insert_images(where, [(role, parts)], paths, found)
+    return _ReadMessage(role, parts, raw, learned is not False)
 
 
-def _message(draft: _Draft, *, learned: bool, takes_images: bool) -> Message:
-    fields = {key: element for key, element in draft.raw.items() if key not in _NO_FIELDS}
-    text = "".join(part.text for part in draft.parts if isinstance(part, TextPart))
-    if draft.parts:
-        fields["content"] = template_content(draft.parts) if takes_images else text
-    else:
-        fields.pop("content", None)  # a reply that is all in other keys: null, as the chat template gets it
-    supervised = draft.role == "assistant" and learned and draft.learned is not False
-    return Message(draft.role, text, supervised, fields, tuple(draft.parts) if takes_images else ())
-
-
-def _role(where: str, raw: dict[str, Any], rendered_roles: frozenset[str], problems: ProblemList) -> str | None:
-    if "role" not in raw:
-        problems.add(where, f"key 'role' is missing; the keys are: {listed_keys(raw)}", "write who speaks")
-        return None
-    role = raw["role"]
+def _role(where: str, role: Any, rendered_roles: frozenset[str], found: RowFindings) -> str | None:
     if role in ROLES_ALWAYS:
         return str(role)
     allowed = [*ROLES_ALWAYS, *(known for known in ROLES_IF_RENDERED if known in rendered_roles)]
-    if not isinstance(role, str):
-        problems.add(where, f"'role' must be a string, it is {shown(role)}", f"write one of {', '.join(allowed)}")
-        return None
     if role in allowed:
-        return role
-    if role in ROLES_IF_RENDERED:
-        problems.add(
-            where, f"the model's chat template does not render the role {role!r}", f"use one of {', '.join(allowed)}"
-        )
-        return None
-    lowered = role.strip().lower()
-    near = [_ROLE_SYNONYMS.get(lowered, lowered)] if _ROLE_SYNONYMS.get(lowered, lowered) in allowed else []
-    near = near or difflib.get_close_matches(lowered, allowed, 1, 0.6)
-    fix = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(allowed)}"
-    problems.add(where, f"unknown role {elide(role, 80)!r}", fix)
+        return str(role)
+    lowered = str(role).strip().lower()
+    near = ROLE_NAMES.get(lowered) or next(iter(difflib.get_close_matches(lowered, allowed, 1, 0.6)), None)
+    fix = f"did you mean {near!r}?" if near in allowed else f"write one of {', '.join(allowed)}"
+    unknown = f"unknown role {elide(repr(role), 80)}"
+    is_known = role in ROLES_IF_RENDERED
+    found.add(where, f"the model's chat template does not render the role {role!r}" if is_known else unknown, fix)
     return None
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and value in (0, 1)
+
+
+def read_learned(where: str, turn: Mapping[str, Any], role: str | None, found: RowFindings) -> bool | None:
+    """Return whether a turn says that it is learned, by a key of `DECISION_KEYS`; None where it says nothing.
+
+    Args:
+        where: the place of the turn.
+        turn: its keys. A null says nothing.
+        role: who speaks; None if that is unknown.
+        found: gets values that cannot be honoured, and turns that are no replies but say that they are learned.
+    """
+    if DECISION_KEYS.isdisjoint(turn):
+        return None
+    said: dict[str, bool] = {}
+    for key in sorted(DECISION_KEYS & turn.keys()):
+        value = turn[key]
+        if _is_bool(value) and key not in _DETAIL_KEYS:
+            said[key] = bool(value) is not (key == _INVERTED_KEY)
+        elif value is not None and (key not in _DETAIL_KEYS or value != []):
+            what = f"{key!r} must be true or false (or 1 or 0), it is {shown(value)}"
+            fix = "a turn is learned whole or not at all: write false to leave it out, repeat the row to weigh it more"
+            found.add(where, what, fix)
+    if len(set(said.values())) > 1:
+        found.add(where, f"{' and '.join(map(repr, said))} contradict each other", "keep one of them")
+    is_learned = all(said.values()) if said else None
+    if is_learned and role not in (None, "assistant"):
+        what = f"{min(said)!r} says that a {role} message is learned"
+        found.add(where, what, "only assistant turns are learned: remove the key")
+    return is_learned
+
+
 def _check_images(
-    place: str, messages: tuple[Message, ...], raw: list[dict[str, Any]], max_images: int, problems: ProblemList
+    place: str, turns: Sequence[_ReadMessage], raw: list[Mapping[str, Any]], max_images: int, found: RowFindings
 ) -> None:
-    count = sum(len(message.images) for message in messages)
+    for index, turn in enumerate(turns):
+        check_image_parts(f"{place}: messages[{index}]", turn.parts, found)
+    count = sum("image" in part for turn in turns for part in turn.parts)
     if count > max_images:
-        problems.add(
-            place,
-            f"the conversation has {count} images, max_images is {max_images}",
-            "split the conversation, or raise max_images if the model takes several (the released ones take one)",
-        )
-    elsewhere = [key for holder in raw if (key := picture_elsewhere(holder)) is not None]
+        what = f"the conversation has {count} images, max_images is {max_images}"
+        fix = "split the conversation, or raise max_images if the model takes several (the released ones take one)"
+        found.add(place, what, fix)
+    elsewhere = [key for holder in raw if (key := unread_image_key(holder)) is not None]
     if elsewhere and not count:
-        what = f"a picture under {elsewhere[0]!r}, which is not read, and no other picture in the row"
-        problems.add(place, what, "write it under 'image'")
+        what = f"an image under {elsewhere[0]!r}, which is not read, and no other image in the row"
+        found.add(place, what, "write it under 'image'")
+    if any(has_unused_marker(turn.parts) for turn in turns if turn.role == "user"):
+        found.notes.append("<image>, <video> or <img> in the text of a user turn shows no image")
+
+
+def _message(turn: _ReadMessage, is_learned: bool, takes_images: bool) -> Message:
+    fields = {key: element for key, element in turn.raw.items() if key not in _NO_FIELDS}
+    if turn.parts:
+        fields["content"] = turn.parts if takes_images else "".join(part["text"] for part in turn.parts)
+    else:
+        fields.pop("content", None)  # as transformers leaves null keys out
+    return Message(turn.role, turn.role == "assistant" and is_learned and turn.is_learned, fields)

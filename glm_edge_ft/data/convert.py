@@ -8,14 +8,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from glm_edge_ft.data.calls import decode_calls
 from glm_edge_ft.data.conversation import ROLES_ALWAYS, ROLES_IF_RENDERED, Conversation, parse_conversation
-from glm_edge_ft.data.convert_formats import READERS, UnconvertibleError, translate
-from glm_edge_ft.data.parts import template_content
+from glm_edge_ft.data.convert_formats import FORMATS, translate
+from glm_edge_ft.data.rendering import decode_calls
 from glm_edge_ft.data.rows import MAXIMUM_PROBLEMS_SHOWN, RawRow, file_problem, iter_rows, limit_problems
 from glm_edge_ft.errors import Problem, ProblemList, UserError, elide, shorten
 from glm_edge_ft.files import atomic_path, can_be_made, expand_home
@@ -25,7 +24,7 @@ _ANY_NUMBER = 10**6  # of images
 _LINES_SHOWN = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Conversion:
     """What came of a file.
 
@@ -37,11 +36,11 @@ class Conversion:
         notes: what of the rows has no effect, or is written in another way, with the number of those rows.
     """
 
-    written: int
-    with_images: int
-    left_out: tuple[Problem, ...]
-    missing_images: tuple[Problem, ...]
-    notes: Counter[str]
+    written: int = 0
+    with_images: int = 0
+    left_out: list[Problem] = field(default_factory=list)
+    missing_images: list[Problem] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def lines(self, target: Path) -> list[str]:
         """Return the report as text."""
@@ -65,7 +64,7 @@ def convert_file(source: Path, target: Path, form: str, images: Path | None = No
     Args:
         source: `.json`, `.jsonl` or `.parquet`.
         target: the file to write, which must not be there yet.
-        form: a key of READERS.
+        form: one of FORMATS.
         images: the folder that paths of images start from; the source's own by default. In the new file they start
             from its folder, as this project has it.
 
@@ -73,8 +72,8 @@ def convert_file(source: Path, target: Path, form: str, images: Path | None = No
         UserError: an unknown format, a target that is there or cannot be written, or not one row that can be converted.
     """
     problems = ProblemList()
-    if form not in READERS:
-        problems.add(f"--from {form}", "is no known format", f"known ones: {', '.join(READERS)}")
+    if form not in FORMATS:
+        problems.add(f"--from {form}", "is no known format", f"known ones: {', '.join(FORMATS)}")
     if target.exists():
         problems.add(str(target), "is there already", "name a new file; nothing is written over")
     if target.suffix != ".jsonl":
@@ -83,74 +82,68 @@ def convert_file(source: Path, target: Path, form: str, images: Path | None = No
         problems.add(f"--images {images}", "there is no such folder", "name the one that paths start from")
     if not can_be_made(target.absolute().parent):
         problems.add(str(target), "cannot be written: its folder cannot be made", "name another place")
-    refusal = file_problem(source, source.name)
-    problems.problems += [refusal] if refusal is not None else []
+    if (refusal := file_problem(source, source.name)) is not None:
+        problems.problems.append(refusal)
     problems.raise_if_any()
     try:
         with atomic_path(target) as staged:
             with staged.open("w", encoding="utf-8") as out:
                 conversion = _convert(source, out, form, images or source.parent, target.parent)
             if not conversion.written:
-                raise UserError(
-                    [
-                        Problem(str(source), f"not one row could be read as {form}", "see below; is --from right?"),
-                        *limit_problems(_by_reason(conversion.left_out), source.name),
-                    ]
-                )
+                what = Problem(str(source), f"not one row could be read as {form}", "see below; is --from right?")
+                raise UserError([what, *limit_problems(_by_reason(conversion.left_out), source.name)])
     except OSError as error:
         raise UserError.single(str(target), f"cannot be written: {error.strerror}", "name another place") from error
     return conversion
 
 
-def _convert(source: Path, out: Any, form: str, images: Path, folder: Path) -> Conversion:
+def _convert(source: Path, out: TextIO, form: str, images: Path, folder: Path) -> Conversion:
     new_path = _path_maker(images, folder)
-    written, with_images = 0, 0
-    left_out: list[Problem] = []
-    missing: list[Problem] = []
-    notes: Counter[str] = Counter()
+    result = Conversion()
     for row in iter_rows(source):
-        if isinstance(row, Problem):
-            left_out.append(row)
-            continue
         try:
-            if not isinstance(row.value, dict):
-                raise UnconvertibleError("a row must be an object")
-            translated = RawRow(row.file, row.line, 1, translate(row.value, form))
-            conversation, texts = decode_calls(parse_conversation(translated, _ANY_ROLE, _ANY_NUMBER))
-            if not any(message.supervised for message in conversation.messages):
-                raise UnconvertibleError("the row says that no reply of it is learned")
-        except UnconvertibleError as error:
-            left_out.append(Problem(row.place, *error.args))
-            continue
+            conversation, decoded = _read(row, form)
         except UserError as error:
-            left_out += error.problems[:1]
+            result.left_out += error.problems[:1]
             continue
-        notes.update(f"key {elide(key, 80)!r} has no meaning here" for key in conversation.ignored_keys)
-        notes.update(conversation.notes)
-        notes.update(["JSON text in a tool or a call of one is written as an object"] if texts else [])
+        result.notes.update(f"key {elide(key, 80)!r} has no meaning here" for key in conversation.ignored_keys)
+        result.notes.update(conversation.notes)
+        result.notes.update(["JSON text in a tool or a call of one is written as an object"] if decoded else [])
         paths = {path: new_path(path) for path in conversation.images}
         absent = next((path for path in paths.values() if not os.path.isfile(folder / path)), None)  # noqa: PTH113
         if absent is not None:
             fix = "give the folder that the paths start from with --images"
-            missing.append(Problem(row.place, f"no such image: {shorten(str(folder / absent))}", fix))
+            result.missing_images.append(
+                Problem(conversation.place, f"no such image: {shorten(str(folder / absent))}", fix)
+            )
         out.write(json.dumps(_written(conversation, paths), ensure_ascii=False) + "\n")
-        written += 1
-        with_images += bool(paths)
-    return Conversion(written, with_images, tuple(left_out), tuple(missing), notes)
+        result.written += 1
+        result.with_images += bool(paths)
+    return result
+
+
+def _read(row: RawRow | Problem, form: str) -> tuple[Conversation, list[str]]:
+    """Return the conversation of a row and the JSON texts that were decoded in it. Raises UserError."""
+    if isinstance(row, Problem):
+        raise UserError([row])
+    conversation, decoded, _ = decode_calls(parse_conversation(translate(row, form), _ANY_ROLE, _ANY_NUMBER))
+    if not any(message.supervised for message in conversation.messages):
+        raise UserError.single(row.place, "the row says that no reply of it is learned")
+    return conversation, decoded
 
 
 def _path_maker(images: Path, folder: Path) -> Callable[[str], str]:
     """Return what turns a path that starts from `images` into one that starts from `folder`.
 
-    A folder may be reached through a link, so that what lies above it is told by where it really is.
+    A folder may be reached through a link, so that what is above it is told by where it really is.
     """
     real_folder = os.path.realpath(folder)
     real_parent = functools.cache(os.path.realpath)
 
     def new_path(written: str) -> str:
         path = expand_home(written)
-        if "://" in written[:10] or path.is_absolute():
-            return str(path) if path.is_absolute() else written
+        if path.is_absolute():
+            return str(path)
         path = images / path
         return os.path.relpath(os.path.join(real_parent(path.parent), path.name), real_folder)  # noqa: PTH118
 
@@ -158,13 +151,12 @@ def _path_maker(images: Path, folder: Path) -> Callable[[str], str]:
 
 
 def _written(conversation: Conversation, paths: Mapping[str, str]) -> dict[str, Any]:
-    """Return a conversation as a row of this project, `paths` in the place of its images' own."""
+    """Return a conversation as a row of this project, with `paths` in the place of its images' own."""
     messages = []
     for message in conversation.messages:
         content: Any = message.text
         if message.images or len(message.parts) > 1:
-            parts = template_content(message.parts)
-            content = [part | {"image": paths[part["image"]]} if "image" in part else part for part in parts]
+            content = [part | {"image": paths[part["image"]]} if "image" in part else part for part in message.parts]
         learned = {"loss": False} if message.role == "assistant" and not message.supervised else {}
         messages.append({**message.fields, "content": content, **learned})
     return {"messages": messages} | ({} if conversation.tools is None else {"tools": list(conversation.tools)})

@@ -3,7 +3,7 @@ r"""Conversation → token ids and loss mask, by the checkpoint's own chat templ
 The text of the whole conversation is rendered and tokenized once. For each assistant turn two more renderings say where
 it begins (the messages before it, with the generation prompt) and where it ends (the messages up to it); both must be
 prefixes of the whole. A token is supervised if it covers a character of a supervised reply or is the stop token that
-ends it. Places are those of characters alone, so text that looks like a control token moves nothing.
+ends it. Only characters are counted, so text that looks like a control token moves nothing.
 
     <|user|> ⏎ Hi <|assistant|> ⏎ Hello <|user|> ⏎ Bye <|assistant|> ⏎ See you <|user|>
                                 ^^^^^^^^^^^^^^^^                     ^^^^^^^^^^^^^^^^^^    supervised
@@ -15,35 +15,37 @@ with a line break, the text is tokenized in two pieces: generation starts from t
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from glm_edge_ft.data.budget import Budgets, ReplySpan, RowPlan, TooLong, plan_row, shorten_prompt
+from glm_edge_ft.data.budget import Budgets, ReplySpan, TooLong, plan_row
 from glm_edge_ft.data.conversation import Conversation, parse_conversation
 from glm_edge_ft.data.parts import listed_keys
-from glm_edge_ft.data.placeholders import ImageSettings, PlaceholderCounter, check_image_settings
+from glm_edge_ft.data.placeholders import ImageSettings, PlaceholderCounter
+from glm_edge_ft.data.rendering import as_template_expects, unrendered_keys
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.data.template import (
     NOT_PREFIX_FIX,
     ChatTemplate,
     OffsetTokenizer,
-    ReplyFormat,
     TemplateRefusal,
     difference,
     probe_reply_format,
 )
 from glm_edge_ft.data.token_places import TokenizedText
-from glm_edge_ft.data.unrendered import as_template_expects, unrendered_keys
 from glm_edge_ft.errors import Problem, UserError
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class RoleTokens:
+
+class RoleTokens(NamedTuple):
     """How many tokens of a row are text of each role.
 
     `image` are the placeholders of images; `template` is everything else that the template wrote itself.
@@ -54,7 +56,7 @@ class RoleTokens:
     assistant: int
     other: int
     template: int
-    image: int = 0
+    image: int
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,11 @@ class ConversationEncoder:
         self.template = ChatTemplate(tokenizer, "string" if images is None else "parts")
         self.tokenizer = OffsetTokenizer(tokenizer)
         eos = tokenizer.eos_token_id
-        self.reply_format: ReplyFormat = probe_reply_format(self.template, self.tokenizer, frozenset(stop_ids), eos)
+        self.reply_format = probe_reply_format(self.template, self.tokenizer, frozenset(stop_ids), eos)
         self.budgets = Budgets(max_input_length, max_output_length)
         self.placeholders: PlaceholderCounter | None = None
         if images is not None:
-            check_image_settings(self.template, self.tokenizer, images, max_input_length)
-            self.placeholders = PlaceholderCounter(images, self.tokenizer)
+            self.placeholders = PlaceholderCounter(images, self.template, self.tokenizer, max_input_length)
         self._control_text = re.compile("|".join(map(re.escape, self.tokenizer.special_texts)) or "(?!)")
 
     @property
@@ -152,10 +153,10 @@ class ConversationEncoder:
         return self.images is not None and self.images.max_images > 0
 
     def parse(self, row: RawRow) -> Conversation:
-        """Check a raw row and return its conversation. Raises UserError with every mistake of the row."""
+        """Check a raw row and return its conversation. Raises UserError with every error of the row."""
         max_images = self.images.max_images if self.images is not None and self.takes_images else None
         conversation = parse_conversation(row, self.reply_format.rendered_roles, max_images)
-        conversation = as_template_expects(conversation, self._render)
+        conversation = as_template_expects(conversation, self.template)
         if self.placeholders is not None:
             self.placeholders.check_text(conversation)
         return conversation
@@ -169,55 +170,82 @@ class ConversationEncoder:
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[EncodedRow | DroppedRow | Problem]:
         """Encode conversations; in the place of one that the template cannot render stands the problem."""
-        texts: list[str] = []
-        refusals: dict[int, Problem] = {}
-        for index, conversation in enumerate(conversations):
-            try:
-                texts.append(self._render(conversation))
-            except TemplateRefusal as refusal:
-                refusals[index] = _refused(conversation, refusal)
-                texts.append("")
-        tokenized = self.tokenizer.encode_batch(texts)
-        results: list[EncodedRow | DroppedRow | Problem] = []
-        for index, (conversation, tokens) in enumerate(zip(conversations, tokenized, strict=True)):
-            results.append(refusals.get(index) or self._encode_rendered(conversation, tokens))
-        return results
+        texts = [_or_problem(self._render, conversation) for conversation in conversations]
+        tokenized = self.tokenizer.encode_batch(["" if isinstance(text, Problem) else text for text in texts])
+        return [
+            text if isinstance(text, Problem) else _or_problem(self._encode, conversation, tokens)
+            for conversation, text, tokens in zip(conversations, texts, tokenized, strict=True)
+        ]
 
     def _render(self, conversation: Conversation, count: int | None = None, add_generation_prompt: bool = False) -> str:
         fields = [message.fields for message in conversation.messages[:count]]
         return self.template.render(fields, conversation.tools, add_generation_prompt)
 
-    def _encode_rendered(self, conversation: Conversation, tokens: TokenizedText) -> EncodedRow | DroppedRow | Problem:
+    def _encode(self, conversation: Conversation, tokens: TokenizedText) -> EncodedRow | DroppedRow:
+        dropped = functools.partial(DroppedRow, conversation.file, conversation.line)
         if self.placeholders is not None:
-            problem = self.placeholders.check_ids(conversation, tokens.ids)
-            if problem is not None:
-                return problem
+            self.placeholders.check_ids(conversation.place, len(conversation.images), tokens.ids)
         if not any(message.supervised for message in conversation.messages):
-            return DroppedRow(conversation.file, conversation.line, "every assistant turn is marked as not learned")
-        notes = unrendered_keys(conversation, tokens.text, self._render)
-        try:
-            located = self._locate(conversation, tokens)
-            prompt_cut = 0
+            return dropped("every assistant turn is marked as not learned")
+        notes = unrendered_keys(conversation, tokens.text, self.template)
+        located = self._locate(conversation, tokens)
+        plan = plan_row(located.replies, len(located.ids), self.budgets)
+        whole_prompt = plan.prompt_length if isinstance(plan, TooLong) else None
+        if isinstance(plan, TooLong):
+            shorter = self.shorten_prompt(conversation, plan)
+            if isinstance(shorter, str):
+                return dropped(shorter)
+            conversation = shorter
+            located = self._locate(conversation, self._tokenize(conversation))
             plan = plan_row(located.replies, len(located.ids), self.budgets)
             if isinstance(plan, TooLong):
-                shorter = shorten_prompt(conversation, plan, self.budgets, self.prompt_length, self.tokenizer.encode)
-                if isinstance(shorter, str):
-                    return DroppedRow(conversation.file, conversation.line, shorter)
-                conversation = shorter
-                located = self._locate(conversation, self.tokenizer.encode_batch([self._render(conversation)])[0])
-                prompt_cut = plan.prompt_length
-                plan = plan_row(located.replies, len(located.ids), self.budgets)
-                if isinstance(plan, TooLong):
-                    return DroppedRow(conversation.file, conversation.line, plan.reason(self.budgets))
-                prompt_cut -= plan.supervised[0][0]
-        except TemplateRefusal as refusal:
-            return _refused(conversation, refusal)
-        except UserError as error:
-            return error.problems[0]
-        row = self._row(conversation, located, plan, prompt_cut, notes)
-        if not row.supervised:
-            return DroppedRow(row.file, row.line, "no token is left to learn: the replies are empty")
-        return row
+                return dropped(self._too_long(plan.prompt_length))
+        input_ids = np.array(located.ids[: plan.end], dtype=np.int32)
+        loss_mask = np.zeros(plan.end, dtype=np.bool_)
+        for start, end in plan.supervised:
+            loss_mask[start:end] = True
+        if not loss_mask.any():
+            return dropped("no token is left to learn: the replies are empty")
+        images = 0 if self.placeholders is None else self.placeholders.whole_images(located.ids[: plan.end])
+        image_tokens = 0 if self.images is None else images * self.images.placeholders_per_image
+        return EncodedRow(
+            input_ids=input_ids,
+            loss_mask=loss_mask,
+            file=conversation.file,
+            line=conversation.line,
+            prompt_tokens_cut=0 if whole_prompt is None else whole_prompt - plan.supervised[0][0],
+            reply_tokens_cut=plan.reply_tokens_cut,
+            tail_tokens_cut=plan.tail_tokens_cut,
+            roles=_role_tokens(conversation, located, plan.end, image_tokens),
+            has_control_text=any(self._control_text.search(message.text) for message in conversation.messages),
+            images=tuple(conversation.images[:images]) if images else (),
+            notes=notes,
+        )
+
+    def _tokenize(self, conversation: Conversation) -> TokenizedText:
+        return self.tokenizer.encode_batch([self._render(conversation)])[0]
+
+    def _too_long(self, prompt_length: int, detail: str = "") -> str:
+        limit = self.budgets.max_input_length
+        return f"the prompt of the first reply takes {prompt_length} tokens{detail}, max_input_length is {limit}"
+
+    def shorten_prompt(self, conversation: Conversation, too_long: TooLong) -> Conversation | str:
+        """Return the conversation with the last user text before the reply shortened to fit, or why that cannot be."""
+        roles = [message.role for message in conversation.messages[: too_long.index]]
+        if "user" not in roles:
+            return self._too_long(too_long.prompt_length, " and has no user text to shorten")
+        user = len(roles) - 1 - roles[::-1].index("user")
+        messages = list(conversation.messages)
+        ends = [end for _, end in self.tokenizer.encode(messages[user].text).offsets]
+        keep, excess = len(ends), too_long.prompt_length - self.budgets.max_input_length
+        while (keep := keep - max(1, excess)) > 0:
+            messages[user] = conversation.messages[user].shortened(ends[keep - 1])
+            shorter = replace(conversation, messages=tuple(messages))
+            excess = self.prompt_length(shorter, too_long.index) - self.budgets.max_input_length
+            if excess <= 0:
+                return shorter
+        detail = f", {len(ends)} of them the user's text: nothing of it would be left"
+        return self._too_long(too_long.prompt_length, detail)
 
     def render_prompt(self, conversation: Conversation, index: int) -> str:
         """Return the text before the reply at `index`, generation prompt included. Raises TemplateRefusal."""
@@ -228,11 +256,11 @@ class ConversationEncoder:
         return len(self.tokenizer.encode(self.render_prompt(conversation, index)).ids)
 
     def locate(self, conversation: Conversation) -> Located:
-        """Return the whole conversation as training gets it, budgets aside, with the place of each reply.
+        """Return the whole conversation as training gets it, budgets aside, with the position of each reply.
 
         Raises TemplateRefusal, or UserError where the turns are not prefixes of the whole.
         """
-        return self._locate(conversation, self.tokenizer.encode_batch([self._render(conversation)])[0], to_end=True)
+        return self._locate(conversation, self._tokenize(conversation), to_end=True)
 
     def _locate(
         self, conversation: Conversation, tokens: TokenizedText, *, to_end: bool = False, cuts: tuple[int, ...] = ()
@@ -254,37 +282,28 @@ class ConversationEncoder:
                     return self._locate(conversation, pieces, to_end=to_end, cuts=(*cuts, begin))
             end = max(first, tokens.first_starting_at(stop))
             if not self.reply_format.closing_stops and end < len(ids) and ids[end] in self.reply_format.stop_ids:
-                end += index == last or self._has_header(conversation, index)
+                # Without a header of its own for the next message, a stop token there would be the user's text.
+                end += index == last or self.reply_format.headers.get(conversation.messages[index + 1].role) != ""
             replies.append(ReplySpan(index, first, end, message.supervised))
             if message.supervised and first > self.budgets.max_input_length and not to_end:
                 break  # this turn and all later ones will not be kept
         return Located(ids, tokens, replies)
-
-    def _has_header(self, conversation: Conversation, index: int) -> bool:
-        # Without a text of its own before the next content, a stop token there would be the user's.
-        return self.reply_format.headers.get(conversation.messages[index + 1].role) != ""
 
     def _reply_characters(self, conversation: Conversation, index: int, text: str) -> tuple[int, int]:
         # Where the reply's supervised characters begin and end in `text`.
         prompt = self.render_prompt(conversation, index)
         is_last = index == len(conversation.messages) - 1
         upto = text if is_last else self._render(conversation, index + 1)
-        for part, what in ((prompt, "prompt"), (upto, "rendering")):
+        for part in (prompt, upto):
             if not text.startswith(part):
-                raise UserError.single(
-                    conversation.place,
-                    f"the chat template is not prefix-consistent here (the {what} of messages[{index}]): "
-                    f"{difference(part, text)}",
-                    NOT_PREFIX_FIX,
-                )
+                what = f"the chat template is not prefix-consistent at messages[{index}]: {difference(part, text)}"
+                raise UserError.single(conversation.place, what, NOT_PREFIX_FIX)
         closing = self.reply_format.closing
         content_end = len(upto) - len(closing)
         if content_end < len(prompt) or not upto.endswith(closing):
-            raise UserError.single(
-                conversation.place,
-                f"the chat template closes messages[{index}] with {upto[len(prompt) :][-40:]!r}, not with {closing!r}",
-                NOT_PREFIX_FIX,
-            )
+            end = upto[len(prompt) :][-40:]
+            what = f"the chat template closes messages[{index}] with {end!r}, not with {closing!r}"
+            raise UserError.single(conversation.place, what, NOT_PREFIX_FIX)
         message = conversation.messages[index]
         is_empty = not upto[len(prompt) : content_end].removeprefix(self.reply_format.prefix).strip()
         if is_empty and message.supervised and message.fields.keys() != {"role", "content"}:
@@ -296,32 +315,14 @@ class ConversationEncoder:
             )
         return len(prompt), content_end + self.reply_format.closing_supervised
 
-    def _row(
-        self, conversation: Conversation, located: Located, plan: RowPlan, prompt_cut: int, notes: tuple[str, ...]
-    ) -> EncodedRow:
-        input_ids = np.array(located.ids[: plan.end], dtype=np.int32)
-        loss_mask = np.zeros(plan.end, dtype=np.bool_)
-        for start, end in plan.supervised:
-            loss_mask[start:end] = True
-        images = 0 if self.placeholders is None else self.placeholders.whole_images(located.ids[: plan.end])
-        image_tokens = 0 if self.images is None else images * self.images.placeholders_per_image
-        return EncodedRow(
-            input_ids=input_ids,
-            loss_mask=loss_mask,
-            file=conversation.file,
-            line=conversation.line,
-            prompt_tokens_cut=prompt_cut,
-            reply_tokens_cut=plan.reply_tokens_cut,
-            tail_tokens_cut=plan.tail_tokens_cut,
-            roles=_role_tokens(conversation, located, plan.end, image_tokens),
-            has_control_text=any(self._control_text.search(message.text) for message in conversation.messages),
-            images=conversation.images[:images],
-            notes=notes,
-        )
 
-
-def _refused(conversation: Conversation, refusal: TemplateRefusal) -> Problem:
-    return Problem(conversation.place, f"the chat template refuses this conversation: {refusal}")
+def _or_problem(encode: Callable[..., T], conversation: Conversation, *arguments: Any) -> T | Problem:
+    try:
+        return encode(conversation, *arguments)
+    except TemplateRefusal as refusal:
+        return Problem(conversation.place, f"the chat template refuses this conversation: {refusal}")
+    except UserError as error:
+        return error.problems[0]
 
 
 def _role_tokens(conversation: Conversation, located: Located, length: int, image_tokens: int) -> RoleTokens:

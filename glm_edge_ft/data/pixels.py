@@ -1,4 +1,7 @@
-"""From the bytes of images to what the model gets, in the process that computes."""
+"""Pixels on their way from the loader's workers: as bytes, which the process that computes normalizes.
+
+These are a quarter of what `images.preprocess` returns, and become the same float32 values.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
-from glm_edge_ft.data.images import scaled_values, scales_bytes
+from glm_edge_ft.data.images import preprocess
+
+
+def can_emit_uint8(image_processor: Any) -> bool:
+    """Return whether a processor fits an image into one square tile and scales each value by itself after that.
+
+    Then `resize_into`, and a table of what each value becomes, give what `preprocess` gives. The released one is such.
+    """
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+    if type(image_processor) is not MllamaImageProcessorPil:
+        return False
+    size = image_processor.size
+    return bool(image_processor.max_image_tiles == 1 and size["height"] == size["width"])
+
+
+def resize_into(canvas: NDArray[np.uint8], image: Image.Image, image_processor: Any) -> None:
+    """Write the values that `preprocess` scales into `canvas`, for a processor that `can_emit_uint8`.
+
+    Args:
+        canvas: (side, side, 3), all 0: what the image leaves free stays so.
+        image: of mode RGB.
+        image_processor: as in `preprocess`.
+    """
+    from transformers.models.mllama.image_processing_pil_mllama import get_image_size_fit_to_canvas
+
+    side = len(canvas)
+    height, width = get_image_size_fit_to_canvas(image.height, image.width, side, side, side)
+    resized = image if image.size == (width, height) else image.resize((width, height), image_processor.resample)
+    canvas[:height, :width] = np.asarray(resized)
 
 
 @dataclass(frozen=True)
 class PixelNormalizer:
-    """Scales bytes to the very float32 values that the image processor makes of them.
+    """Makes of bytes the very float32 values that the image processor makes of them.
 
     Attributes:
         table: what each byte becomes, by channel, (3 * 256,) float32, on the device that computes.
@@ -30,8 +65,8 @@ class PixelNormalizer:
         """
         if pixels.dtype != torch.uint8:
             return pixels
-        places = pixels.to(self.table.device).permute(0, 3, 1, 2).int() + self.offsets
-        return self.table.index_select(0, places.flatten()).view(places.shape)
+        indices = pixels.to(self.table.device).permute(0, 3, 1, 2).int() + self.offsets
+        return self.table.index_select(0, indices.flatten()).view(indices.shape)
 
     def add_image_features(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch of `VisionCollator` with `pixel_values`, where it has some, as float32."""
@@ -39,13 +74,18 @@ class PixelNormalizer:
         return dict(batch) if pixels is None else {**batch, "pixel_values": self(pixels)}
 
     def remove(self) -> None:
-        """Nothing lies anywhere."""
+        """Nothing is stored on disk."""
 
 
 def pixel_normalizer(image_processor: Any, device: torch.device) -> PixelNormalizer | None:
-    """Return what scales the bytes that a collator hands on; None where the processor does it in a way of its own."""
-    if image_processor is None or not scales_bytes(image_processor):
+    """Return what normalizes the bytes of a collator; None where the processor does it in a way of its own."""
+    if image_processor is None or not can_emit_uint8(image_processor):
         return None
-    table = torch.from_numpy(scaled_values(image_processor)).flatten().to(device)
+    side = int(image_processor.size["height"])
+    shades = np.resize(np.arange(256, dtype=np.uint8), (side, side))
+    pixels = preprocess(
+        Image.fromarray(np.stack([shades] * 3, axis=-1)), image_processor
+    )  # the processor is asked once
+    table = torch.from_numpy(pixels.reshape(3, -1)[:, :256].copy()).flatten().to(device)
     offsets = torch.arange(3, dtype=torch.int32, device=device).view(3, 1, 1) * 256
     return PixelNormalizer(table, offsets)

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.template import ChatTemplate, OffsetTokenizer, TemplateRefusal
-from glm_edge_ft.errors import Problem, ProblemList
+from glm_edge_ft.errors import ProblemList, UserError
 
+RELEASED_PLACEHOLDERS = 578
 IMAGE_TURN_TOKENS = 584
 """Tokens of a turn with one image and no text in the released models, stop token included: what it costs at least.
 
 `<|user|>`, a line break, 578 placeholders, a line break, `<|assistant|>`, a line break, `<|user|>`. Where the template
 writes no line break before `<|assistant|>` it is one less.
 """
-RELEASED_PLACEHOLDERS = 578
-
-_PROBE_PATH = "image.png"
+_IMAGE_PART = {"type": "image", "image": "path/to/image.jpg"}
+_OWN_TOKENIZER = "use a GLM-Edge-V checkpoint with the tokenizer and the config.json that came with it"
 
 
 @dataclass(frozen=True)
@@ -45,66 +45,47 @@ class ImageSettings:
         return self.placeholders_per_image + IMAGE_TURN_TOKENS - RELEASED_PLACEHOLDERS
 
 
-def check_image_settings(
-    template: ChatTemplate, tokenizer: OffsetTokenizer, settings: ImageSettings, max_input_length: int
-) -> None:
-    """Compare what the template renders for an image with the settings, and the settings with the budget.
-
-    Raises:
-        UserError: the tokenizer has no such placeholder, the template renders another number of them, or
-            `max_input_length` is below the cost of one image.
-    """
-    problems = ProblemList()
-    token = tokenizer.backend.id_to_token(settings.placeholder_id)
-    if token is None:
-        problems.add(
-            "MODEL",
-            f"the tokenizer has no token {settings.placeholder_id}, which config.json names as boi_token_id",
-            "use the tokenizer and the config.json that came with the checkpoint",
-        )
-    else:
-        _check_count(template, tokenizer, settings, token, problems)
-    if settings.max_images > 0 and max_input_length < settings.image_turn_tokens:
-        problems.add(
-            "max_input_length",
-            f"{max_input_length} tokens are too few: a turn with one image and no text takes "
-            f"{settings.image_turn_tokens}",
-            f"set it to {settings.image_turn_tokens} and the length of the text, or more",
-        )
-    problems.raise_if_any()
-
-
-def _check_count(
-    template: ChatTemplate, tokenizer: OffsetTokenizer, settings: ImageSettings, token: str, problems: ProblemList
-) -> None:
-    image = {"type": "image", "image": _PROBE_PATH}
-    try:
-        text = template.render([{"role": "user", "content": [image]}])
-    except TemplateRefusal as refusal:
-        problems.add("MODEL", f"the chat template cannot render an image: {refusal}", _MODEL_FIX)
-        return
-    count = tokenizer.encode(text).ids.count(settings.placeholder_id)
-    if count == 0:
-        problems.add("MODEL", f"the chat template renders no {token} for an image", _MODEL_FIX)
-    elif count != settings.placeholders_per_image:
-        problems.add(
-            "MODEL",
-            f"the chat template renders {count} times {token} for an image, the model makes "
-            f"{settings.placeholders_per_image} vectors of it",
-            "use the tokenizer that came with the checkpoint, or state the checkpoint's number as "
-            "image_placeholder_tokens",
-        )
-
-
-_MODEL_FIX = "use a GLM-Edge-V checkpoint with its own tokenizer"
-
-
 class PlaceholderCounter:
-    """Finds placeholders in a conversation's text and in its ids, for settings that `check_image_settings` passed."""
+    """Finds placeholders in a conversation's text and in its ids."""
 
-    def __init__(self, settings: ImageSettings, tokenizer: OffsetTokenizer) -> None:
+    def __init__(
+        self, settings: ImageSettings, template: ChatTemplate, tokenizer: OffsetTokenizer, max_input_length: int
+    ) -> None:
+        """Compare what the template renders for an image with the settings, and the settings with the budget.
+
+        Raises:
+            UserError: the tokenizer has no such placeholder, the template renders another number of them, or
+                `max_input_length` is below the cost of one image.
+        """
         self.settings = settings
         self._text = tokenizer.backend.id_to_token(settings.placeholder_id) or ""
+        problems = ProblemList()
+        if not self._text:
+            what = f"the tokenizer has no token {settings.placeholder_id}, which config.json names as boi_token_id"
+            problems.add("MODEL", what, _OWN_TOKENIZER)
+        else:
+            self._check_template(template, tokenizer, problems)
+        if settings.max_images > 0 and max_input_length < settings.image_turn_tokens:
+            tokens = settings.image_turn_tokens
+            what = f"{max_input_length} tokens are too few: a turn with one image and no text takes {tokens}"
+            problems.add("max_input_length", what, f"set it to {tokens} and the length of the text, or more")
+        problems.raise_if_any()
+
+    def _check_template(self, template: ChatTemplate, tokenizer: OffsetTokenizer, problems: ProblemList) -> None:
+        try:
+            text = template.render([{"role": "user", "content": [_IMAGE_PART]}])
+        except TemplateRefusal as refusal:
+            problems.add("MODEL", f"the chat template cannot render an image: {refusal}", _OWN_TOKENIZER)
+            return
+        count, expected = (
+            tokenizer.encode(text).ids.count(self.settings.placeholder_id),
+            self.settings.placeholders_per_image,
+        )
+        if count != expected:
+            what = (
+                f"the chat template renders {count} times {self._text} for an image, the model makes {expected} vectors"
+            )
+            problems.add("MODEL", what, f"{_OWN_TOKENIZER}, or state its number as image_placeholder_tokens")
 
     def check_text(self, conversation: Conversation) -> None:
         """Raise UserError if a text holds the placeholder, which the model would take for a piece of an image."""
@@ -114,22 +95,19 @@ class PlaceholderCounter:
                 problems.add(
                     f"{conversation.place}: messages[{index}]",
                     f"the text holds the image placeholder token {self._text}",
-                    "remove it from the text; an image is a part of its own: "
-                    '{"type": "image", "image": "path/to/image.jpg"}',
+                    f"remove it from the text; an image is a part of its own: {_IMAGE_PART}",
                 )
         problems.raise_if_any()
 
-    def check_ids(self, conversation: Conversation, ids: Sequence[int]) -> Problem | None:
-        """Return a problem if the ids of a whole conversation do not hold one run for each of its images."""
-        count, per_image = ids.count(self.settings.placeholder_id), self.settings.placeholders_per_image
-        images = len(conversation.images)
-        if count == images * per_image:
-            return None
-        return Problem(
-            conversation.place,
-            f"{images} images take {images * per_image} image placeholder tokens, the chat template renders {count}",
-            "does the template leave the image out at this place, or does a key of the row hold the placeholder?",
-        )
+    def check_ids(self, place: str, images: int, ids: Sequence[int]) -> None:
+        """Raise UserError if the ids of a conversation with so many images do not hold one run for each of them."""
+        count, expected = ids.count(self.settings.placeholder_id), images * self.settings.placeholders_per_image
+        if count != expected:
+            raise UserError.single(
+                place,
+                f"{images} images take {expected} image placeholder tokens, the chat template renders {count}",
+                "does the template leave the image out at this place, or does a key of the row hold the placeholder?",
+            )
 
     def whole_images(self, ids: Sequence[int]) -> int:
         """Return how many images have all of their placeholders in `ids`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_edge_ft.data.budget import Budgets, ReplySpan, TooLong, shorten_prompt
+from glm_edge_ft.data.budget import ReplySpan, TooLong
 from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.encoding import ConversationEncoder, Located
 from glm_edge_ft.data.images import resolve
@@ -30,7 +30,7 @@ class PromptSample:
         line: 1-based line in it.
         turn: index of the assistant turn among the conversation's messages.
         prompt_tokens_cut: tokens that the history lost to fit `max_input_length`.
-        images: where the images are whose placeholders are in `prompt_ids`, in their order.
+        images: paths of the images whose placeholders are in `prompt_ids`, in their order.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -53,64 +53,50 @@ def encode_prompts(
     for some conversation. Where even that does not fit, the newest `max_input_length` tokens are kept, less what is
     left of an image that would be cut in two: a sample is never left out. Several turns may share an image.
 
-    Args:
-        encoder: knows the template and the budgets.
-        conversation: as parsed.
-        image_folder: what image paths are relative to: the data file's folder.
-
-    Raises:
-        UserError: the template cannot render the history, or leaves an image of it out.
+    Image paths are relative to `image_folder`, that of the data file. Raises UserError where the template cannot render
+    the history, or leaves an image of it out.
     """
     try:
         located = encoder.locate(conversation)
+        replies = [reply for reply in located.replies if reply.supervised]
+        return [_sample(encoder, conversation, located, reply, image_folder) for reply in replies]
     except TemplateRefusal as refusal:
         raise UserError.single(conversation.place, f"the chat template refuses this conversation: {refusal}") from None
-    return [
-        _sample(encoder, conversation, located, reply, image_folder) for reply in located.replies if reply.supervised
-    ]
 
 
 def _sample(
     encoder: ConversationEncoder, conversation: Conversation, located: Located, reply: ReplySpan, image_folder: Path
 ) -> PromptSample:
-    budgets, turn, full = encoder.budgets, reply.index, located.ids[: reply.start]
-    supervised = located.ids[reply.start : min(reply.end, reply.start + budgets.max_output_length)]
-    try:
-        _check_images(encoder, conversation, turn, full)
-        kept, index, ids = conversation, turn, full
-        while len(ids) > budgets.max_input_length and (drop := _oldest_turn(kept, index)) is not None:
-            messages = tuple(message for position, message in enumerate(kept.messages) if position not in drop)
-            kept, index = replace(kept, messages=messages), index - len(drop)
-            ids = _encode(encoder, kept, index)
-        if len(ids) > budgets.max_input_length:
-            kept, ids = _shortened(encoder, kept, index, ids, budgets)
-        prompt = encoder.render_prompt(kept, index)
-    except TemplateRefusal as refusal:
-        raise UserError.single(conversation.place, f"the chat template refuses the history: {refusal}") from None
+    limit, full = encoder.budgets.max_input_length, located.ids[: reply.start]
+    supervised = located.ids[reply.start : min(reply.end, reply.start + encoder.budgets.max_output_length)]
+    if encoder.placeholders is not None:
+        images_before = sum(len(message.images) for message in conversation.messages[: reply.index])
+        encoder.placeholders.check_ids(conversation.place, images_before, full)
+    kept, index, ids = conversation, reply.index, full
+    while len(ids) > limit and (drop := _oldest_turn(kept, index)) is not None:
+        kept = replace(kept, messages=kept.messages[: drop.start] + kept.messages[drop.stop :])
+        index -= len(drop)
+        ids = _encode(encoder, kept, index)
+    if len(ids) > limit:
+        shorter = encoder.shorten_prompt(kept, TooLong(index, len(ids)))
+        if isinstance(shorter, str):
+            ids = ids[-limit:]
+        else:
+            kept, ids = shorter, _encode(encoder, shorter, index)
     images = tuple(path for message in kept.messages[:index] for path in message.images)
     if encoder.placeholders is not None:
         ids = encoder.placeholders.without_partial_image(ids)
-        count = encoder.placeholders.whole_images(ids)
-        images = images[len(images) - count :]
+        images = images[len(images) - encoder.placeholders.whole_images(ids) :]
     return PromptSample(
         prompt_ids=np.array(ids, dtype=np.int32),
-        prompt=prompt,
+        prompt=encoder.render_prompt(kept, index),
         reference=clean_prediction(encoder, supervised),
         file=conversation.file,
         line=conversation.line,
-        turn=turn,
+        turn=reply.index,
         prompt_tokens_cut=max(0, len(full) - len(ids)),
         images=tuple(resolve(path, image_folder) for path in images),
     )
-
-
-def _check_images(encoder: ConversationEncoder, conversation: Conversation, turn: int, ids: list[int]) -> None:
-    if encoder.placeholders is None:
-        return
-    history = replace(conversation, messages=conversation.messages[:turn])
-    problem = encoder.placeholders.check_ids(history, ids)
-    if problem is not None:
-        raise UserError([problem])
 
 
 def _encode(encoder: ConversationEncoder, conversation: Conversation, turn: int) -> list[int]:
@@ -125,23 +111,8 @@ def _oldest_turn(conversation: Conversation, index: int) -> range | None:
     return None if later is None else range(first, later)
 
 
-def _shortened(
-    encoder: ConversationEncoder, conversation: Conversation, index: int, ids: list[int], budgets: Budgets
-) -> tuple[Conversation, list[int]]:
-    too_long = TooLong(index, len(ids))
-    shorter = shorten_prompt(conversation, too_long, budgets, encoder.prompt_length, encoder.tokenizer.encode)
-    if isinstance(shorter, str):
-        return conversation, ids[-budgets.max_input_length :]
-    return shorter, _encode(encoder, shorter, index)
-
-
 def clean_prediction(encoder: ConversationEncoder, ids: Sequence[int]) -> str:
-    """Return the text of a reply, generated or to be generated: up to its first stop token, control tokens included.
-
-    Args:
-        encoder: knows the stop tokens and what the template writes around a reply.
-        ids: (length,) the ids of the reply, without the prompt.
-    """
+    """Return the text of a reply's ids (length,): up to its first stop token, control tokens included."""
     reply_format = encoder.reply_format
     end = next((position for position, token in enumerate(ids) if int(token) in reply_format.stop_ids), len(ids))
     text = encoder.tokenizer.decode([int(token) for token in ids[:end]]).removeprefix(reply_format.prefix)

@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from glm_edge_ft import IGNORE_INDEX
 
-PERCENTILES = (50, 90, 95, 99, 100)
+_PERCENTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
 _ROLES = ("system", "user", "assistant", "other", "template")
 _CUTS = {
     "prompt_tokens_cut": "prompt shortened (max_input_length)",
     "reply_tokens_cut": "reply cut (max_output_length)",
     "tail_tokens_cut": "last turns left out",
 }
+_LABEL_WIDTH = 22
 _LONG_RUN = 64  # so many times the same token, as the placeholders of an image are, is shown once with the number
 _GREEN, _PLAIN = "\x1b[30;42m", "\x1b[0m"
 
@@ -90,22 +91,22 @@ def build_report(
     notices: Sequence[str],
 ) -> DataReport:
     """Sum up the records (`cache.ROW_RECORD`) of the encoded rows, and what was noted while they were encoded."""
-    lengths = records["length"]
     roles = (*_ROLES, "image") if records["image"].any() else _ROLES
-    named = {f"p{p}" if p < 100 else "max": p for p in PERCENTILES}
+    sums = {name: int(records[name].sum(dtype=np.int64)) for name in ("length", "supervised", *roles, *_CUTS)}
+    lengths = [
+        int(np.percentile(records["length"], p, method="inverted_cdf")) if len(records) else 0
+        for p in _PERCENTILES.values()
+    ]
     return DataReport(
         rows=len(records),
-        tokens=int(lengths.sum(dtype=np.int64)),
-        supervised_tokens=int(records["supervised"].sum(dtype=np.int64)),
-        role_tokens={role: int(records[role].sum(dtype=np.int64)) for role in roles},
+        tokens=sums["length"],
+        supervised_tokens=sums["supervised"],
+        role_tokens={role: sums[role] for role in roles},
         cut_rows={kind: int(np.count_nonzero(records[kind])) for kind in _CUTS},
-        cut_tokens={kind: int(records[kind].sum(dtype=np.int64)) for kind in _CUTS},
+        cut_tokens={kind: sums[kind] for kind in _CUTS},
         dropped_rows=dropped_rows,
         dropped=tuple(dropped),
-        lengths={
-            name: int(np.percentile(lengths, p, method="inverted_cdf")) if len(lengths) else 0
-            for name, p in named.items()
-        },
+        lengths=dict(zip(_PERCENTILES, lengths, strict=True)),
         control_text_rows=control_text_rows,
         control_text=tuple(control_text),
         notices=tuple(notices),
@@ -114,48 +115,32 @@ def build_report(
 
 def format_report(report: DataReport, title: str = "data") -> str:
     """Return the report as a plain text table for the terminal."""
+
+    def share(part: int) -> str:
+        return f"{100 * part / report.tokens:.1f} %" if report.tokens else ""
+
     lines = [title, _line("rows", report.rows), _line("tokens", report.tokens)]
     for role, count in report.role_tokens.items():
         if count or role != "other":
-            lines.append(_line(f"  {role}", count, _share(count, report.tokens)))
-    share = _share(report.supervised_tokens, report.tokens)
-    lines.append(_line("supervised tokens", report.supervised_tokens, share))
+            lines.append(_line(f"  {role}", count, share(count)))
+    lines.append(_line("supervised tokens", report.supervised_tokens, share(report.supervised_tokens)))
     lines.append("  length in tokens      " + "  ".join(f"{name} {value:,}" for name, value in report.lengths.items()))
-    for kind, text in _CUTS.items():
-        rows = report.cut_rows[kind]
+    for kind, rows in report.cut_rows.items():
         if rows:
-            lines.append(_line(f"rows cut: {text}", rows, f"{report.cut_tokens[kind]:,} tokens lost"))
+            lines.append(_line(f"rows cut: {_CUTS[kind]}", rows, f"{report.cut_tokens[kind]:,} tokens lost"))
     if report.dropped_rows:
-        lines.append(_line("rows dropped", report.dropped_rows))
-        lines += [f"    {place}" for place in report.dropped]
+        lines += [_line("rows dropped", report.dropped_rows), *(f"    {place}" for place in report.dropped)]
         if report.dropped_rows > len(report.dropped):
             lines.append(f"    ... and {report.dropped_rows - len(report.dropped)} more")
     if report.control_text_rows:
         places = ", ".join(report.control_text)
         lines.append(_line("rows with control tokens in their text", report.control_text_rows, places))
-    lines += [f"  note: {notice}" for notice in report.notices]
-    return "\n".join(lines)
-
-
-_LABEL_WIDTH = 22
+    return "\n".join([*lines, *(f"  note: {notice}" for notice in report.notices)])
 
 
 def _line(label: str, value: int, note: str = "") -> str:
     text = f"{label:<{_LABEL_WIDTH}}{value:>14,}" if len(label) <= _LABEL_WIDTH else f"{label}:  {value:,}"
     return f"  {text}{f'   {note}' if note else ''}"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else ""
-
-
-def token_texts(input_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return each token as text; one that is only part of a character as the vocabulary spells it."""
-    texts = []
-    for token_id in input_ids:
-        text = str(tokenizer.decode([int(token_id)], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        texts.append(str(tokenizer.convert_ids_to_tokens(int(token_id))) if "\ufffd" in text else text)
-    return texts
 
 
 def preview_json(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -166,10 +151,16 @@ def preview_json(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerB
             "line": int(row["line"]),
             "input_ids": [int(token) for token in row["input_ids"]],
             "labels": [int(label) for label in row["labels"]],
-            "tokens": token_texts(row["input_ids"], tokenizer),
+            "tokens": [_token_text(int(token), tokenizer) for token in row["input_ids"]],
         }
         for row in rows
     ]
+
+
+def _token_text(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    # One that is only part of a character is shown as the vocabulary spells it.
+    text = str(tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(tokenizer.convert_ids_to_tokens(token_id)) if "\ufffd" in text else text
 
 
 def preview(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, color: bool) -> str:
@@ -189,7 +180,4 @@ def preview(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, 
 
 
 def _visible(text: str) -> str:
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)

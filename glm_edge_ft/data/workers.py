@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from glm_edge_ft.data.cache import ROW_RECORD
 from glm_edge_ft.data.conversation import Conversation
 from glm_edge_ft.data.encoding import ConversationEncoder, DroppedRow, EncodedRow
-from glm_edge_ft.data.parts import claimed_pictures
+from glm_edge_ft.data.parts import image_paths_in
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.distributed import count_cores
 from glm_edge_ft.errors import Problem, RunStopped, UserError, elide
@@ -158,7 +158,7 @@ def encode_chunk(rows: Sequence[RawRow | Problem], encoder: ConversationEncoder)
             numbers.append(number)
         except UserError as error:
             problems += [(number, problem) for problem in error.problems]
-            claimed += [(row.place, path) for path in claimed_pictures(row.value) if encoder.takes_images]
+            claimed += [(row.place, path) for path in image_paths_in(row.value) if encoder.takes_images]
     results = encoder.encode_batch(conversations)
     for number, conversation, result in zip(numbers, conversations, results, strict=True):
         if isinstance(result, Problem):
@@ -184,10 +184,8 @@ def _joined(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
 
 
 def _record(row: EncodedRow) -> tuple[int, ...]:
-    roles = row.roles
     cuts = (row.prompt_tokens_cut, row.reply_tokens_cut, row.tail_tokens_cut)
-    by_role = (roles.system, roles.user, roles.assistant, roles.other, roles.template, roles.image)
-    return (0, row.line, 0, len(row.input_ids), row.supervised, *cuts, *by_role)
+    return (0, row.line, 0, len(row.input_ids), row.supervised, *cuts, *row.roles)
 
 
 def _notes(conversations: Iterable[Conversation], encoder: ConversationEncoder) -> Counter[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from glm_edge_ft.data.collator import PackedCollator, PaddedCollator
@@ -30,13 +29,6 @@ def test_padding_on_the_left_for_generation() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert "labels" not in batch
-
-
-@pytest.mark.parametrize(("multiple", "length"), [(None, 3), (1, 3), (3, 3), (8, 8)])
-def test_the_length_may_be_rounded_up(multiple: int | None, length: int) -> None:
-    """E2: to a multiple of what the hardware likes."""
-    batch = PaddedCollator(pad_token_id=0, pad_to_multiple_of=multiple)(SAMPLES)
-    assert {tensor.shape for tensor in batch.values()} == {(2, length)}
 
 
 def test_rows_one_behind_another() -> None:

@@ -75,19 +75,17 @@ def test_an_image_may_stand_anywhere_among_the_text(content: list[dict[str, str]
     """I4: parts keep their order, and the template gets them as written."""
     message = vision(content).messages[0]
     assert message.fields == {"role": "user", "content": content}
-    assert [type(part).__name__ for part in message.parts] == [
-        "ImagePart" if part is IMAGE else "TextPart" for part in content
-    ]
+    assert message.parts == content
     assert message.text == "what is it?" * content.count(TEXT)
-    assert message.images == ("图 片/a b.jpg",)
+    assert message.images == ["图 片/a b.jpg"]
 
 
 def test_an_image_may_stand_in_a_later_turn() -> None:
     """I4: the second user message holds it."""
     row = RawRow("train.jsonl", 3, 1, [USER, REPLY, {"role": "user", "content": [IMAGE]}, REPLY])
     conversation = parse_conversation(row, ROLES, 1)
-    assert [message.images for message in conversation.messages] == [(), (), ("图 片/a b.jpg",), ()]
-    assert conversation.images == ("图 片/a b.jpg",)
+    assert [message.images for message in conversation.messages] == [[], [], ["图 片/a b.jpg"], []]
+    assert conversation.images == ["图 片/a b.jpg"]
 
 
 def test_a_string_is_one_text_part_in_vision_fine_tuning() -> None:
@@ -100,7 +98,7 @@ def test_a_string_is_one_text_part_in_vision_fine_tuning() -> None:
 def test_text_parts_are_not_joined_in_vision_fine_tuning() -> None:
     """D4: the template sees as many pieces as were written."""
     message = vision([TEXT, {"type": "text", "text": ""}, TEXT]).messages[0]
-    assert message.texts == ("what is it?", "", "what is it?")
+    assert message.texts == ["what is it?", "", "what is it?"]
 
 
 @pytest.mark.parametrize("role", ["assistant", "system", "observation"])
@@ -115,15 +113,15 @@ def test_only_users_show_images(role: str) -> None:
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        ({"image": ""}, '\'image\' must be the path of a file, it is a string: ""\n    -> write {"type": "image",'),
+        ({"image": ""}, "'image' must be the path of a file, it is a string: \"\"\n    -> save the image"),
         ({"image": " "}, "'image' must be the path of a file, it is a string: \" \""),
-        ({"image": None}, "'image' must be the path of a file, it is null"),
+        ({"image": None}, "an image part without a path, and no image is named for it"),
         ({"image": {"path": "a"}}, '\'image\' must be the path of a file, it is an object: {"path": "a"}'),
         ({"url": "a.png"}, "key 'image' is missing; the keys are: 'type', 'url'\n    -> write {\"type\": \"image\","),
         ({"image": "a\0b"}, "'image' must be the path of a file, it is a string: \"a\\u0000b\""),
-        ({"image": "HTTPS://x.org/a.png"}, 'not a URL, it is a string: "HTTPS://x.org/a.png"\n    -> save the image'),
-        ({"image": "data:image/png;base64," + "A" * 99}, 'not a URL, it is a string: "data:image/png;base64,AAAA'),
-        ({"type": "image_url", "image_url": {}}, 'unknown part type \'image_url\'\n    -> write {"type": "text", '),
+        ({"image": "HTTPS://x.org/a.png"}, 'it is a string: "HTTPS://x.org/a.png"\n    -> save the image'),
+        ({"image": "data:image/png;base64," + "A" * 99}, 'it is a string: "data:image/png;base64,AAAA'),
+        ({"type": "image_url", "image_url": {}}, "a part must have the type 'text' or 'image', this one"),
     ],
 )
 def test_what_is_no_image_path_is_refused_by_place(part: dict[str, Any], expected: str) -> None:
@@ -135,7 +133,7 @@ def test_what_is_no_image_path_is_refused_by_place(part: dict[str, Any], expecte
 
 def test_more_images_than_the_limit_are_refused() -> None:
     """I4: the released models take one image in a conversation."""
-    assert vision([IMAGE, IMAGE], max_images=2).images == ("图 片/a b.jpg",) * 2
+    assert vision([IMAGE, IMAGE], max_images=2).images == ["图 片/a b.jpg"] * 2
     assert vision_refusal([IMAGE, IMAGE]).startswith(
         "train.jsonl:3: the conversation has 2 images, max_images is 1\n    -> split the conversation, or raise"
     )
@@ -146,7 +144,7 @@ def test_shortening_keeps_the_images() -> None:
     message = vision([TEXT, IMAGE, TEXT, TEXT]).messages[0]
     assert message.shortened(14).fields["content"] == [TEXT, IMAGE, {"type": "text", "text": "wha"}]
     assert message.shortened(4).fields["content"] == [{"type": "text", "text": "what"}, IMAGE]
-    assert (message.shortened(4).text, message.shortened(0).images) == ("what", ("图 片/a b.jpg",))
+    assert (message.shortened(4).text, message.shortened(0).images) == ("what", ["图 片/a b.jpg"])
 
 
 def test_further_keys_reach_the_template_as_written() -> None:
@@ -179,7 +177,7 @@ def test_empty_text_is_text() -> None:
 def test_names_near_messages_are_refused(key: str) -> None:
     """D2: a row with `message` for `messages`."""
     assert refusal({key: [USER, REPLY]}) == [
-        f"train.jsonl:3: key '{key}' found, 'messages' missing\n    -> did you mean 'messages'?"
+        f"train.jsonl:3: key 'messages' is missing; the keys are: '{key}'\n    -> did you mean 'messages' by '{key}'?"
     ]
 
 
@@ -189,18 +187,18 @@ def test_names_near_messages_are_refused(key: str) -> None:
         ({"mesages": []}, "did you mean 'messages' by 'mesages'?"),
         ({"text": "a"}, "train.jsonl:3: key 'messages' is missing; the keys are: 'text'"),
         ({}, "key 'messages' is missing; the keys are: none"),
-        (USER, "a line must hold a whole conversation"),
-        ({"from": "human", "value": "a"}, "write 'role' and 'content' in place of 'from' and 'value'"),
+        (USER, "a row holds a whole conversation: write {"),
+        ({"from": "human", "value": "a"}, "`python -m glm_edge_ft convert` reads the formats of other tools"),
         ("text", 'a row must be an object or a list, this one is a string: "text"'),
         (None, "a row must be an object or a list, this one is null"),
-        ({"messages": "a"}, "'messages' must be a list, it is a string: \"a\""),
-        ({"messages": []}, "train.jsonl:3: 'messages' is empty"),
-        ([], "train.jsonl:3: 'messages' is empty"),
+        ({"messages": "a"}, 'a user and an assistant message, it is a string: "a"'),
+        ({"messages": []}, "train.jsonl:3: 'messages' must be a list of at least a user and an assistant message"),
+        ([], "train.jsonl:3: 'messages' must be a list of at least a user and an assistant message, it is a list: []"),
         ([USER], "train.jsonl:3: no assistant turn: there is nothing to learn"),
         (["a", REPLY], 'train.jsonl:3: messages[0]: a message must be an object, this one is a string: "a"'),
-        ([{"from": "human", "value": "a"}, REPLY], "messages[0]: keys 'from' and 'value' found"),
+        ([{"from": "human", "value": "a"}, REPLY], "messages[0]: key 'role' is missing; the keys are: 'from', 'value'"),
         ([{"content": "a"}, REPLY], "messages[0]: key 'role' is missing; the keys are: 'content'"),
-        ([{"role": 1, "content": "a"}, REPLY], "messages[0]: 'role' must be a string, it is a number: 1"),
+        ([{"role": 1, "content": "a"}, REPLY], "messages[0]: unknown role 1"),
         ([{"role": "human", "content": "a"}, REPLY], "unknown role 'human'\n    -> did you mean 'user'?"),
         ([{"role": "User", "content": "a"}, REPLY], "unknown role 'User'\n    -> did you mean 'user'?"),
         ([{"role": "asistant", "content": "a"}, REPLY], "'asistant'\n    -> did you mean 'assistant'?"),
@@ -213,11 +211,11 @@ def test_names_near_messages_are_refused(key: str) -> None:
         ([{"role": "user", "content": 5}, REPLY], "'content' must be a string or a list of parts, it is a number: 5"),
         ([{"role": "user", "content": {}}, REPLY], "it is an object: {}"),
         ([{"role": "user", "content": []}, REPLY], "it is a list: []"),
-        ([{"role": "user", "content": ["a"]}, REPLY], "content[0]: a part must be an object with a 'type'"),
-        ([{"role": "user", "content": [{"type": "video"}]}, REPLY], "content[0]: unknown part type 'video'"),
+        ([{"role": "user", "content": ["a"]}, REPLY], "content[0]: a part must have the type"),
+        ([{"role": "user", "content": [{"type": "video"}]}, REPLY], "content[0]: a part must have the type"),
         ([{"role": "user", "content": [{"type": "text"}]}, REPLY], "content[0]: 'text' must be a string, it is null"),
-        ([{**USER, "loss": True}, REPLY], "messages[0]: 'loss': true on a user message"),
-        ([USER, {**REPLY, "loss": "no"}], "messages[1]: 'loss' must be true or false, it is a string: \"no\""),
+        ([{**USER, "loss": True}, REPLY], "messages[0]: 'loss' says that a user message is learned"),
+        ([USER, {**REPLY, "loss": "no"}], "messages[1]: 'loss' must be true or false"),
         ({"messages": [USER, REPLY], "tools": {"a": 1}}, "'tools' must be a list of objects, it is an object"),
         ({"messages": [USER, REPLY], "tools": "[]"}, "'tools' must be a list of objects, it is a string: \"[]\""),
     ],

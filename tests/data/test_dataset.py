@@ -255,7 +255,7 @@ def test_prompts_of_a_file(make_encoder: EncoderMaker, write_rows: WriteRows) ->
         (3, "c"),
     ]
     assert len(load_prompts([path], encoder, limit=2)) == 2
-    with pytest.raises(UserError, match=r"dev.jsonl:2: 'messages' is empty"):
+    with pytest.raises(UserError, match=r"dev.jsonl:2: 'messages' must be a list"):
         load_prompts([write_rows([row(), {"messages": []}], "dev.jsonl")], encoder)
 
 
@@ -299,7 +299,7 @@ def test_what_the_template_leaves_out_is_said(
     path = write_rows([{"messages": [system, *row()["messages"]]}] * 2 + [row(tools=[{"name": "f"}])])
     dataset, _ = build_dataset([path], make_encoder(template), 1, tmp_path / "cache", progress=False)
     assert dataset.report.notices == (
-        "the model's chat template ignores 'tools' (1 row)",
+        "the model's chat template does not render 'tools' (1 row)",
         "the model's chat template leaves system messages out (2 rows)",
     )
 

@@ -284,7 +284,5 @@ def test_a_row_that_breaks_the_prefix_is_refused_by_place(make_encoder: EncoderM
         encoder.encode(
             conversation_of(encoder, [TWO_TURNS[0], {"role": "assistant", "content": "x#y"}, *TWO_TURNS[2:]])
         )
-    assert "train.jsonl:1: the chat template is not prefix-consistent here (the rendering of messages[1])" in str(
-        caught.value
-    )
+    assert "train.jsonl:1: the chat template is not prefix-consistent at messages[1]" in str(caught.value)
     assert "goes on with 'x#y', the longer one with 'y<|user|>" in str(caught.value)

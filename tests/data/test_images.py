@@ -1,9 +1,8 @@
-"""Image files to pixels: every colour mode, every kind of bad file, and the preprocessing against plain Pillow."""
+"""Image files as RGB: every colour mode, and every kind of bad file."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import struct
 import subprocess
@@ -15,46 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 
-from glm_edge_ft.data.images import (
-    find_bad_images,
-    fit,
-    fitted_shape,
-    load_image,
-    preprocess,
-    raise_bad_images,
-    resolve,
-    to_rgb,
-)
-from glm_edge_ft.data.pixels import pixel_normalizer
+from glm_edge_ft.data.images import find_bad_images, load_image, resolve, to_rgb
 from glm_edge_ft.errors import UserError, shorten
-from glm_edge_ft.model.checkpoint import ModelLocation
-from glm_edge_ft.model.loading import load_image_processor
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-PREPROCESSOR = {
-    "image_processor_type": "MllamaImageProcessor",
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_pad": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "max_image_tiles": 1,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "size": {"height": 672, "width": 672},
-}
-
-
-def image_processor_of(folder: Path, **changes: Any) -> Any:
-    """Return the released image processor, read from a folder as a checkpoint's is."""
-    (folder / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR, **changes}), encoding="utf-8")
-    return load_image_processor(ModelLocation(str(folder), str(folder), is_local=True))
 
 
 def pixels_of(image: Image.Image) -> list[Any]:
@@ -153,15 +118,15 @@ def tiff(path: Path, pixels: bytes, bits: int, channels: int, sample_format: int
 @pytest.mark.parametrize(
     ("values", "dtype", "seen"),
     [
-        ([0.0, 255.0], np.float32, "floating point numbers go from 0 to 255, those of a picture from 0 to 1"),
+        ([0.0, 255.0], np.float32, "floating point numbers go from 0 to 255, those of an image from 0 to 1"),
         ([-1000.0, 2000.0], np.float32, "floating point numbers go from -1000 to 2000"),
         ([0.5, np.nan], np.float32, "numbers are not a number (NaN)"),
         ([np.nan, 0.5], np.float32, "numbers are not a number (NaN)"),
         ([0.5, np.inf], np.float32, "floating point numbers go from 0.5 to inf"),
         ([0.0, 0.003], np.float32, "numbers reach 0.003 of 1, and it would be nearly black"),
         ([0, 255], np.int32, "numbers reach 255 of 65535, and it would be nearly black"),
-        ([-1000, 2000], np.int32, "whole numbers go from -1000 to 2000, those of a picture from 0 to 65535"),
-        ([0, 70000], np.int32, "whole numbers go from 0 to 70000, those of a picture from 0 to 65535"),
+        ([-1000, 2000], np.int32, "whole numbers go from -1000 to 2000, those of an image from 0 to 65535"),
+        ([0, 70000], np.int32, "whole numbers go from 0 to 70000, those of an image from 0 to 65535"),
         ([0, 4095], np.uint16, "numbers reach 4095 of 65535, and it would be nearly black"),
     ],
     ids=str,
@@ -323,24 +288,24 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half.jpg": (lambda path: path.write_bytes(half_of_a_jpeg()), "the file is damaged or cut off: "),
     "page.jpg": (
         lambda path: path.write_text("\n<!DOCTYPE html><html>"),
-        "this is a text of markup (HTML, XML or SVG)",
+        "this is a text (HTML, XML or SVG)",
     ),
-    "drawing.png": (lambda path: path.write_text("<svg></svg>"), "this is a text of markup (HTML, XML or SVG)"),
-    "folder.jpg": (lambda path: path.mkdir(), "this is a folder, not a picture"),
-    "words.jpg": (lambda path: path.write_text("not a picture"), "this is no picture of a known format"),
-    "bomb.png": (lambda path: path.write_bytes(png_header(20_000, 20_000)), "the picture has too many pixels: "),
+    "drawing.png": (lambda path: path.write_text("<svg></svg>"), "this is a text (HTML, XML or SVG)"),
+    "folder.jpg": (lambda path: path.mkdir(), "this is a folder, not an image"),
+    "words.jpg": (lambda path: path.write_text("not a picture"), "this is no image of a known format"),
+    "bomb.png": (lambda path: path.write_bytes(png_header(20_000, 20_000)), "the image has too many pixels: "),
     "loop.jpg": (lambda path: path.symlink_to(path), "the file cannot be read: Too many levels of symbolic links"),
     "photo.heic": (
         lambda path: path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
-        "this is a HEIC picture or a video",
+        "this is a HEIC image or a video",
     ),
     "pointer.jpg": (
         lambda path: path.write_text(LFS),
-        "this is a pointer of Git LFS, not the picture: run git lfs pull",
+        "this is a pointer of Git LFS, not the image: run git lfs pull",
     ),
     "sky.fits": (lambda path: path.write_bytes(fits()), "this is a FITS file, whose numbers have no fixed range"),
-    "iVBORw0KGgoAAAANSUhEUgAA": (lambda path: None, "this is no path: a picture is read from a file, not from text"),
-    "/9j/4AAQSkZJRgABAQAAAQABAAD" + "A" * 3000: (lambda path: None, "this is no path: a picture is read from a file"),
+    "iVBORw0KGgoAAAANSUhEUgAA": (lambda path: None, "this is no path: an image is read from a file, not from text"),
+    "/9j/4AAQSkZJRgABAQAAAQABAAD" + "A" * 3000: (lambda path: None, "this is no path: an image is read from a file"),
     "n" * 300: (lambda path: None, "the file cannot be read: File name too long"),
 }
 
@@ -379,110 +344,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, request: pytest.FixtureRequ
     assert find_bad_images([str(path)], progress=False) == {str(path): "the file may not be read (permission denied)"}
 
 
-def check(places: dict[str, list[str]]) -> None:
-    """Open every image and raise for the rows with bad ones."""
-    raise_bad_images(places, find_bad_images(places, progress=False))
-
-
-def test_all_rows_with_bad_images_are_listed_by_place(tmp_path: Path) -> None:
-    """I3: each row that uses a bad image, good ones in between, names with spaces and Chinese characters."""
-    good, bad = tmp_path / "好 图 a.png", tmp_path / "坏 图.png"
-    Image.new("RGB", (2, 2)).save(good)
-    bad.write_bytes(b"")
-    places = {str(good): ["train.jsonl:1"], str(bad): ["train.jsonl:2", "dev.jsonl:7"], "/no.png": ["train.jsonl:3"]}
-    with pytest.raises(UserError) as caught:
-        check(places)
-    assert [str(problem).split("\n")[0] for problem in caught.value.problems] == [
-        f"train.jsonl:2: image {bad}: the file is empty (0 bytes)",
-        f"dev.jsonl:7: image {bad}: the file is empty (0 bytes)",
-        "train.jsonl:3: image /no.png: there is no such file",
-    ]
-
-
-def test_twenty_bad_rows_are_listed_and_the_others_counted() -> None:
-    """I3: a data set whose folder is missing gives no thousand lines."""
-    places = {f"/none/{number}.png": [f"train.jsonl:{number}"] for number in range(33)}
-    with pytest.raises(UserError) as caught:
-        check(places)
-    assert len(caught.value.problems) == 21
-    assert str(caught.value.problems[-1]) == "...: 13 more rows have a bad image"
-
-
-def test_good_images_pass(tmp_path: Path) -> None:
-    """I3: nothing is raised, however many rows point to one image."""
-    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
-    check({str(tmp_path / "a.png"): [f"train.jsonl:{line}" for line in range(3000)]})
-
-
 def test_paths_are_relative_to_the_folder_of_the_data_file() -> None:
     """I3: from whichever folder the run is started; an absolute path stays."""
     assert resolve("图 a/b.png", Path("/data")) == "/data/图 a/b.png"
     assert resolve("/other/b.png", Path("/data")) == "/other/b.png"
-
-
-def by_recipe(image: Image.Image) -> NDArray[np.float64]:
-    """Return the pixels by the released recipe in plain Pillow and numpy, (3, 672, 672)."""
-    width, height = image.size
-    size = (672, max(1, height * 672 // width)) if width >= height else (max(1, width * 672 // height), 672)
-    canvas = np.zeros((672, 672, 3))
-    canvas[: size[1], : size[0]] = np.asarray(image.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
-    return (canvas.transpose(2, 0, 1) / 255 - 0.5) / 0.5
-
-
-@pytest.mark.parametrize(
-    "size", [(672, 672), (100, 37), (37, 100), (1344, 700), (1000, 999), (5, 5), (1, 1), (1, 900), (900, 1), (3, 2)]
-)
-def test_preprocessing_equals_the_recipe(tmp_path: Path, size: tuple[int, int]) -> None:
-    """I3: enlarged and reduced, odd proportions, sides of one pixel: within 1e-6 of plain Pillow."""
-    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    pixels = preprocess(image, image_processor_of(tmp_path))
-    assert (pixels.shape, pixels.dtype) == ((3, 672, 672), np.float32)
-    assert np.abs(pixels - by_recipe(image)).max() < 1e-6
-
-
-@pytest.mark.parametrize("size", [(672, 672), (100, 37), (37, 100), (1344, 700), (1, 1), (1, 900), (900, 1)])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
-        {"resample": 2, "do_normalize": False},
-        {"size": {"height": 336, "width": 336}, "do_rescale": False},
-    ],
-    ids=["released", "other mean", "bilinear", "half the side"],
-)
-def test_bytes_scaled_later_equal_the_processor_bit_by_bit(
-    tmp_path: Path, size: tuple[int, int], changes: dict[str, Any]
-) -> None:
-    """I3: what the loader hands on as bytes becomes the very values that the processor makes, black edges included."""
-    noise = np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    noise[..., 1] = noise[..., 1] // 2  # channels that differ
-    image, processor = Image.fromarray(noise), image_processor_of(tmp_path, **changes)
-    scale = pixel_normalizer(processor, torch.device("cpu"))
-    assert scale is not None
-    canvas = np.zeros(fitted_shape(processor), dtype=np.uint8)
-    fit(image, processor, canvas)
-    pixels = scale(torch.from_numpy(canvas).unsqueeze(0))
-    assert pixels.dtype == torch.float32
-    assert np.array_equal(pixels[0].numpy(), preprocess(image, processor))
-
-
-@pytest.mark.parametrize("changes", [{"max_image_tiles": 4}, {"image_processor_type": "SiglipImageProcessor"}])
-def test_bytes_are_not_handed_on_where_the_processor_does_more(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """I4: tiles, and processors of another kind, stay with the processor itself."""
-    assert pixel_normalizer(image_processor_of(tmp_path, **changes), torch.device("cpu")) is None
-
-
-def test_several_tiles_are_refused(tmp_path: Path) -> None:
-    """I4: no part of a picture is left out without a word."""
-    processor = image_processor_of(tmp_path, max_image_tiles=4)
-    with pytest.raises(UserError, match="cuts an image into 4 tiles, the model takes one"):
-        preprocess(Image.new("RGB", (1300, 1300)), processor)
-
-
-def test_a_folder_without_an_image_processor_is_refused(tmp_path: Path) -> None:
-    """I4: a chat model's folder, for instance."""
-    (tmp_path / "config.json").write_text('{"model_type": "glm"}', encoding="utf-8")
-    with pytest.raises(UserError, match="its image processor cannot be used"):
-        load_image_processor(ModelLocation(str(tmp_path), str(tmp_path), is_local=True))

@@ -82,18 +82,18 @@ def test_rendered_roles(make_encoder: EncoderMaker, template: str, roles: set[st
         (
             "{% for m in messages %}<|{{ m.role }}|>\n{{ '<think></think>' if loop.last and m.role == 'assistant' }}"
             "{{ m.content }}{% endfor %}" + PROMPT,
-            "is not prefix-consistent (the first turns, of the whole conversation): after "
+            "is not prefix-consistent: after "
             "'<|user|>\\nKestrel<|assistant|>\\n' the shorter rendering goes on with '<think></think>Marigold', "
             "the longer one with 'Marigold<|user|>",
         ),
         (
             ANY_ROLE + "{% if add_generation_prompt %}<|assistant|>\nSure: {% endif %}",
-            "is not prefix-consistent (the prompt of a reply, of the conversation up to that reply)",
+            "is not prefix-consistent: after ",
         ),
         (
             "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content if part.type == 'text' %}{{ part.text }}"
             "{% endfor %}{% endfor %}" + PROMPT,
-            "does not render messages whose content is a string\n    -> is it a vision model? Then use finetune_vision",
+            "does not render messages whose content is a string\n    -> finetune.py trains chat models, finetune_vision",
         ),
         ("{{ raise_exception('never') }}", "cannot render a user and an assistant turn: never"),
         ("{{ messages[0]['x'].y }}", "cannot render a user and an assistant turn: "),

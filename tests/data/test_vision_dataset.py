@@ -5,21 +5,20 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from glm_edge_ft.data import cache
 from glm_edge_ft.data.collator import PaddedCollator, VisionCollator
-from glm_edge_ft.data.dataset import EncodedDataset, build_dataset, load_prompts
+from glm_edge_ft.data.dataset import build_dataset, load_prompts
 from glm_edge_ft.data.image_check import ImageCheck
 from glm_edge_ft.data.images import load_image, preprocess
 from glm_edge_ft.data.pixels import pixel_normalizer
@@ -28,50 +27,23 @@ from glm_edge_ft.data.report import format_report, preview
 from glm_edge_ft.data.rows import RawRow
 from glm_edge_ft.errors import RunStopped, UserError
 from tests.conftest import EncoderMaker
-from tests.data.test_images import image_processor_of
-from tests.data.vision import IMAGE, REPLY, released_template, text, user, vision_encoder, vision_tokenizer
+from tests.data.vision import (
+    IMAGE,
+    REPLY,
+    built,
+    image,
+    image_processor_of,
+    names,
+    released_template,
+    text,
+    user,
+    vision_encoder,
+    vision_tokenizer,
+    write_images,
+)
 
 WriteRows = Callable[..., Path]
-COLORS = {"red.png": (255, 0, 0), "图 片/blue b.png": (0, 0, 255)}
 PAD = 0
-
-
-def image(path: str) -> dict[str, str]:
-    """Return an image part."""
-    return {"type": "image", "image": path}
-
-
-def write_images(folder: Path) -> None:
-    """Write a red and a blue picture of 8 x 8 pixels."""
-    for name, color in COLORS.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), color).save(folder / name)
-
-
-def built(
-    backend: Tokenizer, path: Path, *, num_proc: int = 1, cache_name: str = "cache", **settings: Any
-) -> EncodedDataset:
-    """Encode a data file with a template of 3 placeholders an image."""
-    encoder = vision_encoder(backend, **settings)
-    return build_dataset([path], encoder, num_proc, path.parent / cache_name, progress=False)[0]
-
-
-def names(paths: Sequence[str], folder: Path) -> list[str]:
-    """Return paths relative to a folder."""
-    return [str(Path(path).relative_to(folder)) for path in paths]
-
-
-@pytest.fixture
-def path(write_rows: WriteRows, tmp_path: Path) -> Path:
-    """Three rows: a red image, text alone, two turns of which the second has a blue image."""
-    write_images(tmp_path)
-    return write_rows(
-        [
-            [user(image("red.png"), text("hello")), REPLY],
-            [user(text("hello")), REPLY],
-            [user(text("hello")), REPLY, user(text("there"), image("图 片/blue b.png")), REPLY],
-        ]
-    )
 
 
 def test_images_are_found_from_any_folder(
@@ -232,41 +204,6 @@ def test_a_preview_shows_a_run_of_placeholders_once(backend: Tokenizer, path: Pa
     )
 
 
-def test_all_bad_images_are_listed_before_training(backend: Tokenizer, path: Path, tmp_path: Path) -> None:
-    """I3: over all splits, each row that uses one."""
-    (tmp_path / "red.png").unlink()
-    (tmp_path / "图 片/blue b.png").write_bytes(b"")
-    dataset = built(backend, path)
-    with pytest.raises(UserError) as caught:
-        ImageCheck(progress=False).of_datasets({"train": dataset})
-    assert [str(problem).split("\n")[0] for problem in caught.value.problems] == [
-        f"train.jsonl:1: image {tmp_path}/red.png: there is no such file",
-        f"train.jsonl:3: image {tmp_path}/图 片/blue b.png: the file is empty (0 bytes)",
-    ]
-
-
-def test_rows_with_bad_images_can_be_left_out(backend: Tokenizer, path: Path, tmp_path: Path) -> None:
-    """I3: `on_bad_image: skip` drops and counts them; the others keep their images."""
-    (tmp_path / "red.png").write_text("<html>", encoding="utf-8")
-    checked, notices = ImageCheck("skip", progress=False).of_datasets({"train": built(backend, path)})
-    dataset = checked["train"]
-    assert notices == ["train: 1 rows with bad images are left out (on_bad_image: skip)"]
-    assert [(dataset.row(index)["line"], len(dataset[index]["images"])) for index in range(2)] == [(2, 0), (3, 1)]
-    assert names(dataset[1]["images"], tmp_path) == ["图 片/blue b.png"]
-    assert dataset.lengths.tolist() == [len(dataset[index]["input_ids"]) for index in range(2)]
-    assert (dataset.report.rows, dataset.report.dropped_rows) == (2, 1)
-    assert dataset.report.dropped[0].startswith(f"train.jsonl:1: image {tmp_path}/red.png: this is a text of markup")
-
-
-def test_a_split_of_bad_images_alone_is_refused(backend: Tokenizer, write_rows: WriteRows) -> None:
-    """I3: nothing would be left to train on."""
-    dataset = built(backend, write_rows([[user(IMAGE), REPLY]] * 2))
-    with pytest.raises(
-        UserError, match=r"train: all 2 rows have bad images: none is left\n    -> first of them: train"
-    ):
-        ImageCheck("skip", progress=False).of_datasets({"train": dataset})
-
-
 def test_pixels_stand_in_the_order_of_their_placeholders(
     backend: Tokenizer, write_rows: WriteRows, tmp_path: Path
 ) -> None:
@@ -368,17 +305,3 @@ def test_a_long_history_keeps_whole_images_only(backend: Tokenizer) -> None:
         12: (12, ["b", "c", "d"]),  # without the role token before the first image
         9: (8, ["c", "d"]),
     }
-
-
-def test_evaluation_samples_with_bad_images(backend: Tokenizer, path: Path, tmp_path: Path) -> None:
-    """I3: refused by place, or left out and counted; the image that was opened for the data set is not opened again."""
-    samples = load_prompts([path], vision_encoder(backend))
-    check = ImageCheck("skip", progress=False)
-    check.of_datasets({"train": built(backend, path)})
-    (tmp_path / "red.png").unlink()
-    assert check.of_prompts(samples) == (samples, [])
-    kept, notices = ImageCheck("skip", progress=False).of_prompts(samples)
-    assert [sample.line for sample in kept] == [2, 3, 3]
-    assert notices == ["1 evaluation samples with bad images are left out (on_bad_image: skip)"]
-    with pytest.raises(UserError, match=r"train.jsonl:1: image .*red.png: there is no such file"):
-        ImageCheck(progress=False).of_prompts(samples)

@@ -14,8 +14,7 @@ from glm_edge_ft.data.collator import PaddedCollator, VisionCollator
 from glm_edge_ft.data.dataset import EncodedDataset, build_dataset
 from glm_edge_ft.model.glm_edge_v import GlmEdgeVForCausalLM
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig
-from tests.data.test_images import image_processor_of
-from tests.data.vision import PLACEHOLDER, REPLY, text, user, vision_encoder
+from tests.data.vision import PLACEHOLDER, REPLY, image_processor_of, text, user, vision_encoder
 from tests.model.vision_fixtures import SMALL_VOCABULARY, released_config
 
 

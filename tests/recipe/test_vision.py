@@ -260,8 +260,8 @@ def test_bad_images_are_all_listed_before_the_weights_are_read(
         "there is no such file",
         "the file is empty (0 bytes)",
         "the file is damaged or cut off",
-        "this is a text of markup (HTML, XML or SVG), not a picture of pixels",
-        "this is a folder, not a picture",
+        "this is a text (HTML, XML or SVG), not an image",
+        "this is a folder, not an image",
     ]
     assert not (tmp_path / "output").exists()
 
