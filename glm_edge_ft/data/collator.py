@@ -74,24 +74,14 @@ class PackedCollator:
 
 @dataclass(frozen=True)
 class VisionCollator:
-    """Joins rows as `text` does and adds the pixels of the samples' images, decoded here: in the loader's workers.
-
-    Attributes:
-        text: makes a batch of ids and labels.
-        image_processor: of the checkpoint (`model.loading.load_image_processor`).
-        features: what the vision part made of images before; their pixels are not needed again.
-        skip: told of each image that can no longer be read; None: such an image ends the run.
-        emit_uint8: whether `pixel_values` are the bytes that `PixelNormalizer` makes float32 of, (images, 672, 672, 3)
-            uint8: for processors that `can_emit_uint8`.
-        skipped: those that this process met.
-    """
+    """Joins rows as `text` does and adds the pixels of the samples' images, decoded here: in the loader's workers."""
 
     text: PaddedCollator | PackedCollator
-    image_processor: Any
-    features: FeatureStore | None = None
-    skip: Callable[[str], None] | None = None
-    emit_uint8: bool = False
-    skipped: set[str] = field(default_factory=set, compare=False)
+    image_processor: Any  # of the checkpoint (`model.loading.load_image_processor`)
+    features: FeatureStore | None = None  # features computed before, whose pixels are not needed again
+    skip: Callable[[str], None] | None = None  # told of each image that can no longer be read; None: it ends the run
+    emit_uint8: bool = False  # bytes (images, 672, 672, 3) for `PixelNormalizer`, if the processor `can_emit_uint8`
+    skipped: set[str] = field(default_factory=set, compare=False)  # images that this process could not read
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what `text` returns and `pixel_values`, (images, 3, 672, 672) float32.

@@ -57,17 +57,11 @@ _FORM = (
 
 @dataclass(frozen=True)
 class Message:
-    """One turn.
-
-    Attributes:
-        role: who speaks.
-        supervised: True for an assistant turn that bears loss.
-        fields: the mapping that the chat template gets: role, content and every further key of the file.
-    """
+    """One turn."""
 
     role: str
-    supervised: bool
-    fields: Mapping[str, Any]
+    supervised: bool  # True for an assistant turn that bears loss
+    fields: Mapping[str, Any]  # what the chat template gets: role, content and every further key of the file
 
     @property
     def parts(self) -> list[Part]:
@@ -105,23 +99,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A checked conversation and where it came from.
+    """A checked conversation and where it came from."""
 
-    Attributes:
-        messages: the turns, at least one of them of the assistant.
-        tools: what the template gets as `tools`, or None.
-        file: name of the data file.
-        line: 1-based line (parquet: row) on which the conversation begins.
-        ignored_keys: keys beside `messages` and `tools` that have no meaning here.
-        notes: what else of the row has no effect, or is read in another way than it is written.
-    """
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] | None
-    file: str
-    line: int
-    ignored_keys: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    messages: tuple[Message, ...]  # at least one of them of the assistant
+    tools: tuple[Mapping[str, Any], ...] | None  # what the template gets as `tools`
+    file: str  # name of the data file
+    line: int  # 1-based line (parquet: row) on which the conversation begins
+    ignored_keys: tuple[str, ...] = ()  # keys beside `messages` and `tools` that have no meaning here
+    notes: tuple[str, ...] = ()  # what else of the row has no effect, or is read in another way than it is written
 
     @property
     def place(self) -> str:
@@ -250,13 +235,9 @@ def _is_bool(value: Any) -> bool:
 
 
 def read_learned(where: str, turn: Mapping[str, Any], role: str | None, found: RowFindings) -> bool | None:
-    """Return whether a turn says that it is learned, by a key of `DECISION_KEYS`; None where it says nothing.
+    """Return whether a turn says that it is learned, by a key of `DECISION_KEYS`; None where it says nothing, as null.
 
-    Args:
-        where: the place of the turn.
-        turn: its keys. A null says nothing.
-        role: who speaks; None if that is unknown.
-        found: gets values that cannot be honoured, and turns that are no replies but say that they are learned.
+    `found` gets values that cannot be honoured, and turns of other roles that say that they are learned.
     """
     if DECISION_KEYS.isdisjoint(turn):
         return None

@@ -26,21 +26,13 @@ _LINES_SHOWN = 5
 
 @dataclass
 class Conversion:
-    """What came of a file.
+    """What came of a file."""
 
-    Attributes:
-        written: rows in the new file.
-        with_images: those of them that show an image.
-        left_out: the rows that could not be converted, each with `file:line` and the reason.
-        missing_images: written rows whose image is not there.
-        notes: what of the rows has no effect, or is written in another way, with the number of those rows.
-    """
-
-    written: int = 0
-    with_images: int = 0
-    left_out: list[Problem] = field(default_factory=list)
-    missing_images: list[Problem] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
+    written: int = 0  # rows in the new file
+    with_images: int = 0  # those of them that show an image
+    left_out: list[Problem] = field(default_factory=list)  # rows that could not be converted
+    missing_images: list[Problem] = field(default_factory=list)  # written rows whose image is not there
+    notes: Counter[str] = field(default_factory=Counter)  # remarks, with the number of their rows
 
     def lines(self, target: Path) -> list[str]:
         """Return the report as text."""

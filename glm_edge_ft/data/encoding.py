@@ -61,33 +61,19 @@ class RoleTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One conversation as the model gets it.
+    """One conversation as the model gets it."""
 
-    Attributes:
-        input_ids: (length,) int32.
-        loss_mask: (length,) bool, True where the token bears loss.
-        file: name of the data file.
-        line: 1-based line in it.
-        prompt_tokens_cut: tokens taken from the end of the user's text because the first prompt was too long.
-        reply_tokens_cut: tokens taken from the end of a reply that was too long.
-        tail_tokens_cut: tokens of whole turns left out at the end.
-        roles: tokens by role.
-        has_control_text: whether a message holds text that the tokenizer turns into a control token.
-        images: paths as written of the images whose placeholders are in `input_ids`, in their order.
-        notes: remarks on keys that the template does not render.
-    """
-
-    input_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
-    file: str
-    line: int
-    prompt_tokens_cut: int
-    reply_tokens_cut: int
-    tail_tokens_cut: int
+    input_ids: NDArray[np.int32]  # (length,)
+    loss_mask: NDArray[np.bool_]  # (length,), True where the token bears loss
+    file: str  # name of the data file
+    line: int  # 1-based line in it
+    prompt_tokens_cut: int  # from the end of the user's text, because the first prompt was too long
+    reply_tokens_cut: int  # from the end of a reply that was too long
+    tail_tokens_cut: int  # of whole turns left out at the end
     roles: RoleTokens
-    has_control_text: bool
-    images: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    has_control_text: bool  # whether a message holds text that the tokenizer turns into a control token
+    images: tuple[str, ...] = ()  # paths as written of the images whose placeholders are in `input_ids`, in their order
+    notes: tuple[str, ...] = ()  # remarks on keys that the template does not render
 
     @property
     def supervised(self) -> int:

@@ -33,10 +33,7 @@ class ImageCheck:
             self._reasons.update({path: bad.get(path) for _, path in _images_of(dataset)})
 
     def of_datasets(self, datasets: Mapping[str, EncodedDataset]) -> tuple[dict[str, EncodedDataset], list[str]]:
-        """Return the data sets without the rows that have bad images, and notices for the user.
-
-        Args:
-            datasets: by split; those of chat data stay as they are.
+        """Return the data sets, by split, without the rows that have bad images, and notices for the user.
 
         Raises:
             UserError: with `error`, every row that uses a bad image, 20 of them and a count; with `skip`, a data set of
@@ -71,11 +68,7 @@ class ImageCheck:
         return self._problems([*uses, *others])
 
     def of_prompts(self, samples: Sequence[PromptSample]) -> tuple[list[PromptSample], list[str]]:
-        """Return the evaluation samples without those that have bad images, and notices for the user.
-
-        Raises:
-            UserError: with `error`, every sample that uses a bad image, 20 of them and a count.
-        """
+        """Do for evaluation samples what `of_datasets` does for rows; none may be left."""
         self._open(path for sample in samples for path in sample.images)
         if self.on_bad_image == "error":
             self._raise((f"{sample.file}:{sample.line}", path) for sample in samples for path in sample.images)

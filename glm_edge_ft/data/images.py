@@ -124,11 +124,9 @@ class _UnreadableError(Exception):
 
 
 def to_rgb(image: Image.Image, is_16_bit_colour: bool = False) -> Image.Image:
-    """Return an image of any mode in mode RGB, itself where it is that; see `load_image`.
+    """Return a loaded image of any mode in mode RGB, itself where it is that; see `load_image`.
 
-    Args:
-        image: the image, loaded.
-        is_16_bit_colour: whether the file has 16 bits a channel, of which Pillow kept the upper 8.
+    `is_16_bit_colour` says that the file has 16 bits a channel, of which Pillow kept the upper 8.
     """
     tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     if tags.get(TiffImagePlugin.SAMPLEFORMAT) == (2,) and image.mode == "L":
@@ -235,8 +233,7 @@ def preprocess(image: Image.Image, image_processor: Any) -> NDArray[np.float32]:
 
     Args:
         image: of mode RGB.
-        image_processor: of the checkpoint (`model.loading.load_image_processor`); what it says of tiles and
-            proportions is left out.
+        image_processor: of the checkpoint (`model.loading.load_image_processor`).
 
     Raises:
         UserError: the processor cuts the image into several tiles.
@@ -252,9 +249,7 @@ def preprocess(image: Image.Image, image_processor: Any) -> NDArray[np.float32]:
 def find_bad_images(paths: Iterable[str], progress: bool = True) -> dict[str, str]:
     """Open every image once, whole, in parallel threads; return what is wrong with each bad one.
 
-    Args:
-        paths: of the images; each is opened once, however often it is named.
-        progress: whether a bar on stderr shows how far it is.
+    `progress` shows a bar on stderr.
     """
     distinct = list(dict.fromkeys(paths))
     pool = ThreadPoolExecutor(min(count_cores(), _MAXIMUM_THREADS))

@@ -43,11 +43,7 @@ class RowFindings(ProblemList):
 def parse_parts(where: str, message: Mapping[str, Any], role: str | None, found: RowFindings) -> list[Part] | None:
     """Return the content of a message as parts, a string as one text part; None where something is wrong with it.
 
-    Args:
-        where: the place of the message.
-        message: as the file has it.
-        role: who speaks; None if that is unknown.
-        found: gets every problem, and a note for each key of a part that has no effect.
+    `found` gets every problem, and a note for each key of a part that has no effect. The role is None if it is unknown.
     """
     content = message.get("content")
     if isinstance(content, str):
@@ -177,13 +173,14 @@ def insert_images(
     """Put the images that a row or a message names into its user turns.
 
     Each takes the place of one marker: `<image>` in a text, with the line break at it, or an image part without a path.
-    Without markers they come before the text of the only user turn, or a single one before that of the first.
+    Without markers they come before the text of the only user turn, or a single one before that of the first. Where it
+    is not clear which image belongs where, `found` gets a problem.
 
     Args:
         where: the place of the row or the message.
         turns: role and parts of each turn; the parts of user turns are changed.
         paths: of the images, in their order.
-        found: gets a problem where it is not clear which image belongs where.
+        found: of the row.
     """
     written = [part["image"] for _, parts in turns for part in parts if part.get("image")]
     if not paths or written == list(paths):

@@ -31,12 +31,9 @@ def can_emit_uint8(image_processor: Any) -> bool:
 
 
 def resize_into(canvas: NDArray[np.uint8], image: Image.Image, image_processor: Any) -> None:
-    """Write the values that `preprocess` scales into `canvas`, for a processor that `can_emit_uint8`.
+    """Write the values that `preprocess` scales into `canvas` (side, side, 3), which is 0 where the image leaves it free.
 
-    Args:
-        canvas: (side, side, 3), all 0: what the image leaves free stays so.
-        image: of mode RGB.
-        image_processor: as in `preprocess`.
+    The image is of mode RGB, the processor one that `can_emit_uint8`.
     """
     from transformers.models.mllama.image_processing_pil_mllama import get_image_size_fit_to_canvas
 
@@ -48,15 +45,10 @@ def resize_into(canvas: NDArray[np.uint8], image: Image.Image, image_processor: 
 
 @dataclass(frozen=True)
 class PixelNormalizer:
-    """Makes of bytes the very float32 values that the image processor makes of them.
+    """Makes of bytes the very float32 values that the image processor makes of them."""
 
-    Attributes:
-        table: what each byte becomes, by channel, (3 * 256,) float32, on the device that computes.
-        offsets: where the values of each channel begin in it, (3, 1, 1) int32.
-    """
-
-    table: torch.Tensor
-    offsets: torch.Tensor
+    table: torch.Tensor  # (3 * 256,) float32, what each byte becomes, by channel, on the device that computes
+    offsets: torch.Tensor  # (3, 1, 1) int32, where the values of each channel begin in it
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return bytes (images, height, width, 3) as (images, 3, height, width) float32, on the table's device.

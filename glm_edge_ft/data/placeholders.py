@@ -26,18 +26,11 @@ _OWN_TOKENIZER = "use a GLM-Edge-V checkpoint with the tokenizer and the config.
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the encoding needs to know about images.
+    """What the encoding needs to know about images."""
 
-    Attributes:
-        placeholder_id: the token that stands for a vector of an image (`boi_token_id` of the checkpoint's config).
-        placeholders_per_image: how many of them an image takes: the number of the model's vectors.
-        max_images: most images of a conversation; the released models take one. With 0 the rows are chat data, which
-            have no images, for the language part of a vision checkpoint.
-    """
-
-    placeholder_id: int
-    placeholders_per_image: int
-    max_images: int = 1
+    placeholder_id: int  # the token that stands for a vector of an image (`boi_token_id` of the checkpoint's config)
+    placeholders_per_image: int  # the number of the model's vectors of an image
+    max_images: int = 1  # of a conversation; 0: chat data for the language part of a vision checkpoint
 
     @property
     def image_turn_tokens(self) -> int:

@@ -19,28 +19,18 @@ from glm_edge_ft.errors import UserError
 
 @dataclass(frozen=True)
 class PromptSample:
-    """What is generated from, and what it is compared with.
+    """What is generated from, and what it is compared with."""
 
-    Attributes:
-        prompt_ids: (length,) int32; the true history up to the generation prompt, nothing of the reference.
-        prompt: the text that the ids stand for.
-        reference: text of the tokens that training supervises there: all that the template renders of the reply, tool
-            calls and reasoning too, cut at `max_output_length`, and cleaned as a prediction is (`clean_prediction`).
-        file: name of the data file.
-        line: 1-based line in it.
-        turn: index of the assistant turn among the conversation's messages.
-        prompt_tokens_cut: tokens that the history lost to fit `max_input_length`.
-        images: paths of the images whose placeholders are in `prompt_ids`, in their order.
-    """
-
-    prompt_ids: NDArray[np.int32]
-    prompt: str
-    reference: str
-    file: str
-    line: int
-    turn: int
-    prompt_tokens_cut: int
-    images: tuple[str, ...] = ()
+    prompt_ids: NDArray[np.int32]  # (length,), the true history up to the generation prompt, nothing of the reference
+    prompt: str  # the text that the ids stand for
+    reference: (
+        str  # the tokens that training supervises there, as text, cleaned as a prediction is (`clean_prediction`)
+    )
+    file: str  # name of the data file
+    line: int  # 1-based line in it
+    turn: int  # index of the assistant turn among the conversation's messages
+    prompt_tokens_cut: int  # tokens that the history lost to fit `max_input_length`
+    images: tuple[str, ...] = ()  # paths of the images whose placeholders are in `prompt_ids`, in their order
 
 
 def encode_prompts(

@@ -15,19 +15,12 @@ _ROWS_AT_ONCE = 10_000
 
 @dataclass(frozen=True)
 class ReplyEnds:
-    """How the supervised replies of a data set end.
-
-    Attributes:
-        replies: how many there are.
-        stopping: how many end with a stop token, which is learned with them.
-        cut: how many were cut by `max_output_length`; a cut reply teaches no stop.
-        first_other: `file:line` of the first row with a reply that neither stops nor was cut, or "".
-    """
+    """How the supervised replies of a data set end."""
 
     replies: int
-    stopping: int
-    cut: int
-    first_other: str
+    stopping: int  # end with a stop token, which is learned with them
+    cut: int  # were cut by `max_output_length`; a cut reply teaches no stop
+    first_other: str  # `file:line` of the first row with a reply that neither stops nor was cut, or ""
 
     @property
     def others(self) -> int:
@@ -40,12 +33,7 @@ class ReplyEnds:
 
 
 def count_reply_ends(dataset: EncodedDataset, stop_ids: Iterable[int]) -> ReplyEnds:
-    """Look at the last token of every supervised run of tokens; memory does not grow with the data.
-
-    Args:
-        dataset: encoded rows.
-        stop_ids: the ids on which generation stops.
-    """
+    """Look at the last token of every supervised run of tokens; memory does not grow with the data."""
     stops = np.array(sorted(stop_ids))
     replies = stopping = cut = 0
     first_other = ""

@@ -27,36 +27,22 @@ _GREEN, _PLAIN = "\x1b[30;42m", "\x1b[0m"
 
 @dataclass(frozen=True)
 class DataReport:
-    """Counts over one encoded data set.
-
-    Attributes:
-        rows: rows that were encoded.
-        tokens: tokens in them.
-        supervised_tokens: tokens that bear loss.
-        role_tokens: tokens by role; `template` is what the chat template wrote itself, and `image`, if the data has
-            images, their placeholders.
-        cut_rows: for each kind of cut, how many rows lost something.
-        cut_tokens: for each kind of cut, how many tokens were lost in all.
-        dropped_rows: rows left out.
-        dropped: the first of them: `file:line: reason`.
-        lengths: length percentiles in tokens, `p50` to `max`.
-        control_text_rows: rows whose text holds something that the tokenizer turns into a control token.
-        control_text: the first of them: `file:line`.
-        notices: further remarks about the data, one sentence each.
-    """
+    """Counts over one encoded data set."""
 
     rows: int
     tokens: int
     supervised_tokens: int
-    role_tokens: dict[str, int]
-    cut_rows: dict[str, int]
-    cut_tokens: dict[str, int]
+    role_tokens: dict[
+        str, int
+    ]  # `template`: what the chat template wrote itself; `image`: placeholders, if there are any
+    cut_rows: dict[str, int]  # for each kind of cut, how many rows lost something
+    cut_tokens: dict[str, int]  # for each kind of cut, how many tokens were lost in all
     dropped_rows: int
-    dropped: tuple[str, ...]
-    lengths: dict[str, int]
-    control_text_rows: int
-    control_text: tuple[str, ...]
-    notices: tuple[str, ...]
+    dropped: tuple[str, ...]  # the first rows that were left out: `file:line: reason`
+    lengths: dict[str, int]  # percentiles in tokens, `p50` to `max`
+    control_text_rows: int  # rows whose text holds something that the tokenizer turns into a control token
+    control_text: tuple[str, ...]  # the first of them: `file:line`
+    notices: tuple[str, ...]  # further remarks about the data, one sentence each
 
     def remarks(self) -> list[str]:
         """Return what a run should say of its data, one sentence each: rows dropped or cut, control tokens, notices."""

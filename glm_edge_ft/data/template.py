@@ -189,28 +189,16 @@ class OffsetTokenizer:
 
 @dataclass(frozen=True)
 class ReplyFormat:
-    r"""What a chat template does around a reply.
+    """What a chat template does around a reply."""
 
-    Attributes:
-        prefix: text after the generation prompt and before the content, which the model has to write itself
-            (`"\n"` where the template has a line break after the role but not after the generation prompt).
-        closing: text that the template writes after the content.
-        closing_supervised: how many characters of `closing` bear loss: up to and with its stop token, or all of it.
-        closing_stops: whether `closing` holds a stop token.
-        stop_id: the token that ends a reply.
-        stop_ids: every token that ends generation.
-        rendered_roles: the roles whose content the template renders.
-        headers: text before the content of a message of each role, where it follows a reply.
-    """
-
-    prefix: str
-    closing: str
-    closing_supervised: int
-    closing_stops: bool
-    stop_id: int
-    stop_ids: frozenset[int]
-    rendered_roles: frozenset[str]
-    headers: Mapping[str, str]
+    prefix: str  # after the generation prompt and before the content, such as a line break: the model has to write it
+    closing: str  # written after the content
+    closing_supervised: int  # characters of `closing` that bear loss: up to and with its stop token, or all of it
+    closing_stops: bool  # whether `closing` holds a stop token
+    stop_id: int  # the token that ends a reply
+    stop_ids: frozenset[int]  # every token that ends generation
+    rendered_roles: frozenset[str]  # the roles whose content the template renders
+    headers: Mapping[str, str]  # text before the content of a message of each role, where it follows a reply
 
 
 def probe_reply_format(

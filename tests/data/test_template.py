@@ -93,7 +93,7 @@ def test_rendered_roles(make_encoder: EncoderMaker, template: str, roles: set[st
         (
             "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content if part.type == 'text' %}{{ part.text }}"
             "{% endfor %}{% endfor %}" + PROMPT,
-            "does not render messages whose content is a string\n    -> finetune.py trains chat models, finetune_vision",
+            "does not render messages whose content is a string\n    -> finetune.py trains chat models",
         ),
         ("{{ raise_exception('never') }}", "cannot render a user and an assistant turn: never"),
         ("{{ messages[0]['x'].y }}", "cannot render a user and an assistant turn: "),
