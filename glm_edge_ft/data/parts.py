@@ -176,11 +176,7 @@ def insert_images(
     Without markers they come before the text of the only user turn, or a single one before that of the first. Where it
     is not clear which image belongs where, `found` gets a problem.
 
-    Args:
-        where: the place of the row or the message.
-        turns: role and parts of each turn; the parts of user turns are changed.
-        paths: of the images, in their order.
-        found: of the row.
+    `where` is the place of the row or the message; `turns` are role and parts of each turn, which are changed.
     """
     written = [part["image"] for _, parts in turns for part in parts if part.get("image")]
     if not paths or written == list(paths):

@@ -31,7 +31,7 @@ def can_emit_uint8(image_processor: Any) -> bool:
 
 
 def resize_into(canvas: NDArray[np.uint8], image: Image.Image, image_processor: Any) -> None:
-    """Write the values that `preprocess` scales into `canvas` (side, side, 3), which is 0 where the image leaves it free.
+    """Write the values that `preprocess` scales into `canvas`, (side, side, 3) of 0.
 
     The image is of mode RGB, the processor one that `can_emit_uint8`.
     """
