@@ -134,7 +134,7 @@ def test_bad_rows_of_all_files_are_listed_and_nothing_is_trained(tmp_path: Path)
     done = finetune(str(tmp_path), *DEMO[1:], "--set", f"training_args.output_dir={output}", cache=tmp_path / "cache")
     assert done.returncode == 2
     assert "train.jsonl:2:2: " in done.stderr
-    assert "dev.jsonl:1: key 'message' found, 'messages' missing" in done.stderr
+    assert "dev.jsonl:1: key 'messages' is missing; the keys are: 'message'" in done.stderr
     assert "test.jsonl: 0 conversations" in done.stderr
     assert "Traceback" not in done.stderr
     assert not output.exists()
