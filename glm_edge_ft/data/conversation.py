@@ -72,7 +72,8 @@ class Message:
     @property
     def texts(self) -> list[str]:
         """The text of the content, in the pieces that the template gets."""
-        return [part["text"] for part in self.parts if "text" in part]
+        content = self.fields.get("content", [])
+        return [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
 
     @property
     def text(self) -> str:

@@ -178,8 +178,10 @@ def insert_images(
 
     `where` is the place of the row or the message; `turns` are role and parts of each turn, which are changed.
     """
+    if not paths:
+        return
     written = [part["image"] for _, parts in turns for part in parts if part.get("image")]
-    if not paths or written == list(paths):
+    if written == list(paths):
         return
     users = [parts for role, parts in turns if role == "user"]
     user_markers = sum(map(_markers, itertools.chain(*users)))

@@ -74,7 +74,8 @@ class ChatTemplate:
         try:
             if tools is None and all(map(_is_plain, messages)):
                 variables = {"messages": messages, "tools": None, "documents": None, **self.special_tokens}
-                return _render_plain(self.source, {**variables, "add_generation_prompt": add_generation_prompt})
+                variables["add_generation_prompt"] = add_generation_prompt
+                return _render_plain(self.source, variables)
             render: Any = render_jinja_template  # its annotations do not say what it returns
             rendered, _ = render(
                 # Null values are left out, as by apply_chat_template.
