@@ -73,7 +73,12 @@ class ChatTemplate:
             messages = [_with_parts(message) for message in messages]
         try:
             if tools is None and all(map(_is_plain, messages)):
-                variables = {"messages": messages, "tools": None, "documents": None, **self.special_tokens}
+                variables: dict[str, Any] = {
+                    "messages": messages,
+                    "tools": None,
+                    "documents": None,
+                    **self.special_tokens,
+                }
                 variables["add_generation_prompt"] = add_generation_prompt
                 return _render_plain(self.source, variables)
             render: Any = render_jinja_template  # its annotations do not say what it returns

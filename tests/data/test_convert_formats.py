@@ -239,7 +239,7 @@ def test_what_is_no_text_and_no_image_is_kept_or_named(tmp_path: Path) -> None:
     """K21, K23: keys of messages stay for templates that render them; keys of rows and parts are counted."""
     part = {"type": "image_url", "image_url": {"url": "/p.png"}, "detail": "high"}
     developer = {"role": "developer", "content": "S", "name": "x", "refusal": None}
-    row = {"id": 1, "source": "s", "none": None, "messages": [developer, *messages([part, TEXT])]}
+    row: dict[str, Any] = {"id": 1, "source": "s", "none": None, "messages": [developer, *messages([part, TEXT])]}
     row["messages"][2]["reasoning_content"] = "R"
     conversion, rows = convert(tmp_path, "openai", row, row)
     assert rows[0]["messages"][0] == {"role": "system", "content": "S", "name": "x"}
