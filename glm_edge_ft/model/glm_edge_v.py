@@ -28,6 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
+from glm_edge_ft.distributed import launch
 from glm_edge_ft.model.checkpoint import ModelLocation
 from glm_edge_ft.model.glm_edge_v_config import GlmEdgeVConfig, read_glm_edge_v_config
 from glm_edge_ft.model.glm_edge_v_vision import GlmEdgeVAdapter, GlmEdgeVVision
@@ -97,7 +98,7 @@ class GlmEdgeVModel(GlmModel):
 
         They do where each holds a share of its weights (ZeRO-3), and where its gradients are averaged.
         """
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        if not torch.distributed.is_initialized() or launch().world_size == 1:
             return False
         is_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.vision.parameters())
         return is_trained or is_deepspeed_zero3_enabled()

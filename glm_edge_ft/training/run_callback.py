@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from glm_edge_ft.training.termination import Terminated
-
-if TYPE_CHECKING:
-    from glm_edge_ft.training.trainer import GlmEdgeTrainer
 
 
 class RunCallback(TrainerCallback):
@@ -20,8 +17,8 @@ class RunCallback(TrainerCallback):
     checkpoint's TrainerControl says so, and a resumed run begins with it.
     """
 
-    def __init__(self, trainer: GlmEdgeTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer  # a GlmEdgeTrainer, whose module imports this one
         self.is_stopping = self.owes_evaluation = self.begins_with_evaluation = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -16,6 +16,7 @@ from peft import PeftModel, PrefixEncoder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from glm_edge_ft.distributed import is_main_process
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.training.checkpoints import ENCODER_FILE
 
@@ -92,7 +93,7 @@ def load_sharded_weights(model: torch.nn.Module, folder: Path) -> None:
             for name in sorted(parameters.keys() & stored.keys()):  # the order is the same on all ranks
                 parameter = parameters[name]
                 with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
-                    if torch.distributed.get_rank() == 0:
+                    if is_main_process():
                         parameter.copy_(stored.get_tensor(name))
                 loaded.add(id(parameter))
     missing = [name for name, parameter in parameters.items() if id(parameter) not in loaded]
