@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm_edge_ft.checks.memory import NOTHING_TO_LOWER, largest_batch, ways_to_save_memory
-from glm_edge_ft.errors import ProcessLost, RunStopped, UserError
+from glm_edge_ft.errors import ProcessLost, RunStopped, UserError, first_line
 from glm_edge_ft.files import format_bytes
 from glm_edge_ft.training.checkpoints import how_to_go_on
 from glm_edge_ft.training.termination import Terminated
@@ -69,8 +69,8 @@ def what_happened(error: Exception, prepared: Prepared) -> str | None:
     if isinstance(error, RuntimeError) and _LOADER_DIED in str(error):
         count = prepared.training_arguments.dataloader_num_workers
         return (
-            f"a process that loads data ended by itself ({_first_line(error)}), perhaps for lack of memory: lower "
-            f"training_args.dataloader_num_workers, now {count}; with 0 there is no such process"
+            f"a process that loads data ended by itself ({first_line(error).rstrip('.')}), perhaps for lack of memory: "
+            f"lower training_args.dataloader_num_workers, now {count}; with 0 there is no such process"
         )
     return None
 
@@ -134,9 +134,4 @@ def _memory_trouble(error: Exception, prepared: Prepared) -> str:
         ways = ways_to_save_memory(prepared, batch, not args.use_cpu, prepared.memory.host.total > 0) or [
             NOTHING_TO_LOWER
         ]
-    return f"out of memory {where} ({_first_line(error)}). Lower, in this order: {'; '.join(ways)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".")
+    return f"out of memory {where} ({first_line(error).rstrip('.')}). Lower, in this order: {'; '.join(ways)}"

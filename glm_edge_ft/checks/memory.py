@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from glm_edge_ft import IGNORE_INDEX
 from glm_edge_ft.checks.arguments import tokens_per_pass
 from glm_edge_ft.distributed import launch
+from glm_edge_ft.errors import first_line
 from glm_edge_ft.files import format_bytes
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def estimate_run_memory(prepared: Prepared) -> RunMemory:
         try:
             trace = _trace(prepared, model, batch)
         except Exception as error:  # whatever the model's code does with fake tensors, the run may be fine
-            failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            failure = first_line(error)
     on_gpu = torch.cuda.is_available() and not args.use_cpu
     limit = Path("/sys/fs/cgroup/memory.max")  # what the container of this process may use (cgroup v2)
     text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else ""

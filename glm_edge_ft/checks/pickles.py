@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from glm_edge_ft.errors import Problem
+from glm_edge_ft.errors import Problem, first_line
 from glm_edge_ft.training.checkpoints import RANDOM_STATE_PREFIX
 
 _NAMES_OF_DEEPSPEED = {  # in the states of ZeRO 1 to 3, in fp32, bf16 and fp16, offloaded or not
@@ -37,8 +37,7 @@ def check_pickles(checkpoint: Path) -> list[Problem]:
         try:
             unknown = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))) - allowed)
         except Exception as error:  # broken bytes raise whatever they lead to
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            problems.append(Problem(str(path), f"cannot be read: {reason}", _FIX))
+            problems.append(Problem(str(path), f"cannot be read: {first_line(error)}", _FIX))
             continue
         if unknown:
             what = f"is a pickle that would call {', '.join(unknown[:5])}: nothing of it was read"

@@ -16,7 +16,7 @@ from glm_edge_ft.checks.deepspeed import check_deepspeed
 from glm_edge_ft.config.keys import shown
 from glm_edge_ft.console import show_notice
 from glm_edge_ft.distributed import is_main_process
-from glm_edge_ft.errors import ProblemList, UserError
+from glm_edge_ft.errors import ProblemList, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, Seq2SeqTrainingArguments
@@ -80,8 +80,7 @@ def check_training_parts(args: Seq2SeqTrainingArguments, written: Mapping[str, A
             build()
         except Exception as error:  # whatever the package behind it raises, the key is what the user can change
             value = getattr(args, key)
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            what = f"{getattr(value, 'value', value)} cannot be used here: {reason}"
+            what = f"{getattr(value, 'value', value)} cannot be used here: {first_line(error)}"
             problems.add(f"training_args.{key}", what, _ONLINE if key == "push_to_hub" else _OTHER_PART)
     if args.deepspeed:
         with problems.collect():
