@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from glm_edge_ft.checks.arguments import rows_per_step, tokens_per_pass
+from glm_edge_ft.checks.arguments import tokens_per_pass
 from glm_edge_ft.checks.disk import advise_on_disk, estimate_disk
 from glm_edge_ft.checks.environment import quiet_libraries, use_one_gpu
 from glm_edge_ft.checks.machines import check_same_on_all_machines
@@ -28,7 +27,7 @@ from glm_edge_ft.checks.summary import (
     describe_model,
     note_untested_versions,
     show_check,
-    write_json,
+    show_preview,
     write_run_record,
 )
 from glm_edge_ft.console import show, show_notice
@@ -36,7 +35,15 @@ from glm_edge_ft.distributed import barrier, close_control_group, explain_peer_f
 from glm_edge_ft.errors import RunStopped
 from glm_edge_ft.failures import explain_failures
 from glm_edge_ft.files import lock_folder, make_folder
-from glm_edge_ft.run import Plan, Prepared, RunRequest, build_collator, build_generation_context, load_evaluations
+from glm_edge_ft.run import (
+    Plan,
+    Prepared,
+    RunRequest,
+    build_collator,
+    build_generation_context,
+    complete_images,
+    load_evaluations,
+)
 from glm_edge_ft.training.checkpoints import (
     CURVE_FILE,
     METRICS_FILE,
@@ -53,10 +60,6 @@ from glm_edge_ft.training.termination import Terminated, Termination
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from transformers import PreTrainedModel
-
-    from glm_edge_ft.data.feature_cache import ImageFeatures
-    from glm_edge_ft.data.pixels import PixelNormalizer
     from glm_edge_ft.model.packed_attention import Attention
     from glm_edge_ft.training.replies import EvaluationData
     from glm_edge_ft.training.trainer import GlmEdgeTrainer
@@ -86,16 +89,6 @@ def run(request: RunRequest) -> None:
         if not request.check and request.preview is None:
             with explain_failures(prepared):
                 train(prepared, termination)
-
-
-def show_preview(prepared: Prepared) -> None:
-    """Print the first N training rows token by token; write them as JSON where `--json` says."""
-    from glm_edge_ft.data.report import preview, preview_json
-
-    dataset, tokenizer = prepared.datasets["train"], prepared.checkpoint.tokenizer
-    rows = [dataset.row(index) for index in range(min(prepared.plan.request.preview or 0, len(dataset)))]
-    show(preview(rows, tokenizer, color=sys.stdout.isatty()))
-    write_json(prepared.plan.request.json_path, preview_json(rows, tokenizer))
 
 
 def train(prepared: Prepared, termination: Termination) -> None:
@@ -256,42 +249,6 @@ def attention_of(prepared: Prepared) -> Attention:
 
     device = prepared.training_arguments.device
     return choose_attention(prepared.plan.config.padding_free, device, prepared.precision, prepared.checkpoint.config)
-
-
-def complete_images(prepared: Prepared, base: PreTrainedModel) -> ImageFeatures | PixelNormalizer | None:
-    """Return what adds to batches what the loader's processes leave out of images; None where they are complete.
-
-    That is the features that a frozen vision part computes once, where images are seen again, else the normalization.
-    They are not kept under ZeRO-3, which shares the vision part among processes.
-    """
-    import torch
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    from glm_edge_ft.data.feature_cache import open_image_features
-    from glm_edge_ft.data.pixels import pixel_normalizer
-
-    processor, device = prepared.image_processor, prepared.training_arguments.device
-    normalizer = pixel_normalizer(processor, device)
-    model: Any = base
-    if processor is None or is_deepspeed_zero3_enabled() or not prepared.plan.config.cache_image_features:
-        return normalizer
-    if any(parameter.requires_grad for parameter in model.model.vision.parameters()):
-        return normalizer
-    dtype = getattr(torch, prepared.precision.compute)
-    return open_image_features(base, images_seen_again(prepared), processor, dtype, device, normalizer) or normalizer
-
-
-def images_seen_again(prepared: Prepared) -> list[str]:
-    """Return the images that the run needs more than once: in epochs, or in an evaluation by loss and by replies."""
-    args, datasets = prepared.training_arguments, prepared.datasets
-    rows = len(datasets["train"])
-    again = {
-        "train": args.max_steps * rows_per_step(args) > rows if args.max_steps > 0 else args.num_train_epochs > 1,
-        "val": args.eval_strategy != "no" or args.eval_on_start,
-        "test": args.predict_with_generate,
-    }
-    seen = [datasets[split] for split in datasets if again[split]]
-    return list(dict.fromkeys(path for data in seen for index in range(len(data)) for path in data.images(index)))
 
 
 def evaluate(trainer: GlmEdgeTrainer, evaluations: Mapping[str, EvaluationData], always: bool) -> None:

@@ -165,3 +165,43 @@ def build_generation_context(
         scoring_processes=prepared.plan.config.data_config.num_proc,
         show_progress=is_main_process() and not prepared.training_arguments.disable_tqdm,
     )
+
+
+def complete_images(prepared: Prepared, model: Any) -> ImageFeatures | PixelNormalizer | None:
+    """Return what adds to batches what the loader's processes leave out of images; None where they are complete.
+
+    That is the features that a frozen vision part computes once, where images are seen again, else the normalization.
+    They are not kept under ZeRO-3, which shares the vision part among processes.
+    """
+    import torch
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from glm_edge_ft.data.feature_cache import open_image_features
+    from glm_edge_ft.data.pixels import pixel_normalizer
+
+    processor, device = prepared.image_processor, prepared.training_arguments.device
+    normalizer = pixel_normalizer(processor, device)
+    if processor is None or is_deepspeed_zero3_enabled() or not prepared.plan.config.cache_image_features:
+        return normalizer
+    if any(parameter.requires_grad for parameter in model.model.vision.parameters()):
+        return normalizer
+    dtype = getattr(torch, prepared.precision.compute)
+    return open_image_features(model, images_seen_again(prepared), processor, dtype, device, normalizer) or normalizer
+
+
+def images_seen_again(prepared: Prepared) -> list[str]:
+    """Return the images that the run needs more than once: in epochs, or in an evaluation by loss and by replies."""
+    args, datasets = prepared.training_arguments, prepared.datasets
+    rows = len(datasets["train"])
+    again = {
+        "train": args.max_steps * rows_per_step(args) > rows if args.max_steps > 0 else args.num_train_epochs > 1,
+        "val": args.eval_strategy != "no" or args.eval_on_start,
+        "test": args.predict_with_generate,
+    }
+    seen = [datasets[split] for split in datasets if again[split]]
+    return list(dict.fromkeys(path for data in seen for index in range(len(data)) for path in data.images(index)))
+
+
+def rows_per_step(args: Seq2SeqTrainingArguments) -> int:
+    """Return how many rows all processes together take in one optimizer step."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -66,11 +66,6 @@ def build_training_arguments(plan: Plan, precision: Precision) -> Seq2SeqTrainin
     return args
 
 
-def rows_per_step(args: Seq2SeqTrainingArguments) -> int:
-    """Return how many rows all processes together take in one optimizer step."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
 def tokens_per_pass(config: RunConfig, args: Seq2SeqTrainingArguments) -> int | None:
     """Return the most tokens that go through the model at once in training; None: the whole batch.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from glm_edge_ft.checks.arguments import rows_per_step
 from glm_edge_ft.files import format_bytes, free_bytes
+from glm_edge_ft.run import rows_per_step
 from glm_edge_ft.training.checkpoints import read_step
 
 if TYPE_CHECKING:

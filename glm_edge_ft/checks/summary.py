@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,16 @@ def show_check(prepared: Prepared) -> None:
     }
     write_json(prepared.plan.request.json_path, report)
     show("check passed: nothing was trained, no weights were read")
+
+
+def show_preview(prepared: Prepared) -> None:
+    """Print the first N training rows token by token; write them as JSON where `--json` says."""
+    from glm_edge_ft.data.report import preview, preview_json
+
+    dataset, tokenizer = prepared.datasets["train"], prepared.checkpoint.tokenizer
+    rows = [dataset.row(index) for index in range(min(prepared.plan.request.preview or 0, len(dataset)))]
+    show(preview(rows, tokenizer, color=sys.stdout.isatty()))
+    write_json(prepared.plan.request.json_path, preview_json(rows, tokenizer))
 
 
 def _show_split(prepared: Prepared, split: str) -> dict[str, Any]:
