@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "glm_edge_ft"
 
 # What holds today; lower a number with the change that makes it smaller. The goal stands beside it.
-MOST_LINES = 19_900  # 13,500
-MOST_MODULES = 119  # 80
+MOST_LINES = 17_700  # 13,500
+MOST_MODULES = 105  # 80
 MOST_FILES_AT_THE_ROOT = 10
-MOST_PROBES = 58  # 13, 1 in 1,000 lines: calls of getattr and hasattr
-MOST_UPWARD_IMPORTS = 2  # 0
+MOST_PROBES = 44  # 13, 1 in 1,000 lines: calls of getattr and hasattr
+MOST_UPWARD_IMPORTS = 0
 MOST_CIRCLES = 0
-MOST_MUTUAL_ROOMS = 1  # 0
+MOST_MUTUAL_ROOMS = 0
 
 # From low to high: a room imports from its own row and the rows above it here.
 LEVELS = (
