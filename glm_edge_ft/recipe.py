@@ -213,7 +213,7 @@ def build_trainer(
     use_attention(base, attention_of(prepared))
     install_supervised_loss(base, label_smoothing=args.label_smoothing_factor)
     if not fuse_norms(base):
-        show_notice("this model's layers are no GLM layers of transformers: they are computed as they are there")
+        show_notice("this model has no GlmRMSNorm layers: the faster paths for GLM layers are not used")
     torch.manual_seed(args.seed)  # the adapter's first values
     model = apply_adapter(base, config.peft_config, prepared.keeps_vision)
     if (args.bf16 or args.fp16) and not args.deepspeed:  # under DeepSpeed all weights are in 16 bit, without autocast

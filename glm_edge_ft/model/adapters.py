@@ -140,7 +140,7 @@ def _check_prefix(settings: Mapping[str, Any], model: PreTrainedModel) -> None:
 def wrap_meta_model(
     settings: Mapping[str, Any] | None, meta_model: PreTrainedModel, keep_vision: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """Do to the model's meta twin what `apply_adapter` does to the model.
+    """Do to the model on the meta device what `apply_adapter` does to the model with its weights.
 
     Raises UserError when a named module does not exist in the model or cannot carry LoRA matrices (with the names that
     can), when PEFT refuses, or when a weight of the vision part would be trained although `keep_vision` is set.
@@ -301,12 +301,13 @@ def generate(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, 
     base, batch, prefix = model.get_base_model(), len(input_ids), peft_config.num_virtual_tokens
     config = options.get("generation_config") or base.generation_config
     # `generate` repeats ids and mask for beams, but not a cache
-    copies = [options.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")]
+    beams = options.get("num_beams") or config.num_beams or 1
+    sequences = options.get("num_return_sequences") or config.num_return_sequences or 1
     seen = input_ids.new_full((batch, prefix), int(input_ids[0, -1]))  # never embedded: the cache has these positions
     output = base.generate(
         input_ids=torch.cat([seen, input_ids], dim=1),
         attention_mask=torch.cat([attention_mask.new_ones(batch, prefix), attention_mask], dim=1),
-        cache=model.get_prompt(batch * max(copies)),
+        cache=model.get_prompt(batch * max(beams, sequences)),
         **options,
     )
     return output[:, prefix + length :]

@@ -60,4 +60,4 @@ class Checkpoint:
     @property
     def is_vision(self) -> bool:
         """Whether this is a GLM-Edge-V."""
-        return getattr(self.config, "vision_config", None) is not None
+        return self.config.to_dict().get("vision_config") is not None

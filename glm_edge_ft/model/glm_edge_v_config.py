@@ -93,7 +93,7 @@ def release_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 def is_vision_config(config: PretrainedConfig) -> bool:
     """Return whether `config`, of whatever class, is that of a vision checkpoint: whether it has `vision_config`."""
-    return getattr(config, "vision_config", None) is not None
+    return config.to_dict().get("vision_config") is not None
 
 
 def siglip_config(config: GlmEdgeVConfig, where: str = "config.json") -> SiglipVisionConfig:

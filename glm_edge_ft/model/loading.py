@@ -173,7 +173,7 @@ def _set_pad_token(
 ) -> None:
     if tokenizer.pad_token_id is not None:
         return
-    for token_id in (getattr(config, "pad_token_id", None), tokenizer.eos_token_id, *stop_ids):
+    for token_id in (config.to_dict().get("pad_token_id"), tokenizer.eos_token_id, *stop_ids):
         if isinstance(token_id, int) and 0 <= token_id < len(tokenizer):
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token_id)
             return
@@ -195,7 +195,7 @@ def _read_stop_ids(
         except OSError:  # the file is optional
             continue
     ids: set[int] = set()
-    for value in (generation_eos, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
+    for value in (generation_eos, config.to_dict().get("eos_token_id"), tokenizer.eos_token_id):
         ids.update([] if value is None else [value] if isinstance(value, int) else value)
     return tuple(sorted(ids))
 

@@ -58,9 +58,10 @@ class Attention:
 def choose_attention(packs: bool, device: torch.device, precision: Precision, config: Any) -> Attention:
     """Return how a run computes attention, on `device` and for a model's `config`; `packs`: its batches are packed."""
     dtype = getattr(torch, precision.compute)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fields = config.to_dict()
+    head_dim = fields.get("head_dim") or config.hidden_size // config.num_attention_heads
     has_flash = _has_flash_kernels(device, dtype, head_dim)
-    if packs and has_flash and not getattr(config, "attention_dropout", 0.0):
+    if packs and has_flash and not fields.get("attention_dropout"):
         return Attention(PACKED, "varlen_attn, the flash kernels of PyTorch, for rows without padding")
     if packs:
         return Attention(PACKED, "sdpa, row by row")
@@ -87,17 +88,17 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def _find_obstacle(model: Any) -> str | None:
-    config, kind = model.config, model.config.model_type
+    fields, kind = model.config.to_dict(), model.config.model_type
     if not model._supports_attention_backend:
         return f"models of type {kind} compute attention in code of their own"
     if "position_ids" not in inspect.signature(type(model.get_decoder()).forward).parameters:
         return f"models of type {kind} take no position_ids, which start anew in every row"
-    layers = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    layers = set(fields.get("layer_types") or []) - {"full_attention"}
     if layers or model._is_stateful:
         what = ", ".join(sorted(layers)) or "layers with a state"
         return f"models of type {kind} have {what} beside full attention, and rows could reach one another there"
-    if getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None):
-        return f"this model attends within a sliding window of {config.sliding_window} tokens"
+    if fields.get("sliding_window") is not None and not fields.get("layer_types"):
+        return f"this model attends within a sliding window of {fields['sliding_window']} tokens"
     return None
 
 

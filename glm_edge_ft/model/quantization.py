@@ -41,8 +41,8 @@ def not_installed(where: str, what: str) -> Problem:
 
 def quantization_settings(config: PretrainedConfig) -> dict[str, Any] | None:
     """Return the `quantization_config` of a checkpoint whose files are quantized; None: they are not."""
-    settings = getattr(config, "quantization_config", None)
-    return None if settings is None else dict(settings if isinstance(settings, Mapping) else settings.to_dict())
+    settings: dict[str, Any] | None = config.to_dict().get("quantization_config")
+    return settings
 
 
 def is_4bit_checkpoint(config: PretrainedConfig) -> bool:

@@ -133,8 +133,9 @@ def _compare_prefix(model: PreTrainedModel, folder: Path) -> list[str]:
     if settings.get("peft_type") != "PREFIX_TUNING":
         return []
     config: Any = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fields = config.to_dict()
+    heads = fields.get("num_key_value_heads") or config.num_attention_heads
+    head_dim = fields.get("head_dim") or config.hidden_size // config.num_attention_heads
     sizes = {"num_layers": config.num_hidden_layers, "num_attention_heads": heads, "token_dim": heads * head_dim}
     return [
         f"{key} is {settings[key]}, the model has {size}"
