@@ -29,7 +29,7 @@ KINDS = {
     "copies and fills": ("aten::copy_", "aten::fill_", "aten::cat", "aten::index", "aten::_index"),
 }
 LARGE, LORA = "matrix products of the model", "matrix products of LoRA"
-LORA_SIDE = 3 * 8  # the ranks of the layers that are computed together
+LORA_SIDE = 8  # the rank
 # by operation, where the shapes of the two matrices stand among those of its inputs
 FACTORS = {"aten::mm": slice(0, 2), "aten::addmm_": slice(1, 3)}
 train = recipe.run
