@@ -243,7 +243,7 @@ def test_what_is_no_picture_or_one_too_many_is_refused(vision_run: Path, tmp_pat
     talk = open_session(vision_run)
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     picture = draw(tmp_path / "with space" / "图.png", 1)
-    for path, what in ((tmp_path / "none.png", "there is no such file"), (tmp_path / "text.png", "is no picture")):
+    for path, what in ((tmp_path / "none.png", "there is no such file"), (tmp_path / "text.png", "is no image")):
         with pytest.raises(UserError, match=f"image {re.escape(str(path))}: .*{what}"):
             talk.attach(str(path))
     talk.attach(str(picture))
