@@ -130,5 +130,5 @@ def test_a_model_that_cannot_be_opened_stops_all_before_the_first_is_measured(
 def test_bad_rows_are_refused_by_line(runs: dict[str, Path], tmp_path: Path) -> None:
     """D2: as in training, before the weights are read."""
     (tmp_path / "bad.jsonl").write_text(json.dumps({"message": []}) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"bad\.jsonl:1: key 'message' found"):
+    with pytest.raises(UserError, match=r"bad\.jsonl:1: .*message"):
         evaluate(tmp_path / "bad.jsonl", (str(runs["lora"]),), tmp_path / "out")
