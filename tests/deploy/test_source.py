@@ -105,7 +105,7 @@ def test_broken_adapters_are_refused_by_file(runs: dict[str, Path], tmp_path: Pa
     shutil.copytree(runs["lora"], folder)
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert f"{weights}: cannot be read: the file has" in refusal(folder)
+    assert f"{weights}: cannot be read: " in refusal(folder)
     weights.rename(folder / "adapter_model.bin")
     assert "a pickle, which can run code" in refusal(folder)
     (folder / "adapter_config.json").write_text("{", encoding="utf-8")
