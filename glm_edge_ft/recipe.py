@@ -182,7 +182,7 @@ def make_room(plan: Plan) -> None:
         set_aside(plan.output_dir, plan.resume.path) if plan.resume.path else set_aside_earlier_run(plan.output_dir)
     )
     if moved_to is not None:
-        show_notice(f"{plan.output_dir} held work of an earlier run; it now lies in {moved_to}")
+        show_notice(f"{plan.output_dir} held work of an earlier run; it was moved to {moved_to}")
 
 
 def build_trainer(

@@ -88,7 +88,7 @@ class VisionCollator:
 
         The images stand in the order of their placeholders: sample by sample, and in order within one. Without an image
         in the batch there are no `pixel_values`. An image that several samples share is decoded once. One that can no
-        longer be read is shown as a blank one where `skip` says so, and its row teaches nothing.
+        longer be read is shown as a blank one where `skip` says so, and none of its row is learned.
 
         With `features`, `pixel_values` has the distinct images that have no record yet, or is absent, and two more keys
         say what each image of the batch is, (images,) int64: `image_records`, the number of its record or -1, and

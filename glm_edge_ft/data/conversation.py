@@ -248,7 +248,8 @@ def read_learned(where: str, turn: Mapping[str, Any], role: str | None, found: R
         if _is_bool(value) and key not in _DETAIL_KEYS:
             said[key] = bool(value) is not (key == _INVERTED_KEY)
         elif value is not None and (key not in _DETAIL_KEYS or value != []):
-            what = f"{key!r} must be true or false (or 1 or 0), it is {shown(value)}"
+            kind = "chooses parts of a turn" if key in _DETAIL_KEYS else "must be true or false (or 1 or 0)"
+            what = f"{key!r} {kind}, it is {shown(value)}"
             fix = "a turn is learned whole or not at all: write false to leave it out, repeat the row to weigh it more"
             found.add(where, what, fix)
     if len(set(said.values())) > 1:

@@ -48,7 +48,7 @@ class Checkpoint:
     Attributes:
         config: of a vision model, a `GlmEdgeVConfig`.
         stop_ids: the token ids on which generation stops, as generation config, config and tokenizer say.
-        folder: where its small files lie: the model's folder, or a hub id's folder in the cache.
+        folder: the folder of its small files: the model's folder, or a hub id's folder in the cache.
     """
 
     location: ModelLocation

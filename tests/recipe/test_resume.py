@@ -157,7 +157,7 @@ def test_a_fresh_start_sets_the_earlier_run_aside(run: Run, capsys: pytest.Captu
     old = weights(output)
     run(max_steps=2, resume="no", learning_rate=5e-2)
     earlier = output / "earlier" / "1"
-    assert f"it now lies in {earlier}" in capsys.readouterr().err
+    assert f"it was moved to {earlier}" in capsys.readouterr().err
     assert all(torch.equal(old[name], tensor) for name, tensor in weights(earlier).items())
     assert sorted(path.name for path in earlier.glob("checkpoint-*")) == ["checkpoint-2"]
     assert len(losses(output)) == 2
