@@ -23,6 +23,7 @@ import transformers.utils.logging
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.debug_utils import DebugUnderflowOverflow
 from transformers.generation.utils import GenerationMixin
 
 from glm_edge_ft.errors import UserError
@@ -128,6 +129,7 @@ def _watch(calls: dict[str, list[Any]]) -> None:
         (torch.distributed, "init_process_group"),
         (torch, "compile"),
         (torch.cuda, "empty_cache"),
+        (DebugUnderflowOverflow, "__init__"),
     ]
     for owner, name in watched:
         _note_calls(owner, name, calls)
