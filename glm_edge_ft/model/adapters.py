@@ -275,12 +275,6 @@ def freeze_vision(model: torch.nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Return (trainable, all) parameter counts."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trainable, sum(parameter.numel() for parameter in model.parameters())
-
-
 def generate(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
     """Generate with a model that may carry an adapter; returns only the new tokens, `(batch, new_length)`.
 

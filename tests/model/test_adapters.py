@@ -11,12 +11,18 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import GlmConfig, GlmForCausalLM
 
 from glm_edge_ft.errors import UserError
-from glm_edge_ft.model.adapters import apply_adapter, build_peft_config, count_parameters, generate, wrap_meta_model
+from glm_edge_ft.model.adapters import apply_adapter, build_peft_config, generate, wrap_meta_model
 from tests.model_folders import tiny_model
 
 HAS_SCIPY = importlib.util.find_spec("scipy") is not None
 LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4}
 PREFIX = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameter counts."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trainable, sum(parameter.numel() for parameter in model.parameters())
 
 
 def meta_model() -> GlmForCausalLM:
